@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Who are you? I am an assistant, how can I help you today?",
-    "What is the capital of France? The capital of France is Paris. Seven plus five is twelve; nine minus four is five.",
+    "What is the capital of France? The capital of France is Paris. Seven plus five is twelve.",
     "user assistant system tool name arguments content function parameters type string",
     "你好，请问你是谁？我是一个人工智能助手，很高兴为你服务。今天天气怎么样？答案：",
 ]
