@@ -1,4 +1,4 @@
-"""The one way to read chat data: alpaca, sharegpt and OpenAI `messages` rows, from .json lists and .jsonl files.
+"""The one way to read chat data: alpaca, sharegpt, XTuner and OpenAI rows, from .json lists and .jsonl files.
 
 The format is found row by row. A row that cannot be used is left out with its file, line and reason; a file that
 cannot be parsed is a `SuiteError` with line and column.
@@ -75,11 +75,14 @@ class Rows:
             return ""
         first = {row.reason: row for row in reversed(self.left_out)}
         counts = Counter(row.reason for row in self.left_out).most_common()
-        reasons = "; ".join(f"{n} {reason} ({first[reason].file.name}:{first[reason].line})" for reason, n in counts)
-        return f"{len(self.left_out)} of {len(self.left_out) + len(self.conversations)} rows left out: {reasons}"
+        reasons = [f"{n} {reason} ({first[reason].file.name}:{first[reason].line})" for reason, n in counts[:5]]
+        if len(counts) > 5:
+            reasons.append(f"{len(counts) - 5} other reasons")
+        total = len(self.left_out) + len(self.conversations)
+        return f"{len(self.left_out)} of {total} rows left out: {'; '.join(reasons)}"
 
 
-class _BadRow(Exception):
+class _BadRowError(Exception):
     """Why one row cannot be used."""
 
 
@@ -97,7 +100,7 @@ def read(path: Path, fill: Mapping[str, str] | None = None) -> Rows:
             row = _fill(row, fill, rows.placeholders)
         try:
             messages, tools = _turns(row)
-        except _BadRow as reason:
+        except _BadRowError as reason:
             rows.left_out.append(LeftOut(path, line, str(reason)))
         else:
             rows.conversations.append(Conversation(messages, tools, path, line))
@@ -108,14 +111,15 @@ def check(paths: Sequence[Path], fill: Mapping[str, str] | None = None) -> None:
     """Raise SuiteError when these files cannot be trained on as they are; cheap enough for every plan.
 
     Wrong are unreadable files, files without a usable row, `{{name}}` without a value, and values that no file asks
-    for. Files over 8 MiB are only looked for: reading them is the work of the run.
+    for. Of more than 8 MiB only the existence is checked: reading them is the work of the run.
     """
     fill = fill or {}
     rows = Rows()
     for path in paths:
         _exists(path)
-        if path.stat().st_size > PARSED_WHILE_PLANNING:
-            return
+    if sum(path.stat().st_size for path in paths) > PARSED_WHILE_PLANNING:
+        return
+    for path in paths:
         found = read(path, fill)
         if not found.conversations:
             raise SuiteError(f"no row can be used: {found.account()}", where=str(path), hint=_FORMATS)
@@ -136,7 +140,7 @@ def check(paths: Sequence[Path], fill: Mapping[str, str] | None = None) -> None:
 
 _FORMATS = (
     'a row is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
-    '{"instruction": "...", "input": "...", "output": "..."} or {"conversations": [{"from": "human", "value": "..."}, ...]}'
+    '{"instruction": "...", "output": "..."} or {"conversations": [{"from": "human", "value": "..."}, ...]}'
 )
 
 
@@ -217,18 +221,18 @@ def _explain(path: Path, text: str, message: str, position: int) -> NoReturn:
     found = (
         f"before {here!r}" if here else "at the end of the line" if position < len(text) else "at the end of the file"
     )
+    comma = f"line {before_line} ends without a comma: {before.splitlines()[-1][-60:]}" if before_line < line else ""
+    layout = "one row a line (.jsonl), or one list [...] around all rows"
+    quotes = "JSON wants double quotes, and no comma after the last entry" if here else layout
     expected, hint = {
         "Expecting ',' delimiter": (
             f"expected ',' or a closing bracket {found}",
-            f"line {before_line} ends without a comma: {before.splitlines()[-1].strip()[-60:]}" if before else "",
+            comma,
         ),
-        "Expecting property name enclosed in double quotes": (
-            f"expected a key in double quotes {found}",
-            "JSON wants double quotes, and no comma after the last entry",
-        ),
-        "Expecting value": (f"expected a value {found}", "JSON wants double quotes, and no comma after the last entry"),
+        "Expecting property name enclosed in double quotes": (f"expected a key in double quotes {found}", quotes),
+        "Expecting value": (f"expected a value {found}", quotes),
         "Expecting ':' delimiter": (f"expected ':' after the key, {found}", ""),
-        "Extra data": (f"expected nothing more {found}", "one JSON value a line (.jsonl), or one list around all rows"),
+        "Extra data": (f"expected nothing more {found}", layout),
         "Unterminated string starting at": (f"this string has no closing quote: {here!r}", ""),
         "Invalid control character at": ("a string goes over the end of its line", r"write a line break as \n"),
     }.get(message, (f"{message[0].lower()}{message[1:]} {found}", ""))
@@ -251,27 +255,27 @@ def _fill(value: Any, fill: Mapping[str, str], seen: Counter[str]) -> Any:
 
 
 def _turns(row: Any) -> Turns:
-    """The messages and tools of one row in any known format; raises _BadRow with the reason."""
+    """The messages and tools of one row in any known format; raises _BadRowError with the reason."""
     if not isinstance(row, dict):
-        raise _BadRow(f"not an object but {type(row).__name__}")
+        raise _BadRowError(f"not an object but {type(row).__name__}")
     for key in PREFERENCE:
         if key in row and (key != "label" or isinstance(row[key], bool)):
-            raise _BadRow(f"a preference row (has '{key}'), which this stage does not learn from")
+            raise _BadRowError(f"a preference row (has '{key}'), which this stage does not learn from")
     for key, convert in _FORMAT_OF.items():
         if key in row:
             messages = convert(row)
             _check_order(messages)
             return messages, _tools(row.get("tools"))
-    raise _BadRow("unknown format, keys: " + ", ".join(map(str, row)))
+    raise _BadRowError("unknown format, keys: " + ", ".join(map(str, row)))
 
 
 def _from_alpaca(row: dict[str, Any]) -> list[Message]:
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        raise _BadRow("'history' is no list of [question, answer] pairs")
+        raise _BadRowError("'history' is no list of [question, answer] pairs")
     question = "\n".join(filter(None, (_text(row.get(key), key) for key in ("instruction", "input"))))
     if not question:
-        raise _BadRow("no instruction")
+        raise _BadRowError("no instruction")
     messages = _system(row)
     for user, assistant in [*pairs, (question, row.get("output"))]:
         messages.append({"role": "user", "content": _text(user, "instruction")})
@@ -279,18 +283,31 @@ def _from_alpaca(row: dict[str, Any]) -> list[Message]:
     return messages
 
 
+def _from_xtuner(row: dict[str, Any]) -> list[Message]:
+    turns = row["conversation"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise _BadRowError("no messages")
+    messages = _system(turns[0])
+    for turn in turns:
+        if turn.get("output_with_loss") is False:
+            raise _BadRowError("a weight for one message is not supported")
+        messages.append({"role": "user", "content": _text(turn.get("input"), "input")})
+        messages.append({"role": "assistant", "content": _text(turn.get("output"), "output")})
+    return messages
+
+
 def _from_messages(row: dict[str, Any]) -> list[Message]:
     """OpenAI `messages` and sharegpt `conversations`; either key names may stand in either list."""
     turns = row["messages"] if "messages" in row else row["conversations"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise _BadRow("no messages")
+        raise _BadRowError("no messages")
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
         role = ROLES.get(str(turn.get("role", turn.get("from"))))
         if role is None:
-            raise _BadRow(f"message {number}: unknown role {turn.get('role', turn.get('from'))!r}")
+            raise _BadRowError(f"message {number}: unknown role {turn.get('role', turn.get('from'))!r}")
         if any(turn.get(key) not in (None, True, 1) for key in ("loss", "loss_scale", "weight")):
-            raise _BadRow(f"message {number}: a weight for one message is not supported")
+            raise _BadRowError(f"message {number}: a weight for one message is not supported")
         content = _text(turn.get("content", turn.get("value")), f"message {number}")
         if role == "tool_call":
             _add_calls(messages, _calls(content, number))
@@ -313,6 +330,7 @@ def _add_calls(messages: list[Message], calls: list[Tool]) -> None:
 _FORMAT_OF: dict[str, Callable[[dict[str, Any]], list[Message]]] = {
     "messages": _from_messages,
     "conversations": _from_messages,
+    "conversation": _from_xtuner,
     "instruction": _from_alpaca,
 }
 
@@ -328,10 +346,10 @@ def _text(value: Any, what: str) -> str:
         return ""
     if isinstance(value, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            raise _BadRow(f"{what}: only text content is supported")
+            raise _BadRowError(f"{what}: only text content is supported")
         return "".join(str(part.get("text", "")) for part in value)
     if not isinstance(value, str):
-        raise _BadRow(f"{what}: expected text, got {type(value).__name__}")
+        raise _BadRowError(f"{what}: expected text, got {type(value).__name__}")
     return value
 
 
@@ -341,7 +359,7 @@ def _parsed(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise _BadRow(f"{what}: not valid JSON ({error.msg.lower()})") from None
+        raise _BadRowError(f"{what}: not valid JSON ({error.msg.lower()})") from None
 
 
 def _calls(value: Any, number: int) -> list[Tool]:
@@ -351,10 +369,10 @@ def _calls(value: Any, number: int) -> list[Tool]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _BadRow(f"{what} has no name")
+            raise _BadRowError(f"{what} has no name")
         arguments = _parsed(function.get("arguments", {}), what)
         if not isinstance(arguments, dict):
-            raise _BadRow(f"{what} has arguments that are no object")
+            raise _BadRowError(f"{what} has arguments that are no object")
         identity = {"id": call["id"]} if call.get("id") else {}
         found.append({**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return found
@@ -366,10 +384,10 @@ def _tools(value: Any) -> list[Tool] | None:
         return None
     tools = _parsed(value, "tools")
     if not isinstance(tools, list):
-        raise _BadRow("tools: expected a list")
+        raise _BadRowError("tools: expected a list")
     functions = [t.get("function", t) if isinstance(t, dict) else None for t in tools]
     if not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions):
-        raise _BadRow("tools: a tool has no name")
+        raise _BadRowError("tools: a tool has no name")
     return [{"type": "function", "function": f} for f in functions] or None
 
 
@@ -386,11 +404,11 @@ def _check_order(messages: list[Message]) -> None:
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if previous not in _FOLLOWS[role]:
-            raise _BadRow(f"message {number} ({role}) follows {previous or 'nothing'}")
+            raise _BadRowError(f"message {number} ({role}) follows {previous or 'nothing'}")
         if role == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-            raise _BadRow("no answer" if number == len(messages) else f"message {number}: no answer")
+            raise _BadRowError("no answer" if number == len(messages) else f"message {number}: no answer")
         if role == "user" and not message["content"].strip():
-            raise _BadRow(f"message {number}: empty question")
+            raise _BadRowError(f"message {number}: empty question")
         previous = role
     if previous != "assistant":
-        raise _BadRow(f"ends with a {previous} message: no answer to learn")
+        raise _BadRowError(f"ends with a {previous} message: no answer to learn")
