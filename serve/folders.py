@@ -1,0 +1,194 @@
+"""What a model or adapter folder says about itself, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suite.errors import SuiteError
+
+Shape = tuple[int, ...]
+
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Layer types whose memory is keys and values; others (Mamba, linear attention) keep a state that rows cannot share."""
+
+MERGE_FIRST = "merge it into its base first (suite merge), and serve the merged model"
+
+# settings of peft.LoraConfig that change more than `x A B`, each with the value at which it does nothing
+INERT: dict[str, Any] = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+}
+PLAIN_STARTS = {True, False, "gaussian", "orthogonal", "eva"}
+"""`init_lora_weights` that leave the base as it was; PiSSA, OLoRA, CorDA and LoftQ change it."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face model folder: its config.json, and the shape of every stored tensor."""
+
+    path: Path
+    config: dict[str, Any]
+    shapes: dict[str, Shape]
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model was made for."""
+        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the checkpoint itself is quantized (GPTQ, AWQ, bitsandbytes, ...)."""
+        return "quantization_config" in self.config
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted linear layer: `x A^T B^T * scaling` is added to its output."""
+
+    rank: int
+    scaling: float
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A PEFT LoRA folder: its modules by the name they have in the base model, e.g. `model.layers.0.mlp.up_proj`."""
+
+    path: Path
+    modules: dict[str, LoraModule]
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of a module."""
+        return max(module.rank for module in self.modules.values())
+
+
+def read_model(folder: Path) -> ModelFolder:
+    """Read a folder's headers; raises SuiteError for one that the torch engine cannot serve."""
+    if not folder.is_dir():
+        raise SuiteError("there is no such folder", where=str(folder))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise SuiteError(
+            "this is an adapter, not a model",
+            where=str(folder),
+            hint="name its base with --model, and this folder with --lora",
+        )
+    config = _json(folder / "config.json", "a model folder needs config.json")
+    if config.get("is_encoder_decoder"):
+        raise SuiteError("encoder-decoder models cannot be served", where=str(folder), hint="decoder-only models can")
+    strange = {*config.get("layer_types", ())} - KNOWN_LAYERS
+    if strange:
+        raise SuiteError(f"layers of type {', '.join(sorted(strange))} cannot be served yet", where=str(folder))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SuiteError("no *.safetensors weights here", where=str(folder), hint="convert other formats first")
+    shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
+    return ModelFolder(folder, config, shapes)
+
+
+def read_adapter(folder: Path) -> AdapterFolder:
+    """Read a LoRA folder's headers; raises SuiteError for kinds that cannot be served beside their base."""
+    if not folder.is_dir():
+        raise SuiteError("there is no such folder", where=str(folder))
+    config = _json(folder / "adapter_config.json", "an adapter folder needs adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise SuiteError(f"a {config.get('peft_type')} adapter cannot be served", where=str(folder), hint=MERGE_FIRST)
+    for key, inert in INERT.items():
+        if config.get(key, inert) not in (inert, None, [], {}):
+            raise SuiteError(f"adapters with {key} cannot be served", where=str(folder), hint=MERGE_FIRST)
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise SuiteError(
+            f"init_lora_weights = {start!r} changed the base", where=str(folder), hint="convert it to a plain LoRA first"
+        )
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SuiteError("adapter_model.safetensors is missing", where=str(folder))
+    return AdapterFolder(folder, _modules(tensor_shapes(weights), config, folder))
+
+
+def check_fits(adapter: AdapterFolder, model: ModelFolder) -> None:
+    """Raise SuiteError unless every module of the adapter exists in the model, with the same shape."""
+    stems = {name.rpartition(".")[0] for name in model.shapes}
+    if model.config.get("tie_word_embeddings"):
+        stems.add("lm_head")
+    for name, module in adapter.modules.items():
+        weight = model.shapes.get(f"{name}.weight")
+        given = (module.outputs, module.inputs)
+        if name not in stems:
+            raise SuiteError(f"this adapter is for another base: {model.path} has no {name}", where=str(adapter.path))
+        # a quantized weight is packed, so its shape says nothing
+        if weight and len(weight) == 2 and not model.quantized and given not in (weight, weight[::-1]):
+            raise SuiteError(
+                f"this adapter is for another base: its {name} maps {given[1]} to {given[0]} values, "
+                f"that of {model.path} {weight[1]} to {weight[0]}",
+                where=str(adapter.path),
+            )
+
+
+def tensor_shapes(file: Path) -> dict[str, Shape]:
+    """The shapes in a safetensors file, from its header alone (8 bytes of length, then JSON)."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(file.stat().st_size, 100_000_000):
+                raise ValueError("header longer than the file")
+            header = json.loads(stream.read(length))
+        return {name: tuple(info["shape"]) for name, info in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise SuiteError(f"not a safetensors file ({error})", where=str(file)) from None
+
+
+def _modules(shapes: dict[str, Shape], config: dict[str, Any], folder: Path) -> dict[str, LoraModule]:
+    modules = {}
+    for name, (rank, inputs) in ((n, s) for n, s in shapes.items() if n.endswith(".lora_A.weight")):
+        other = shapes.get(name.replace(".lora_A.", ".lora_B."))
+        if other is None or len(other) != 2 or other[1] != rank:
+            raise SuiteError(f"{name} has no lora_B of its rank", where=str(folder))
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        modules[module] = LoraModule(rank, _scaling(module, rank, config), inputs, other[0])
+    if len(shapes) != 2 * len(modules):
+        rest = [n for n in shapes if not n.endswith((".lora_A.weight", ".lora_B.weight"))]
+        raise SuiteError(
+            f"tensors that are no LoRA of a linear layer: {', '.join(rest[:3])}", where=str(folder), hint=MERGE_FIRST
+        )
+    if not modules:
+        raise SuiteError("this adapter has no LoRA tensors", where=str(folder))
+    return modules
+
+
+def _scaling(module: str, rank: int, config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732); a pattern may give a module its own alpha."""
+    patterns = config.get("alpha_pattern") or {}
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = float(next(found, config.get("lora_alpha", 8)))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _json(file: Path, needed: str) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SuiteError(f"{needed}, and there is none", where=str(file.parent)) from None
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"cannot be read: {error}", where=str(file)) from None
+    if not isinstance(read, dict):
+        raise SuiteError("holds no JSON object", where=str(file))
+    return read

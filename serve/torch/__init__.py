@@ -1,0 +1,1 @@
+"""The torch engine: token ids in, tokens out, on any machine that runs torch."""

@@ -1,0 +1,99 @@
+"""Keys and values of all rows in one tensor per layer, behind the `Cache` interface of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache
+
+
+BLOCK = 64
+"""Rows grow by this many positions: a copy of the cache every 64 steps costs little beside reading it every step."""
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """A cache whose rows have lengths of their own.
+
+    Per layer `keys` and `values` are `(rows, kv_heads, length, head_dim)`. A forward pass works on the slice of rows
+    that `begin` names; each row's new tokens go behind what it already has. What lies behind a row's end is finite
+    rubbish, and masked.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        self._shape = (0, 0)
+        self.first, self.last, self.length = 0, 0, 0
+        self.starts = self.positions = self._batch = torch.empty(0, dtype=torch.long)
+
+    def fit(self, rows: int, length: int) -> None:
+        """Make room for `rows` rows of `length` tokens. Where one of them has to grow, the other shrinks to its need."""
+        if rows > self._shape[0] or length > self._shape[1]:
+            self._shape = 1 << (rows - 1).bit_length(), -(-length // BLOCK) * BLOCK
+            for tensors in (self.keys, self.values):
+                for layer, tensor in tensors.items():
+                    tensors[layer] = grown = self._zeros(tensor)
+                    kept = tensor[: len(grown), :, : grown.shape[2]]
+                    grown[: kept.shape[0], :, : kept.shape[2]] = kept
+
+    def begin(self, first: int, starts: torch.Tensor, width: int, length: int) -> None:
+        """Work on rows `first` and following: row `i` reads `width` tokens from `starts[i]` on. starts: (B,).
+
+        `length` is where the longest of them ends afterwards.
+        """
+        self.first, self.last, self.length = first, first + len(starts), length
+        self.starts = starts
+        self.positions = starts[:, None] + torch.arange(width, device=starts.device)  # (B, Q)
+        self._batch = torch.arange(first, self.last, device=starts.device)[:, None]
+
+    def move(self, source: int, target: int, exchange: bool = False) -> None:
+        """Copy the keys and values of row `source` to row `target`, and the other way too to `exchange` them."""
+        for tensor in (*self.keys.values(), *self.values.values()):
+            if exchange:
+                tensor[[source, target]] = tensor[[target, source]]
+            else:
+                tensor[target].copy_(tensor[source])
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.keys.clear()
+        self.values.clear()
+        self._shape = (0, 0)
+
+    def bytes(self) -> int:
+        """Memory held now."""
+        return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new keys and values (B, kv_heads, Q, head_dim); returns all of these rows (B, kv_heads, T, head_dim)."""
+        if layer_idx not in self.keys:
+            self.keys[layer_idx], self.values[layer_idx] = self._zeros(key_states), self._zeros(value_states)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[self._batch, :, self.positions] = key_states.transpose(1, 2)
+        values[self._batch, :, self.positions] = value_states.transpose(1, 2)
+        rows = slice(self.first, self.last)
+        return keys[rows, :, : self.length], values[rows, :, : self.length]
+
+    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
+        """Where each row's new tokens start, (B,): the mask function adds it to the column numbers."""
+        return self.starts
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of the keys that `update` returns."""
+        return self.length, 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens before this step in the longest row."""
+        return self.length - self.positions.shape[1]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer forgets: windows are in the masks alone."""
+        return [False]
+
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self._shape[0], like.shape[1], self._shape[1], like.shape[3])

@@ -1,0 +1,48 @@
+"""Loading a checkpoint for the engine: dtype, device, and how much memory its cache may take."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import psutil
+import torch
+
+from serve.folders import ModelFolder
+from serve.torch.attention import register
+from suite.errors import SuiteError, near
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHE_SHARE = 0.5
+"""Of the memory that is free after loading, this much may hold keys and values."""
+
+
+def load_model(folder: ModelFolder, dtype: str) -> Any:
+    """The model, ready for inference, on the GPUs there are or else on the CPU."""
+    if dtype not in DTYPES:
+        raise SuiteError(f"unknown dtype '{dtype}'", hint=near(dtype, DTYPES))
+    # without it GPTQModel wants more worker threads than a 2-core machine gives, and dies at import
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    if dtype == "auto" and not on_gpu and not folder.quantized:
+        dtype = "float32"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.path,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        attn_implementation=register(),
+        device_map="auto" if on_gpu else "cpu",
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+def cache_cells(model: Any) -> int:
+    """How many tokens the cache may hold in all."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    return max(1024, int(CACHE_SHARE * free) // per_token)
