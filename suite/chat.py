@@ -116,6 +116,7 @@ class Chat:
         Raises SuiteError when the template cannot be split safely.
         """
         text = self.text(messages, tools, **template_kwargs)
+        _check_tools(text, messages, tools)
         if _MARKS.search(self.tokenizer.get_chat_template(None, tools)):
             spans = self._marked(text, messages, tools, template_kwargs)
         else:
@@ -304,6 +305,16 @@ def _unsafe(reason: str) -> SuiteError:
         hint="edit the base's chat_template.jinja so that an assistant's turn goes on from the generation prompt, "
         "and put {% generation %} ... {% endgeneration %} around what the assistant writes",
     )
+
+
+def _check_tools(text: str, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
+    called = [call for message in messages for call in message.get("tool_calls") or ()]
+    for function in (entry.get("function", entry) for entry in [*(tools or ()), *called]):
+        if function["name"] not in text:
+            raise SuiteError(
+                f"the chat template leaves out the tool '{function['name']}'",
+                hint="use a base whose template knows tools, or leave the tools out of the data",
+            )
 
 
 def _object(arguments: str) -> Any:

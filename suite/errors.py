@@ -1,9 +1,9 @@
 """What the command line shows without a traceback.
 
-    SuiteError              exit 2   the user's input: what is wrong, where, and what to do
-    ├── StageFailed         exit 1   a stage's process failed; its log says why
-    ├── GateFailed          exit 3   the work was done, and a measurement does not meet its gate
-    └── Interrupted         exit 130 Ctrl-C or SIGTERM
+SuiteError              exit 2   the user's input: what is wrong, where, and what to do
+├── StageFailed         exit 1   a stage's process failed; its log says why
+├── GateFailed          exit 3   the work was done, and a measurement does not meet its gate
+└── Interrupted         exit 130 Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from suite.errors import SuiteError, near
 
 RECORD = "artifact.json"
 
+# where each kind lives; imported when used
 KINDS: dict[str, str] = {
     "pretrain": "suite.train.pretrain:Pretrain",
     "train": "suite.train.stage:Train",
@@ -81,7 +82,7 @@ class Job:
     inputs: Mapping[str, list[Artifact]]
     out: Path
     scratch: Path
-    emit: Emit = field(default=lambda event: None)
+    emit: Emit = field(default=lambda _: None)
     _last: float = 0.0
 
     def input(self, name: str) -> Artifact:
@@ -155,17 +156,22 @@ class Stage(Config):
 
 
 def kind(name: str) -> type[Stage]:
-    """The class of a stage kind; raises SuiteError for a name that is none."""
-    if name not in KINDS:
+    """The class of a stage kind: a name in KINDS, or a person's own as `package.module:Class`; raises SuiteError."""
+    if name not in KINDS and ":" not in name:
         raise SuiteError(f"unknown stage kind '{name}'", hint=near(name, KINDS))
-    module, _, attribute = KINDS[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
+    module, _, attribute = KINDS.get(name, name).partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SuiteError(
+            f"stage kind '{name}' cannot be imported: {error}", hint="its module must be on PYTHONPATH"
+        ) from None
     if not (isinstance(found, type) and issubclass(found, Stage)):
-        raise TypeError(f"{KINDS[name]} is no stage")
+        raise SuiteError(f"'{name}' is no stage", hint="it must be a subclass of suite.stages.Stage")
     return found
 
 
 def kind_name(stage: Stage) -> str:
-    """The name under which a stage's class is listed in KINDS."""
+    """The name under which `kind` finds a stage's class."""
     path = f"{type(stage).__module__}:{type(stage).__qualname__}"
-    return next(name for name, listed in KINDS.items() if listed == path)
+    return next((name for name, listed in KINDS.items() if listed == path), path)

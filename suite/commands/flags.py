@@ -1,0 +1,119 @@
+"""Command-line flags from settings classes: one flag a field, its help the field's own description."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from suite.config import submodel
+from suite.errors import SuiteError, near
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes look like all others: one message, a hint, exit code 2."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise SuiteError instead of printing the usage and leaving."""
+        raise SuiteError(message, hint=f"see {self.prog} --help")
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse; an unknown flag is answered with the closest known one."""
+        values, unknown = self.parse_known_args(list(arguments))
+        if unknown:
+            flags = [f for action in self._actions for f in action.option_strings]
+            raise SuiteError(f"unknown argument '{unknown[0]}'", hint=near(unknown[0], flags))
+        return values
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type[BaseModel]) -> None:
+    """A flag for every field of `settings`, fields of tables inside it as `--table.field`."""
+    for name, info in walk(settings):
+        required = " (required)" if info.is_required() else _default(info)
+        text = f"{info.description or ''}{required}".replace("%", "%%")
+        parser.add_argument(
+            "--" + name.replace("_", "-"), dest=f"setting {name}", metavar=_metavar(info), help=text, action="append"
+        )
+
+
+def walk(settings: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All fields, depth first, by dotted name."""
+    for name, info in settings.model_fields.items():
+        yield prefix + name, info
+        inner = submodel(info.annotation)
+        if inner:
+            yield from walk(inner, f"{prefix}{name}.")
+
+
+def values_of(settings: type[BaseModel], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, as nested tables for `suite.config.parse`."""
+    values: dict[str, Any] = {}
+    for name, info in walk(settings):
+        given = getattr(arguments, f"setting {name}")
+        if given is None:
+            continue
+        *parents, last = name.split(".")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise SuiteError(f"--{name} and --{parent} exclude each other")
+        node[last] = _value(name, info, given)
+    return values
+
+
+def _value(name: str, info: FieldInfo, given: list[str]) -> Any:
+    kinds = list(_kinds(info.annotation))
+    if dict in kinds:
+        pairs = [item.partition("=") for item in given]
+        if any(not equals for _, equals, _ in pairs):
+            raise SuiteError(f"--{name}: expected KEY=VALUE, got '{' '.join(given)}'")
+        return {key: _toml(value) for key, _, value in pairs}
+    if list in kinds:
+        return [part for item in given for part in item.split(",") if part]
+    if given[-1] in ("true", "false") and str not in kinds:
+        return given[-1] == "true"
+    return given[-1]
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types that an annotation allows, through unions and Annotated."""
+    origin = get_origin(annotation)
+    if origin in (list, dict):
+        yield origin
+    elif isinstance(annotation, type):
+        yield annotation
+    else:
+        for argument in get_args(annotation):
+            yield from _kinds(argument)
+
+
+def _toml(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _metavar(info: FieldInfo) -> str:
+    kinds = list(_kinds(info.annotation))
+    if dict in kinds:
+        return "KEY=VALUE"
+    return (
+        "A,B" if list in kinds else next((k.__name__.upper() for k in kinds if k in (int, float, str, bool)), "VALUE")
+    )
+
+
+def _default(info: FieldInfo) -> str:
+    value = info.get_default(call_default_factory=False)
+    if value is PydanticUndefined or value is None or isinstance(value, BaseModel) or value in ({}, []):
+        return ""
+    return f" [{','.join(map(str, value)) if isinstance(value, list) else value}]"

@@ -1,0 +1,196 @@
+"""`suite run` and `suite plan`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from suite import pipeline, store
+from suite.commands.flags import Parser
+from suite.errors import SuiteError, near
+from suite.pipeline import External, Plan
+from suite.progress import JsonView, PlainView, RichView
+from suite.runner import Outcome, Runner, View, preview, safe_name, verdict_error
+
+
+def _parser(verb: str, description: str) -> Parser:
+    parser = Parser(f"suite {verb}", description)
+    parser.add_argument("pipeline", type=Path, help="the pipeline file (.toml)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting, e.g. stage.train.lr=2e-4"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
+    return parser
+
+
+def plan(verb: str, arguments: list[str]) -> int:
+    """Check a pipeline and show, stage by stage, what a run would do."""
+    given = _parser(verb, "Check a pipeline file and show what a run would do; runs nothing.").read(arguments)
+    return _show_plan(pipeline.read(given.pipeline, given.set), given.json)
+
+
+def _show_plan(read: Plan, as_json: bool) -> int:
+    outcomes = preview(read, store.Store(store.home()))
+    if as_json:
+        for outcome in outcomes.values():
+            print(json.dumps(_planned(read, outcome)))
+        return 0
+    table = Table("stage", "kind", "makes", "from", "then", box=box.SIMPLE_HEAD)
+    for outcome in outcomes.values():
+        row = _planned(read, outcome)
+        table.add_row(row["stage"], row["kind"], row["makes"], ", ".join(row["from"]), row["then"])
+    Console().print(table)
+    return 0
+
+
+def _planned(read: Plan, outcome: Outcome) -> dict[str, Any]:
+    node = read.nodes[outcome.name]
+    sources = [s.name if isinstance(s, External) else f"@{s}" for group in node.inputs.values() for s in group]
+    then = (
+        "cached"
+        if outcome.state == "cached"
+        else "to run"
+        if outcome.key
+        else "to run, unless its inputs come out as before"
+    )
+    return {
+        "stage": outcome.name,
+        "kind": outcome.kind,
+        "makes": outcome.makes,
+        "from": sources,
+        "then": then,
+        "key": outcome.key,
+    }
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Run a pipeline file."""
+    parser = _parser(
+        verb, "Run a pipeline file. What is in the store is not made again; after a crash the same command continues."
+    )
+    parser.add_argument("--plan", action="store_true", help="only show what would run")
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="make this stage again although it is cached"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages that may run at the same time [1]")
+    parser.add_argument("--serve", action="store_true", help="afterwards serve what the [serve] table names")
+    given = parser.read(arguments)
+    if given.jobs < 1:
+        raise SuiteError(f"--jobs must be at least 1, got {given.jobs}")
+    read = pipeline.read(given.pipeline, given.set)
+    for name in given.force:
+        if name not in read.nodes:
+            raise SuiteError(f"--force: no stage '{name}'", hint=near(name, read.nodes))
+    if given.serve and not read.serve:
+        raise SuiteError("--serve needs a [serve] table", where=str(given.pipeline), hint='e.g. [serve] base = "nano"')
+    if given.plan:
+        return _show_plan(read, given.json)
+    run_dir, error = execute(read, jobs=given.jobs, force=frozenset(given.force), as_json=given.json)
+    if error:
+        raise error
+    if given.serve:
+        from suite.commands.serve import serve_plan
+
+        return serve_plan(read, run_dir)
+    return 0
+
+
+def execute(
+    read: Plan, *, jobs: int = 1, force: frozenset[str] = frozenset(), as_json: bool = False
+) -> tuple[Path, SuiteError | None]:
+    """Run a plan, leave its run directory complete, print the report; returns the directory and what went wrong."""
+    from suite import report
+
+    at = store.Store(store.home())
+    run_dir = new_run(at, read)
+    started = time.monotonic()
+    with _view(read, as_json) as view:
+        runner = Runner(read, at, run_dir, view, jobs=jobs, force=force)
+        try:
+            runner.run()
+        finally:
+            link_artifacts(run_dir, runner.outcomes)
+    measured = report.rows(read, runner.outcomes)
+    commands = report.next_commands(read, runner.outcomes, run_dir)
+    report.write(run_dir, read, runner.outcomes, measured, commands)
+    error = verdict_error(runner.outcomes)
+    if as_json:
+        summary = {"event": "end", "ok": error is None, "run": str(run_dir), "report": str(run_dir / "report.json")}
+        print(json.dumps(summary), flush=True)
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        report.show(console, measured)
+        _summary(console, runner.outcomes, run_dir, commands, time.monotonic() - started)
+    return run_dir, error
+
+
+def _summary(
+    console: Console, outcomes: Mapping[str, Outcome], run_dir: Path, commands: list[str], seconds: float
+) -> None:
+    counts = {
+        state: sum(o.state == state for o in outcomes.values()) for state in ("done", "cached", "failed", "blocked")
+    }
+    said = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+    console.print(f"{len(outcomes)} stages: {said} in {seconds:.1f} s", highlight=False)
+    console.print(f"report: {run_dir / 'report.md'}", highlight=False, soft_wrap=True)
+    if commands:
+        console.print("\nnext:", highlight=False)
+    for command in commands:
+        console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
+
+
+def new_run(at: store.Store, read: Plan) -> Path:
+    """A fresh run directory that holds the pipeline and the plan."""
+    folder = at.root / "runs" / safe_name(read.name)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        run_dir = folder / (stamp if not attempt else f"{stamp}-{attempt}")
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise store.disk_error(error, run_dir) from None
+    (run_dir / "pipeline.toml").write_text(read.text, "utf-8")
+    described = [
+        {
+            "name": n.name,
+            "settings": n.stage.model_dump(mode="json"),
+            "after": sorted(n.after),
+            "gates": [g.text for g in n.gates],
+        }
+        for n in read.nodes.values()
+    ]
+    (run_dir / "plan.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return run_dir
+
+
+def link_artifacts(run_dir: Path, outcomes: Mapping[str, Outcome]) -> None:
+    """`artifacts/<stage>` in the run's directory, for every stage that has one."""
+    (run_dir / "artifacts").mkdir(exist_ok=True)
+    for outcome in outcomes.values():
+        if outcome.artifact:
+            link = run_dir / "artifacts" / safe_name(outcome.name)
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(outcome.artifact.path)
+
+
+@contextlib.contextmanager
+def _view(read: Plan, as_json: bool) -> Iterator[View]:
+    if as_json:
+        yield JsonView()
+    elif sys.stderr.isatty():
+        with RichView(Console(stderr=True), max(map(len, read.nodes))) as view:
+            yield view
+    else:
+        yield PlainView()

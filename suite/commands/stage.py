@@ -1,0 +1,57 @@
+"""One stage as a command: `suite merge --base B --adapter A --out DIR`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from suite import pipeline
+from suite.commands.flags import Parser, add_settings, values_of
+from suite.commands.pipelines import execute
+from suite.config import parse
+from suite.errors import SuiteError
+from suite.pipeline import Flags
+from suite.runner import safe_name
+from suite.stages import RECORD, Artifact, kind
+from suite.store import disk_error
+
+
+def command(verb: str, arguments: list[str]) -> int:
+    """Run one stage with settings from flags; its artifact goes to the store and, with --out, to a folder."""
+    stage_class = kind(verb)
+    text = (stage_class.__doc__ or "").strip().splitlines()[0]
+    parser = Parser(f"suite {verb}", text)
+    parser.add_argument("--out", type=Path, help="folder for a copy of the result; must not exist yet, or be empty")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
+    add_settings(parser, stage_class)
+    given = parser.read(arguments)
+    here = Path.cwd()
+    stage = parse(stage_class, values_of(stage_class, given), Flags(here, {}, ((),)))
+    if given.out:
+        check_out(given.out)
+    run_dir, error = execute(pipeline.one_stage(verb, stage, here), as_json=given.json)
+    if error:
+        raise error
+    made = run_dir / "artifacts" / safe_name(verb)
+    if given.out:
+        copy(Artifact(made.resolve(), stage.makes()), given.out)
+    if not given.json:
+        print(f"{stage.makes()}: {given.out or made.resolve()}")
+    return 0
+
+
+def check_out(out: Path) -> None:
+    """Nothing is overwritten: the folder must be new or empty."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise SuiteError(f"--out: {out} exists already", hint="give a new folder, or remove that one")
+
+
+def copy(artifact: Artifact, out: Path) -> None:
+    """Copy an artifact's files as ordinary, writable files; a package goes without the record of where it was made."""
+    skip = shutil.ignore_patterns(RECORD) if artifact.type == "package" else None
+    try:
+        shutil.copytree(artifact.path, out, ignore=skip, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, out) from None

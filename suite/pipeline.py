@@ -1,0 +1,354 @@
+"""A pipeline file becomes a checked, ordered plan, before anything runs.
+
+Every mistake is one SuiteError with `file:line`, what is wrong and the cure: unknown keys, wrong types, missing files,
+unknown stages, references to the wrong type of artifact, cycles.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from suite import gate as gates
+from suite import toml
+from suite.config import ArtifactType, Config, Takes, Where, parse
+from suite.errors import SuiteError, near
+from suite.matrix import Cell, Tables, merged
+from suite.references import External, external
+from suite.stages import Artifact, Stage, kind
+
+TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve")
+
+Source = str | External
+"""Where an input comes from: the name of a stage of this plan, or an artifact that exists already."""
+
+
+class Wiring(Config):
+    """The keys of a stage's table that belong to the pipeline; all others are the stage's own settings."""
+
+    use: str = ""
+    """The kind of stage; the table's name by default."""
+    matrix: dict[str, Any] = Field(default_factory=dict)
+    """Lists of values by setting: one stage for each combination."""
+    skip: list[dict[str, Any]] = Field(default_factory=list)
+    """Combinations of the matrix to leave out."""
+    needs: list[str] = Field(default_factory=list)
+    """Stages that must have passed before this one starts."""
+    gate: list[str] = Field(default_factory=list)
+    """Conditions on what this stage measures; if one fails, what depends on it does not run."""
+
+
+class Serve(Config):
+    """The `[serve]` table: what `suite run --serve` puts behind one endpoint."""
+
+    base: str
+    """The model that every adapter shares: `@stage`, or a folder."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Adapters by the name that requests give as `model`."""
+    backend: str = "torch"
+    """Engine: torch, vllm or lmdeploy."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a plan: its settings, where its inputs come from, and what must have passed before."""
+
+    name: str
+    stage: Stage
+    inputs: dict[str, list[Source]]
+    needs: tuple[str, ...]
+    gates: tuple[gates.Gate, ...]
+    where: Where
+
+    @property
+    def after(self) -> set[str]:
+        """Names of all stages that must be done first."""
+        read = (s for g in self.gates for s in g.stages)
+        return {s for sources in self.inputs.values() for s in sources if isinstance(s, str)} | {*self.needs, *read}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in an order in which each comes after what it needs."""
+
+    name: str
+    file: Path | None
+    text: str
+    nodes: dict[str, Node]
+    serve: Serve | None = None
+    serve_sources: Mapping[str, Source] | None = None
+
+
+@dataclass
+class Lines(Where):
+    """Places of key paths in one stage's table; settings that it inherits are found in `[defaults.<kind>]`."""
+
+    file: Path
+    lines: Mapping[toml.KeyPath, int]
+    tables: tuple[toml.KeyPath, ...]
+
+    def __call__(self, path: tuple[str | int, ...]) -> str:
+        own = self.tables[0]
+        inner = [(*table, *path[:n]) for n in range(len(path), 0, -1) for table in self.tables]
+        outer = [own[:n] for n in range(len(own), 0, -1)]
+        line = next((self.lines[key] for key in (*inner, *outer) if key in self.lines), None)
+        if line is None:
+            return str(self.file)
+        return f"{self.file}:{line}" if isinstance(line, int) else str(line)
+
+
+def read(path: Path, overrides: list[str] | None = None) -> Plan:
+    """The plan of a pipeline file, with `--set key=value` overrides applied; raises SuiteError."""
+    data, lines = toml.read(path)
+    places: dict[toml.KeyPath, Any] = dict(lines)
+    for override in overrides or []:
+        _override(data, places, override)
+    return build(data, places, path)
+
+
+def _override(data: dict[str, Any], places: dict[toml.KeyPath, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise SuiteError(f"--set {text}: expected key=value", hint="e.g. --set stage.train.lr=2e-4")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    if keys[0] == "stage" and len(keys) > 1 and keys[1] not in data.get("stage", {}):
+        raise SuiteError(f"--set {text}: no stage '{keys[1]}'", hint=near(keys[1], data.get("stage", {})))
+    node = data
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise SuiteError(f"--set {text}: '{key}' is a value, not a table")
+    node[keys[-1]] = parsed
+    places[tuple(keys)] = f"--set {text}"
+
+
+def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path) -> Plan:
+    """The plan of a parsed pipeline; paths in it are relative to the folder of `file`."""
+    top = Lines(file, lines, ((),))
+    for key in data:
+        if key not in TOP_LEVEL_KEYS:
+            raise SuiteError(f"unknown table '{key}'", where=top((key,)), hint=near(key, TOP_LEVEL_KEYS))
+    for key in ("stage", "defaults"):
+        for name, table in _table(data, key, top).items():
+            if not isinstance(table, Mapping):
+                raise SuiteError(
+                    f"'{key}.{name}' must be a table", where=top((key, name)), hint=f"write [{key}.{name}]"
+                )
+    for name in data.get("defaults", {}):
+        _kind(name, top(("defaults", name)))
+    if not data.get("stage"):
+        raise SuiteError("no stages", where=str(file), hint="add a table such as [stage.train]")
+    tables = Tables(data["stage"], top)
+    nodes: dict[str, Node] = {}
+    for base in data["stage"]:
+        for cell in tables.cells(base):
+            node = _node(
+                base, cell, tables, data, Lines(file, lines, (("stage", base), ("defaults", tables.use(base))))
+            )
+            nodes[node.name] = node
+    for node in nodes.values():
+        _check_edges(node, nodes)
+    plan = Plan(str(data.get("name", file.stem)), file, file.read_text("utf-8"), _ordered(nodes))
+    check_inputs(plan)
+    return _with_serve(plan, data, Lines(file, lines, (("serve",),)))
+
+
+def _table(data: Mapping[str, Any], key: str, where: Where) -> Mapping[str, Any]:
+    table = data.get(key, {})
+    if not isinstance(table, Mapping):
+        raise SuiteError(f"'{key}' must be a table", where=where((key,)), hint=f"write [{key}.<name>]")
+    return table
+
+
+def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where: Lines) -> Node:
+    use = tables.use(base)
+    stage_class = _kind(use, where(("use",)))
+    table = tables.stages[base]
+    own = {k: v for k, v in table.items() if k not in Wiring.model_fields}
+    wiring = parse(Wiring, {k: v for k, v in table.items() if k in Wiring.model_fields}, where)
+    values = merged(merged(data.get("defaults", {}).get(use, {}), own), cell.values)
+    stage = parse(stage_class, values, cell_places(where, table))
+    inputs: dict[str, list[Source]] = {}
+    for field, references in stage.references().items():
+        takes = type(stage).takes()[field]
+        names = [n for r in references for n in tables.expand(r, where((field,)))]
+        inputs[field] = [_source(n, takes, field, where) for n in names]
+    needs = tuple(
+        n[1:] for i, need in enumerate(wiring.needs) for n in tables.expand(need, where(("needs", i)), only_stages=True)
+    )
+    return Node(base + cell.label, stage, inputs, needs, _gates(wiring, where), where)
+
+
+def _kind(name: str, where: str) -> type[Stage]:
+    try:
+        return kind(name)
+    except SuiteError as error:
+        raise SuiteError(error.message, where=where, hint=error.hint) from None
+
+
+def cell_places(where: Lines, table: Mapping[str, Any]) -> Where:
+    """Places for a stage's settings, of which some are axes of its matrix."""
+    axes = table.get("matrix", {})
+
+    class Cells(Where):
+        def __call__(self, path: tuple[str | int, ...]) -> str:
+            return where(("matrix", *path) if path and path[0] in axes else path)
+
+    return Cells()
+
+
+def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
+    parsed = []
+    for i, text in enumerate(wiring.gate):
+        try:
+            parsed.append(gates.parse(text))
+        except SuiteError as error:
+            raise SuiteError(error.message, where=where(("gate", i)), hint=error.hint) from None
+    return tuple(parsed)
+
+
+def _source(reference: str, takes: Takes, field: str, where: Lines) -> Source:
+    if reference.startswith("@"):
+        return reference[1:]
+    found = external(reference, takes, where.file.parent)
+    if isinstance(found, SuiteError):
+        raise SuiteError(f"{field}: {found.message}", where=where((field,)), hint=found.hint)
+    return found
+
+
+def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
+    """Every reference names a stage, and one that makes what the field takes."""
+    for field, sources in node.inputs.items():
+        for source in sources:
+            if isinstance(source, External):
+                continue
+            if source not in nodes:
+                raise SuiteError(f"no stage '{source}'", where=node.where((field,)), hint=near(source, nodes))
+            made, takes = nodes[source].stage.makes(), type(node.stage).takes()[field].types
+            if made not in takes:
+                raise SuiteError(
+                    f"'{field}' takes {_either(takes)}, but '@{source}' makes {_article(made)}",
+                    where=node.where((field,)),
+                    hint="put a merge stage between them"
+                    if made == "adapter" and "model" in takes
+                    else _makers(takes, nodes),
+                )
+    for name in {*node.needs, *(s for g in node.gates for s in g.stages)}:
+        if name not in nodes:
+            where = node.where(("needs",) if name in node.needs else ("gate",))
+            raise SuiteError(f"no stage '{name}'", where=where, hint=near(name, nodes))
+
+
+def _makers(takes: tuple[ArtifactType, ...], nodes: Mapping[str, Node]) -> str:
+    fitting = ["@" + n for n, node in nodes.items() if node.stage.makes() in takes]
+    return f"these fit: {', '.join(fitting)}" if fitting else f"no stage here makes {_either(takes)}"
+
+
+def _article(made: str) -> str:
+    return {"quantized": "a quantized model", "adapter": "an adapter"}.get(made, f"a {made}")
+
+
+def _either(takes: tuple[ArtifactType, ...]) -> str:
+    return " or ".join(_article(t) for t in takes)
+
+
+def _ordered(nodes: Mapping[str, Node]) -> dict[str, Node]:
+    """In the file's order as far as the references allow: what a person wrote first runs first."""
+    sorter = TopologicalSorter({n: sorted(node.after) for n, node in nodes.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle = error.args[1]
+        where = nodes[cycle[0]].where(())
+        text = " -> ".join(reversed(cycle))
+        raise SuiteError(
+            f"stages depend on each other: {text}", where=where, hint="remove one of these references"
+        ) from None
+    rank = {name: i for i, name in enumerate(nodes)}
+    order: dict[str, Node] = {}
+    ready: set[str] = set()
+    while sorter.is_active():
+        ready |= set(sorter.get_ready())
+        first = min(ready, key=rank.__getitem__)
+        ready.remove(first)
+        order[first] = nodes[first]
+        sorter.done(first)
+    return order
+
+
+def check_inputs(plan: Plan) -> None:
+    """Let every stage check what can be known now; a failing check gets the place of its field."""
+    for node in plan.nodes.values():
+        known: dict[str, list[Artifact | None]] = {
+            field: [s.artifact if isinstance(s, External) else None for s in sources]
+            for field, sources in node.inputs.items()
+        }
+        check_stage(node, known)
+
+
+def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None:
+    """Run one stage's own `check`; raises SuiteError with the line of the setting that it names."""
+    try:
+        node.stage.check(inputs)
+    except SuiteError as error:
+        field = error.where.split(".")
+        if error.where and field[0] not in type(node.stage).model_fields:
+            raise  # a place in another file, e.g. a data file's line
+        place = node.where(tuple(field) if error.where else ())
+        prefix = f"{error.where}: " if error.where and not error.message.startswith(error.where) else ""
+        raise SuiteError(prefix + error.message, where=place, hint=error.hint) from None
+
+
+def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
+    if "serve" not in data:
+        return plan
+    settings = parse(Serve, data["serve"], where)
+    sources: dict[str, Source] = {}
+    wanted = {"base": (settings.base, Takes("model", "quantized"))}
+    wanted |= {f"adapters.{n}": (r, Takes("adapter")) for n, r in settings.adapters.items()}
+    for field, (reference, takes) in wanted.items():
+        path = tuple(field.split(".", 1))
+        source = _source(reference, takes, field, where)
+        if isinstance(source, str):
+            if source not in plan.nodes:
+                raise SuiteError(f"no stage '{source}'", where=where(path), hint=near(source, plan.nodes))
+            made = plan.nodes[source].stage.makes()
+            if made not in takes.types:
+                raise SuiteError(
+                    f"'{field}' takes {_either(takes.types)}, but '@{source}' makes {_article(made)}", where=where(path)
+                )
+        sources[field] = source
+    return Plan(plan.name, plan.file, plan.text, plan.nodes, settings, sources)
+
+
+def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
+    """The plan of a single stage given on the command line; references are paths relative to `folder`."""
+    file = folder / "command line"
+    where = Flags(file, {}, ((),))
+    inputs: dict[str, list[Source]] = {}
+    for field, references in stage.references().items():
+        inputs[field] = [_source(r, type(stage).takes()[field], field, where) for r in references]
+    plan = Plan(name, None, "", {name: Node(name, stage, inputs, (), (), where)})
+    check_inputs(plan)
+    return plan
+
+
+class Flags(Lines):
+    """Places of settings that came from the command line: their flags."""
+
+    def __call__(self, path: tuple[str | int, ...]) -> str:
+        return "--" + ".".join(str(p) for p in path if isinstance(p, str)).replace("_", "-") if path else ""

@@ -1,0 +1,19 @@
+"""Fixtures for every test: a store of its own, and no look at any hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def suite_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty store for each test."""
+    home = tmp_path / "suite-home"
+    monkeypatch.setenv("SUITE_HOME", str(home))
+    return home
