@@ -1,0 +1,60 @@
+"""What GPTQ and AWQ share: a run of GPTQModel over calibration samples, and an output folder without its traces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from export.folder import copy_beside, read_config, read_json, write_json
+
+# with one worker a core, a machine of two cores has a pool of one, and GPTQModel stops; read when it is imported
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+
+PADDED_TOKENS = 4096
+"""Tokens in one forward, with padding."""
+SETTINGS = ("quantizer", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "act_group_aware")
+"""What of the `meta` table says how the weights were made; the rest describes the machine, temporary paths included."""
+COMMON: dict[str, Any] = {
+    "offload_to_disk": False,
+    "pack_impl": "original",  # the other one compiles C++ on first use: half a minute, and a compiler on the machine
+}
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    config: Any,
+    rows: Sequence[Sequence[int]],
+    progress: Callable[[float, float, str], None],
+    **options: Any,
+) -> None:
+    """Quantize the model in `source` into `out`, by `config` (a GPTQModel QuantizeConfig) and samples of token ids.
+
+    The folder gets the parent's tokenizer, template and generation settings, byte for byte: GPTQModel changes them.
+    """
+    from gptqmodel import GPTQModel
+
+    layers = read_config(source)["num_hidden_layers"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GPTQModel.load(str(source), config, device=device)
+    model.layer_callback = lambda layer_idx, submodule_finalized: progress(layer_idx + 1, layers, "quantize")
+    samples = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)} for ids in rows]
+    batch = max(1, PADDED_TOKENS // max(map(len, rows)))
+    model.quantize(samples, batch_size=batch, **options)
+    out.mkdir(parents=True, exist_ok=True)
+    copy_beside(source, out)
+    with TemporaryDirectory(dir=out.parent) as raw:
+        model.save(raw)
+        for file in Path(raw).glob("*.safetensors*"):
+            file.chmod(0o644)
+            file.replace(out / file.name)
+        made = read_json(Path(raw) / "config.json")
+    settings = made["quantization_config"]
+    settings["meta"] = {key: settings["meta"][key] for key in SETTINGS if settings["meta"].get(key) is not None}
+    write_json(out / "config.json", {**read_config(source), "dtype": made["dtype"], "quantization_config": settings})
+    write_json(out / "quantize_config.json", settings)
