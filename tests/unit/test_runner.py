@@ -108,7 +108,9 @@ def test_a_killed_worker_continues_from_its_steps(tmp_path: Path, suite_home: Pa
 
 
 def test_a_failing_stage_says_so_and_its_siblings_go_on(tmp_path: Path) -> None:
-    text = CHAIN.format(start="", tuned='fail = "no luck"') + '[stage.sibling]\nuse = "tune"\nbase = "@start"\nsteps = 1\n'
+    text = (
+        CHAIN.format(start="", tuned='fail = "no luck"') + '[stage.sibling]\nuse = "tune"\nbase = "@start"\nsteps = 1\n'
+    )
     run_dir, error = execute(pipeline.read(pipeline_file(tmp_path, text)))
     assert error is not None
     assert "RuntimeError: no luck" in str(error)
@@ -180,7 +182,9 @@ def descendants(pid: int) -> set[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_process_and_continues(tmp_path: Path, suite_home: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_leaves_no_process_and_continues(
+    tmp_path: Path, suite_home: Path, number: signal.Signals
+) -> None:
     file = chain(tmp_path, tuned="seconds = 0.5\nsteps = 4")
     command = [sys.executable, "-m", "suite.cli", "run", str(file)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
