@@ -124,7 +124,7 @@ class _Parser:
 
     def chain(self, ops: Mapping[str, Callable[[float, float], float]], part: Callable[[], Term]) -> Term:
         term = part()
-        while (op := self.op()) in ops:
+        while (op := self.op()) is not None and op in ops:
             self.at += 1
             term = _joined(ops[op], term, part())
         return term

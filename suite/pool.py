@@ -91,10 +91,9 @@ class WorkerPool:
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-m", "suite.worker", "--warm", str(theirs.fileno())]
             environment = worker_environment(self.threads)
-            # the package may be run from a checkout
-            environment["PYTHONPATH"] = os.pathsep.join(
-                [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
-            )
+            root = Path(__file__).parent.parent
+            if (root / "pyproject.toml").is_file():  # a checkout that is not installed
+                environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
             self._server = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
             )
@@ -169,8 +168,8 @@ class WorkerPool:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         for line in lines:
             answer = json.loads(line)
-            process = self._processes.get(answer["id"])
-            if process and "pid" in answer:
-                process.pid = answer["pid"]
-            elif process:
-                process.exit = answer["exit"]
+            started = self._processes.get(answer["id"])
+            if started and "pid" in answer:
+                started.pid = answer["pid"]
+            elif started:
+                started.exit = answer["exit"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from suite.pipeline import External, Plan
+from suite.pipeline import Plan
+from suite.references import External
 from suite.runner import Outcome, safe_name
 from suite.stages import Artifact
 from suite.store import tree_files
@@ -220,6 +221,6 @@ def markdown(plan: Plan, outcomes: Mapping[str, Outcome], measured: list[Row], c
     return "\n".join(parts)
 
 
-def _table(header: tuple[str, ...], cells: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> str:
     lines = [header, tuple("---" for _ in header), *cells]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"

@@ -16,8 +16,9 @@ from typing import Any, Literal, Protocol
 
 from suite.errors import GateFailed, Interrupted, StageFailed, SuiteError
 from suite.gate import Verdict
-from suite.pipeline import External, Node, Plan, check_stage
+from suite.pipeline import Node, Plan, check_stage
 from suite.pool import Process, WorkerPool
+from suite.references import External
 from suite.stages import Artifact, kind_name
 from suite.store import Store, make_key
 

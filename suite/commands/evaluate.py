@@ -15,7 +15,9 @@ def command(verb: str, arguments: list[str]) -> int:
     """Without --url this is the `eval` stage; with it, the endpoint there is asked."""
     if not any(a == "--url" or a.startswith("--url=") for a in arguments):
         if any(a in ("-h", "--help") for a in arguments):
-            print("suite eval --url URL --model NAME [--sets A,B] asks any OpenAI endpoint: suite eval --url x --help\n")
+            print(
+                "suite eval --url URL --model NAME [--sets A,B] asks any OpenAI endpoint: suite eval --url x --help\n"
+            )
         return stage.command(verb, arguments)
     from suite.evaluate import DEFAULT_SETS, evaluate_url
 

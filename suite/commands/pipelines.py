@@ -17,8 +17,9 @@ from rich.table import Table
 from suite import pipeline, store
 from suite.commands.flags import Parser
 from suite.errors import SuiteError, near
-from suite.pipeline import External, Plan
+from suite.pipeline import Plan
 from suite.progress import JsonView, PlainView, RichView
+from suite.references import External
 from suite.runner import Outcome, Runner, View, preview, safe_name, verdict_error
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from suite.commands.flags import Parser
 from suite.config import Takes
 from suite.errors import SuiteError
-from suite.pipeline import External, Plan
-from suite.references import external
+from suite.pipeline import Plan
+from suite.references import External, external
 from suite.runner import safe_name
 
 

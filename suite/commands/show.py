@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -45,7 +46,7 @@ def runs(verb: str, arguments: list[str]) -> int:
     return 0
 
 
-def _report(run_dir: Path) -> dict[str, list[dict[str, list[dict[str, bool]]]]]:
+def _report(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "report.json"
     return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else {}
 
