@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from suite import gate as gates
-from suite import toml
+from suite import runs, store, toml
 from suite.config import ArtifactType, Config, Takes, Where, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
@@ -341,10 +341,25 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
     where = Flags(file, {}, ((),))
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
-        inputs[field] = [_source(r, type(stage).takes()[field], field, where) for r in references]
+        found = [on_command_line(r, type(stage).takes()[field], folder) for r in references]
+        for source in found:
+            if isinstance(source, SuiteError):
+                raise SuiteError(source.message, where=where((field,)), hint=source.hint)
+        inputs[field] = [s for s in found if isinstance(s, External)]
     plan = Plan(name, None, "", {name: Node(name, stage, inputs, (), (), where)})
     check_inputs(plan)
     return plan
+
+
+def on_command_line(reference: str, takes: Takes, folder: Path) -> External | SuiteError:
+    """The artifact that a flag names: a path, or `@stage` for what the newest run with that stage made."""
+    if not reference.startswith("@"):
+        return external(reference, takes, folder)
+    try:
+        found = external(str(runs.newest(store.home(), reference[1:])), takes, folder)
+    except SuiteError as error:
+        return error
+    return External(reference, found.artifact) if isinstance(found, External) else found
 
 
 class Flags(Lines):

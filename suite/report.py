@@ -14,7 +14,8 @@ from rich.table import Table
 
 from suite.pipeline import Plan
 from suite.references import External
-from suite.runner import Outcome, safe_name
+from suite.runner import Outcome
+from suite.runs import link
 from suite.stages import Artifact
 from suite.store import tree_files
 
@@ -157,7 +158,7 @@ def next_commands(plan: Plan, outcomes: Mapping[str, Outcome], run_dir: Path) ->
     def path(source: str | External) -> Path | None:
         if isinstance(source, External):
             return source.artifact.path
-        return run_dir / "artifacts" / safe_name(source) if outcomes[source].passed else None
+        return link(run_dir, source) if outcomes[source].passed else None
 
     commands = []
     if plan.serve and plan.serve_sources:
@@ -170,7 +171,7 @@ def next_commands(plan: Plan, outcomes: Mapping[str, Outcome], run_dir: Path) ->
             commands.append(f"suite chat --url http://{plan.serve.host}:{plan.serve.port} --model {name}")
     for name, outcome in outcomes.items():
         if outcome.makes == "package" and outcome.passed and outcome.artifact:
-            folder = run_dir / "artifacts" / safe_name(name)
+            folder = link(run_dir, name)
             if (outcome.artifact.path / "Modelfile").is_file():
                 commands.append(f"cd {folder} && ollama create {plan.name} -f Modelfile")
     return commands

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from suite.gate import Verdict
 from suite.pipeline import Node, Plan, check_stage
 from suite.pool import Process, WorkerPool
 from suite.references import External
+from suite.runs import safe_name
 from suite.stages import Artifact, kind_name
 from suite.store import Store, make_key
 
@@ -288,8 +288,3 @@ def verdict_error(outcomes: Mapping[str, Outcome]) -> SuiteError | None:
                     hint="see the report for all values",
                 )
     return None
-
-
-def safe_name(name: str) -> str:
-    """A stage's name as a file name."""
-    return re.sub(r"[^\w\[\],.=-]", "_", name)

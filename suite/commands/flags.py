@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tomllib
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -40,7 +40,7 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[BaseModel]) -> 
         required = " (required)" if info.is_required() else _default(info)
         text = f"{info.description or ''}{required}".replace("%", "%%")
         parser.add_argument(
-            "--" + name.replace("_", "-"), dest=f"setting {name}", metavar=_metavar(info), help=text, action="append"
+            "--" + name.replace("_", "-"), dest=f"setting {name}", metavar=type_text(info), help=text, action="append"
         )
 
 
@@ -79,9 +79,10 @@ def _value(name: str, info: FieldInfo, given: list[str]) -> Any:
         return {key: _toml(value) for key, _, value in pairs}
     if list in kinds:
         return [part for item in given for part in item.split(",") if part]
+    choices = {str(choice).lower(): choice for choice in _choices(info.annotation)}
     if given[-1] in ("true", "false") and str not in kinds:
         return given[-1] == "true"
-    return given[-1]
+    return choices.get(given[-1], given[-1])
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -91,9 +92,18 @@ def _kinds(annotation: Any) -> Iterator[Any]:
         yield origin
     elif isinstance(annotation, type):
         yield annotation
-    else:
+    elif origin is not Literal:
         for argument in get_args(annotation):
             yield from _kinds(argument)
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The values that a `Literal` inside an annotation allows."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+        return
+    for argument in get_args(annotation):
+        yield from _choices(argument)
 
 
 def _toml(text: str) -> Any:
@@ -103,8 +113,11 @@ def _toml(text: str) -> Any:
         return text
 
 
-def _metavar(info: FieldInfo) -> str:
+def type_text(info: FieldInfo) -> str:
+    """What a field takes, in a word or two for people."""
     kinds = list(_kinds(info.annotation))
+    if choices := list(_choices(info.annotation)):
+        return "|".join(str(c).lower() for c in choices)
     if dict in kinds:
         return "KEY=VALUE"
     return (

@@ -20,7 +20,8 @@ from suite.errors import SuiteError, near
 from suite.pipeline import Plan
 from suite.progress import JsonView, PlainView, RichView
 from suite.references import External
-from suite.runner import Outcome, Runner, View, preview, safe_name, verdict_error
+from suite.runner import Outcome, Runner, View, preview, verdict_error
+from suite.runs import link_artifacts, new_run
 
 
 def _parser(verb: str, description: str) -> Parser:
@@ -112,14 +113,23 @@ def execute(
     from suite import report
 
     at = store.Store(store.home())
-    run_dir = new_run(at, read)
+    described = [
+        {
+            "name": n.name,
+            "settings": n.stage.model_dump(mode="json"),
+            "after": sorted(n.after),
+            "gates": [g.text for g in n.gates],
+        }
+        for n in read.nodes.values()
+    ]
+    run_dir = new_run(at, read.name, read.text, described)
     started = time.monotonic()
     with _view(read, as_json) as view:
         runner = Runner(read, at, run_dir, view, jobs=jobs, force=force)
         try:
             runner.run()
         finally:
-            link_artifacts(run_dir, runner.outcomes)
+            link_artifacts(run_dir, [(o.name, o.artifact) for o in runner.outcomes.values() if o.artifact])
     measured = report.rows(read, runner.outcomes)
     commands = report.next_commands(read, runner.outcomes, run_dir)
     report.write(run_dir, read, runner.outcomes, measured, commands)
@@ -147,43 +157,6 @@ def _summary(
         console.print("\nnext:", highlight=False)
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-def new_run(at: store.Store, read: Plan) -> Path:
-    """A fresh run directory that holds the pipeline and the plan."""
-    folder = at.root / "runs" / safe_name(read.name)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for attempt in range(1000):
-        run_dir = folder / (stamp if not attempt else f"{stamp}-{attempt}")
-        try:
-            run_dir.mkdir(parents=True)
-            break
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise store.disk_error(error, run_dir) from None
-    (run_dir / "pipeline.toml").write_text(read.text, "utf-8")
-    described = [
-        {
-            "name": n.name,
-            "settings": n.stage.model_dump(mode="json"),
-            "after": sorted(n.after),
-            "gates": [g.text for g in n.gates],
-        }
-        for n in read.nodes.values()
-    ]
-    (run_dir / "plan.json").write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return run_dir
-
-
-def link_artifacts(run_dir: Path, outcomes: Mapping[str, Outcome]) -> None:
-    """`artifacts/<stage>` in the run's directory, for every stage that has one."""
-    (run_dir / "artifacts").mkdir(exist_ok=True)
-    for outcome in outcomes.values():
-        if outcome.artifact:
-            link = run_dir / "artifacts" / safe_name(outcome.name)
-            with contextlib.suppress(FileExistsError):
-                link.symlink_to(outcome.artifact.path)
 
 
 @contextlib.contextmanager

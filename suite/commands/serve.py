@@ -8,9 +8,9 @@ from typing import Any
 from suite.commands.flags import Parser
 from suite.config import Takes
 from suite.errors import SuiteError
-from suite.pipeline import Plan
-from suite.references import External, external
-from suite.runner import safe_name
+from suite.pipeline import Plan, on_command_line
+from suite.references import External
+from suite.runs import link
 
 
 def command(verb: str, arguments: list[str]) -> int:
@@ -61,7 +61,7 @@ def _serve(model: Path, adapters: dict[str, Path], name: str, **options: Any) ->
 
 
 def _folder(text: str, flag: str, takes: Takes) -> External:
-    found = external(text, takes, Path.cwd())
+    found = on_command_line(text, takes, Path.cwd())
     if isinstance(found, SuiteError):
         raise SuiteError(found.message, where=flag, hint=found.hint)
     return found
@@ -86,11 +86,7 @@ def serve_plan(plan: Plan, run_dir: Path) -> int:
 
     def path(field: str) -> Path:
         source = (plan.serve_sources or {})[field]
-        return (
-            source.artifact.path
-            if isinstance(source, External)
-            else (run_dir / "artifacts" / safe_name(source)).resolve()
-        )
+        return source.artifact.path if isinstance(source, External) else link(run_dir, source).resolve()
 
     table = plan.serve
     adapters = {name: path(f"adapters.{name}") for name in table.adapters}

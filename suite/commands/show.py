@@ -15,12 +15,8 @@ from rich.tree import Tree
 from suite import store
 from suite.commands.flags import Parser
 from suite.errors import SuiteError, near
+from suite.runs import all_runs
 from suite.stages import Artifact
-
-
-def all_runs(at: store.Store) -> list[Path]:
-    """Run directories, oldest first."""
-    return sorted((p for p in (at.root / "runs").glob("*/*") if p.is_dir()), key=lambda p: (p.name, p.parent.name))
 
 
 def runs(verb: str, arguments: list[str]) -> int:
@@ -29,7 +25,7 @@ def runs(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     given = parser.read(arguments)
     table = Table("run", "done", "cached", "failed", "blocked", "verdict", box=box.SIMPLE_HEAD)
-    for folder in all_runs(store.Store(store.home())):
+    for folder in all_runs(store.Store(store.home()).root):
         report = _report(folder)
         states = [s["state"] for s in report.get("stages", [])]
         counts = {state: states.count(state) for state in ("done", "cached", "failed", "blocked")}
@@ -61,7 +57,7 @@ def show(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     given = parser.read(arguments)
     at = store.Store(store.home())
-    known = all_runs(at)
+    known = all_runs(at.root)
     chosen = [r for r in known if not given.what or given.what in f"{r.parent.name}/{r.name}" or Path(given.what) == r]
     if chosen:
         return _show_run(chosen[-1], given.json)

@@ -11,7 +11,7 @@ from suite.commands.pipelines import execute
 from suite.config import parse
 from suite.errors import SuiteError
 from suite.pipeline import Flags
-from suite.runner import safe_name
+from suite.runs import link
 from suite.stages import RECORD, Artifact, kind
 from suite.store import disk_error
 
@@ -32,7 +32,7 @@ def command(verb: str, arguments: list[str]) -> int:
     run_dir, error = execute(pipeline.one_stage(verb, stage, here), as_json=given.json)
     if error:
         raise error
-    made = run_dir / "artifacts" / safe_name(verb)
+    made = link(run_dir, verb)
     if given.out:
         copy(Artifact(made.resolve(), stage.makes()), given.out)
     if not given.json:

@@ -1,0 +1,67 @@
+"""Writes docs/reference.md from the settings classes; `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from suite.cli import VERBS
+from suite.commands.flags import type_text, walk
+from suite.pipeline import Serve, Wiring
+from suite.stages import KINDS, kind
+
+PAGE = Path(__file__).parent / "reference.md"
+
+
+def table(settings: type) -> list[str]:
+    """One Markdown row a field."""
+    rows = ["| setting | values | default | what it does |", "| --- | --- | --- | --- |"]
+    for name, info in walk(settings):
+        default = "required" if info.is_required() else info.get_default(call_default_factory=True)
+        shown = (
+            "" if default is None or default is PydanticUndefined or hasattr(default, "model_dump") else f"`{default}`"
+        )
+        cells = (f"`{name}`", f"`{type_text(info)}`", shown, info.description or "")
+        rows.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
+    return [*rows, ""]
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [
+        "# Reference",
+        "",
+        "Made from the code by `docs/make_reference.py`; do not edit by hand.",
+        "",
+        "## Commands",
+        "",
+    ]
+    lines += [
+        "| command | what it does |",
+        "| --- | --- |",
+        *(f"| `suite {v}` | {text} |" for v, (text, _) in VERBS.items()),
+        "",
+    ]
+    lines += ["## Every stage's table", "", *table(Wiring), "## `[serve]`", "", *table(Serve)]
+    for name in KINDS:
+        stage = kind(name)
+        lines += [
+            f"## `{name}`",
+            "",
+            *(line.strip() for line in (stage.__doc__ or "").strip().splitlines()),
+            "",
+            *table(stage),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        raise SystemExit(
+            "docs/reference.md is out of date: python docs/make_reference.py"
+            if PAGE.read_text("utf-8") != page()
+            else 0
+        )
+    PAGE.write_text(page(), "utf-8")
