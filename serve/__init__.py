@@ -1,0 +1,1 @@
+"""Serving: OpenAI's routes over HTTP (`gateway`), the engines behind them (`backends`), our own engine (`torch`)."""

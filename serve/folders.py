@@ -116,7 +116,9 @@ def read_adapter(folder: Path) -> AdapterFolder:
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise SuiteError(
-            f"init_lora_weights = {start!r} changed the base", where=str(folder), hint="convert it to a plain LoRA first"
+            f"init_lora_weights = {start!r} changed the base",
+            where=str(folder),
+            hint="convert it to a plain LoRA first",
         )
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():

@@ -35,7 +35,7 @@ def slot_mask(
 
 
 def slot_attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

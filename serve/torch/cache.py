@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import Cache
 
-
 BLOCK = 64
 """Rows grow by this many positions: a copy of the cache every 64 steps costs little beside reading it every step."""
 
@@ -29,7 +28,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.starts = self.positions = self._batch = torch.empty(0, dtype=torch.long)
 
     def fit(self, rows: int, length: int) -> None:
-        """Make room for `rows` rows of `length` tokens. Where one of them has to grow, the other shrinks to its need."""
+        """Make room for `rows` rows of `length` tokens. Where one has to grow, the other shrinks to its need."""
         if rows > self._shape[0] or length > self._shape[1]:
             self._shape = 1 << (rows - 1).bit_length(), -(-length // BLOCK) * BLOCK
             for tensors in (self.keys, self.values):
@@ -69,7 +68,7 @@ class SlotCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new keys and values (B, kv_heads, Q, head_dim); returns all of these rows (B, kv_heads, T, head_dim)."""
+        """Store the new keys and values (B, kv_heads, Q, head_dim); returns all of the rows, (B, kv_heads, T, ...)."""
         if layer_idx not in self.keys:
             self.keys[layer_idx], self.values[layer_idx] = self._zeros(key_states), self._zeros(value_states)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -78,15 +77,15 @@ class SlotCache(Cache):  # type: ignore[misc]
         rows = slice(self.first, self.last)
         return keys[rows, :, : self.length], values[rows, :, : self.length]
 
-    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:
+    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
         """Where each row's new tokens start, (B,): the mask function adds it to the column numbers."""
         return self.starts
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
         """Length and offset of the keys that `update` returns."""
         return self.length, 0
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Tokens before this step in the longest row."""
         return self.length - self.positions.shape[1]
 

@@ -1,6 +1,6 @@
 """Continuous batching in a background thread: requests join and leave between any two steps.
 
-    submit ──> waiting ──> running rows ──> done          a step: schedule, move rows, forward, sample, tell
+submit ──> waiting ──> running rows ──> done          a step: schedule, move rows, forward, sample, tell
 """
 
 from __future__ import annotations
@@ -9,71 +9,21 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from serve.folders import check_fits, read_adapter, read_model
+from serve.generation import Finish, Generation, Request
 from serve.torch.cache import SlotCache
 from serve.torch.loading import cache_cells, load_model
 from serve.torch.lora import MultiLora
-from serve.torch.sampling import Sampling, Scored, sample, score
-from serve.torch.scheduler import Scheduler, Sequence, Step
+from serve.torch.sampling import sample, score
+from serve.torch.scheduler import Scheduler, Step
 from suite.errors import SuiteError, near
 
 log = logging.getLogger("serve")
-
-Finish = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate. `adapter` "" is the base; `max_tokens` 0 only reads the prompt."""
-
-    prompt: list[int]
-    adapter: str = ""
-    max_tokens: int = 16
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: frozenset[int] = frozenset()
-    """The generation ends with any of these tokens (which is kept as its last token)."""
-    stop: Callable[[int], bool] | None = None
-    """Given each new token in turn, in the engine's thread; True ends the generation."""
-    logprobs: int | None = None
-    """Score the new tokens, with that many of the likeliest at each place."""
-    prompt_logprobs: int | None = None
-    """Score the prompt too; its first token has no score."""
-
-
-class Generation(Sequence):
-    """A request on its way: `new` grows while it runs; `finish` says why it ended."""
-
-    def __init__(self, request: Request) -> None:
-        super().__init__(list(request.prompt))
-        self.request = request
-        self.scores: list[Scored] = []
-        self.prompt_scores: list[Scored] = []
-        self.finish: Finish | None = None
-        self.error = ""
-        self.cancelled = False
-        self._done = threading.Event()
-
-    @property
-    def new(self) -> list[int]:
-        """The tokens generated so far."""
-        return self.tokens[len(self.request.prompt) :]
-
-    def wait(self, seconds: float | None = None) -> Generation:
-        """Block until it ended; raises TimeoutError after `seconds`."""
-        if not self._done.wait(seconds):
-            raise TimeoutError(f"not finished after {seconds} s")
-        return self
-
-    def end(self, finish: Finish, error: str = "") -> None:
-        """Note why it ended, and wake whoever waits."""
-        self.finish, self.error = finish, error
-        self._done.set()
 
 
 class Engine:
@@ -92,7 +42,7 @@ class Engine:
         dtype: str = "auto",
         max_batch: int = 64,
         max_length: int | None = None,
-        notify: Callable[[list[Generation]], None] = lambda generations: None,
+        notify: Callable[[list[Generation]], None] = lambda _: None,
     ) -> None:
         folder = read_model(model)
         loras = {name: read_adapter(path) for name, path in (adapters or {}).items()}
@@ -210,7 +160,10 @@ class Engine:
         device, width = self.model.device, step.width
         starts = torch.tensor([row.cached for row in step.rows])
         counts = torch.tensor(step.counts)
-        ids = [row.tokens[row.cached : row.cached + n] + [0] * (width - n) for row, n in zip(step.rows, step.counts)]
+        ids = [
+            row.tokens[row.cached : row.cached + read] + [0] * (width - read)
+            for row, read in zip(step.rows, step.counts, strict=True)
+        ]
         running = self.scheduler.running
         self._cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
         self._cache.begin(step.first, starts.to(device), width, int((starts + width).max()))

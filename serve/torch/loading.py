@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import psutil
 import torch
 
 from serve.folders import ModelFolder
@@ -13,8 +12,8 @@ from serve.torch.attention import register
 from suite.errors import SuiteError, near
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CACHE_SHARE = 0.5
-"""Of the memory that is free after loading, this much may hold keys and values."""
+CPU_SHARE, GPU_SHARE = 0.25, 0.6
+"""How much of a machine's memory, or of what is free on a GPU after loading, may hold keys and values."""
 
 
 def load_model(folder: ModelFolder, dtype: str) -> Any:
@@ -44,5 +43,8 @@ def cache_cells(model: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
-    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    return max(1024, int(CACHE_SHARE * free) // per_token)
+    if model.device.type == "cuda":
+        memory = GPU_SHARE * torch.cuda.mem_get_info(model.device)[0]
+    else:
+        memory = CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1024, int(memory / per_token))

@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one request picks its tokens. Temperature 0 takes the likeliest; `top_k` 0 and `top_p` 1 leave all in."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    """The same seed gives the same tokens, whatever runs beside it."""
-    random: random.Random = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "random", random.Random(self.seed))
+from serve.generation import Sampling, Scored
 
 
 def sample(logits: torch.Tensor, rules: Sequence[Sampling]) -> list[int]:
@@ -38,7 +23,7 @@ def sample(logits: torch.Tensor, rules: Sequence[Sampling]) -> list[int]:
 def _draw(logits: torch.Tensor, rules: list[Sampling]) -> list[int]:
     """Invert the distribution function at one uniform number a row, so a row's token depends on that row alone."""
 
-    def column(values: list[float]) -> torch.Tensor:
+    def column(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     scaled = logits / column([rule.temperature for rule in rules])
@@ -56,15 +41,6 @@ def _draw(logits: torch.Tensor, rules: list[Sampling]) -> list[int]:
     # rounding may land the search behind the last token that is left in
     index = torch.minimum(index, (probabilities > 0).sum(-1, keepdim=True) - 1)
     return ids.gather(-1, index)[:, 0].tolist()
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A token with its log probability under the model (before temperature), and the likeliest ones at its place."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scored]:

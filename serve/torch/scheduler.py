@@ -7,31 +7,16 @@ read yet follow, so that a step always works on one slice of the cache:
           decode decode decode prefill  prefill  (free)
           └──── decoding ────┘ └ running[3:] ┘
 
-Where a sequence leaves or changes sides, rows are copied; `take_moves()` lists what to copy before the next step.
+Where a generation leaves or changes sides, rows are copied; `take_moves()` lists what to copy before the next step.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from typing import NamedTuple
 
-_arrivals = count()
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Token ids of a prompt and of what was generated after it; `cached` of them have keys and values in their row."""
-
-    tokens: list[int]
-    cached: int = 0
-    arrival: int = field(default_factory=_arrivals.__next__)
-
-    @property
-    def left(self) -> int:
-        """How many tokens have to be read before the next one can be sampled; 1 while decoding."""
-        return len(self.tokens) - self.cached
+from serve.generation import Generation
 
 
 class Move(NamedTuple):
@@ -47,7 +32,7 @@ class Step:
     """One forward pass over rows `first` to `first + len(rows)`, reading `counts[i]` more tokens of `rows[i]`."""
 
     first: int
-    rows: list[Sequence]
+    rows: list[Generation]
     counts: list[int]
 
     @property
@@ -59,32 +44,32 @@ class Step:
 class Scheduler:
     """Continuous batching over at most `max_rows` rows.
 
-    `max_cells` bounds the cache: rows x (longest sequence, rounded up to `block`). Sequences start in the order they
+    `max_cells` bounds the cache: rows x (longest one, rounded up to `block`). Generations start in the order they
     came. When those that run outgrow the cache, the youngest one waits again and is read anew later (its tokens are
-    kept), so the oldest always goes on and everything finishes. A sequence longer than `max_cells` must not be added.
-    A prefill step reads at most `chunk` tokens of a sequence and about `budget` tokens in all, and a decode step is made
-    between two of them: a long prompt delays nobody for more than one chunk.
+    kept), so the oldest always goes on and everything finishes; one that can outgrow the cache alone must not be added.
+    A prefill step reads at most `chunk` tokens of a generation and about `budget` tokens in all, and a decode step is
+    made between two of them: a long prompt delays nobody for more than one chunk.
     """
 
     def __init__(self, max_rows: int, max_cells: int, *, chunk: int = 512, budget: int = 1024, block: int = 64) -> None:
         self.max_rows, self.max_cells = max_rows, max_cells
         self.chunk, self.budget, self.block = chunk, budget, block
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[Generation] = deque()
+        self.running: list[Generation] = []
         self.decoding = 0
         self._moves: list[Move] = []
         self._prefilled = False
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind the others."""
-        self.waiting.append(sequence)
+    def add(self, generation: Generation) -> None:
+        """Queue a generation behind the others."""
+        self.waiting.append(generation)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not; its row is free at once."""
-        if sequence in self.running:
-            self._free(self.running.index(sequence))
+    def remove(self, generation: Generation) -> None:
+        """Forget a generation, finished or not; its row is free at once."""
+        if generation in self.running:
+            self._free(self.running.index(generation))
         else:
-            self.waiting.remove(sequence)
+            self.waiting.remove(generation)
 
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to do. Follow it by `take_moves`, the work, and `advance`."""
@@ -103,29 +88,29 @@ class Scheduler:
         moves, self._moves = self._moves, []
         return moves
 
-    def advance(self, step: Step) -> list[Sequence]:
-        """Note that `step` was done; returns the sequences that now have all tokens read: one more is to be sampled."""
+    def advance(self, step: Step) -> list[Generation]:
+        """Note that `step` was done; returns the generations that have all tokens read, so that one more is due."""
         ready = []
-        for sequence, read in zip(step.rows, step.counts, strict=True):
-            sequence.cached += read
-            if sequence.left == 0:
-                ready.append(sequence)
+        for generation, read in zip(step.rows, step.counts, strict=True):
+            generation.cached += read
+            if generation.left == 0:
+                ready.append(generation)
         if step.first == self.decoding:  # a prefill step
-            for sequence in ready:
-                self._swap(self.running.index(sequence), self.decoding)
+            for generation in ready:
+                self._swap(self.running.index(generation), self.decoding)
                 self.decoding += 1
         return ready
 
     def _prefill(self) -> Step:
-        rows: list[Sequence] = []
+        rows: list[Generation] = []
         width = 0
-        for sequence in self.running[self.decoding :]:
-            wider = max(width, min(sequence.left, self.chunk))
+        for generation in self.running[self.decoding :]:
+            wider = max(width, min(generation.left, self.chunk))
             if rows and wider * (len(rows) + 1) > self.budget:
                 break
-            rows.append(sequence)
+            rows.append(generation)
             width = wider
-        return Step(self.decoding, rows, [min(sequence.left, self.chunk) for sequence in rows])
+        return Step(self.decoding, rows, [min(generation.left, self.chunk) for generation in rows])
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_rows:
@@ -136,13 +121,13 @@ class Scheduler:
 
     def _preempt(self) -> None:
         row = max(range(len(self.running)), key=lambda i: self.running[i].arrival)
-        sequence = self.running[row]
+        generation = self.running[row]
         self._free(row)
-        sequence.cached = 0
-        self.waiting.appendleft(sequence)
+        generation.cached = 0
+        self.waiting.appendleft(generation)
 
-    def _cells(self, rows: list[Sequence], more: int = 0) -> int:
-        longest = max(len(sequence.tokens) for sequence in rows) + more
+    def _cells(self, rows: list[Generation], more: int = 0) -> int:
+        longest = max(len(generation.tokens) for generation in rows) + more
         return len(rows) * -(-longest // self.block) * self.block
 
     def _free(self, row: int) -> None:
