@@ -1,0 +1,86 @@
+"""Which option a reply chooses, from replies as models write them: the first explicit answer wins.
+
+A model that answers right and then runs on into the next question is right; one that names no option, or weighs two
+without deciding, gave no answer. Three readings are tried in turn: the reply begins with a letter; an announcement
+("the answer is", "答案：", "故选") is followed by one; one capital letter alone is named and not denied.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+
+OPEN = (
+    r"[\s*_`'\"(\[{<“‘「『【《$]*(?:\\(?:boxed|text|mathrm|mathbf)\{\s*)*[\s*(]*(?:(?:option|choice)\s+|选项\s*|选\s*)?"
+)
+"""What may stand before the letter: quotes, brackets, emphasis, LaTeX, the word "option"."""
+
+END = r"(?![A-Za-z0-9_'’+#]|-[A-Za-z0-9]|\.[A-Za-z]\.)"
+"""The letter is not the beginning of a word, a contraction, C++, A-level or e.g."""
+
+ANNOUNCED = re.compile(
+    r"""\b(?:answers?|choice|option|solution)\s*(?:should\s+be|would\s+be|must\s+be|is|are|:|=|->)+
+      | \b(?:answer|go|choose|pick|select|chose|picked|selected)\s+(?:with\s+)?(?=[\W_]*(?:option\s+|choice\s+)?[A-Z]\b)
+      | (?:答案|选项)\s*(?:应该|应当|应|就|便)?(?:是|为|选|选择)?\s*:?
+      | (?<![不别没])选(?:择|(?!项))\s*:?
+      | \\boxed(?=\{)
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|nor|isn['’]?t|never|can(?:no|['’])t\s+be|than|rule\s+out|exclude|eliminate)\b|不是|并非|不选|不为|而非|排除)"
+    r"[\s*_`'\"(\[“‘「]*(?:(?:option|choice)\s+|选项\s*)?$",
+    re.IGNORECASE,
+)
+DENIED_AFTER = re.compile(
+    r"[\s*_`'\")\]”’」.:,、]*(?:选项)?\s*"
+    r"(?:(?:is|are|was|looks|seems)\s+(?:not|wrong|incorrect|false|impossible)|isn['’]?t|是?(?:错|不对|不正确|不是|有误))",
+    re.IGNORECASE,
+)
+VERB = re.compile(r"\s+(?:is|because|since|as|seems|would|must|should)\b")
+ANOTHER = re.compile(r"\s*(?:or|and|/|,|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
+
+
+def letter(reply: str, letters: str = "ABCD") -> str | None:
+    """The option that the reply chooses, in upper case, or None where it does not say."""
+    text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply)).strip()
+    one = re.compile(f"{OPEN}([{letters}]){END}", re.IGNORECASE)
+    return _leading(text, one) or _announced(text, one) or _only(text, letters)
+
+
+def _leading(text: str, one: re.Pattern[str]) -> str | None:
+    """`B`, `b)`, `(B) because`, `**B**: ...`, and also `B Question: ...` of a model that runs on."""
+    found = one.match(text)
+    if not found:
+        return None
+    rest = text[found.end() :]
+    in_words = re.match(r"[ \t]+\w", rest) and not VERB.match(rest)
+    if ANOTHER.match(rest) or DENIED_AFTER.match(rest) or (in_words and (found[1].islower() or found[1] in "AI")):
+        return None
+    return found[1].upper()
+
+
+def _announced(text: str, one: re.Pattern[str]) -> str | None:
+    """The letter after the first announcement that is followed by one."""
+    for announcement in ANNOUNCED.finditer(text):
+        found = one.match(text, announcement.end())
+        if found and not _is_word(found[1], text[found.end() :]) and not DENIED_AFTER.match(text, found.end()):
+            return found[1].upper()
+    return None
+
+
+def _only(text: str, letters: str) -> str | None:
+    """The one capital letter that stands alone in the reply and is not denied; None where there are several."""
+    named = set()
+    for found in re.finditer(rf"(?<![A-Za-z0-9_'’.\-])[{letters}]{END}", text):
+        before, rest = text[: found.start()], text[found.end() :]
+        if not (_is_word(found[0], rest) or DENIED_BEFORE.search(before) or DENIED_AFTER.match(rest)):
+            named.add(found[0])
+    return named.pop() if len(named) == 1 else None
+
+
+def _is_word(letter: str, rest: str) -> bool:
+    """Whether the letter is the English article or pronoun: "A dog ...", "I think ..."."""
+    return letter in "aAI" and bool(re.match(r"[ \t]+[a-z]", rest)) and not VERB.match(rest) and not ANOTHER.match(rest)

@@ -1,0 +1,148 @@
+"""From questions and replies to scores: nothing leaves the denominator.
+
+A failed question scores 0, a reply that names no option is wrong, a truncated one is scored as it stands; all three are
+counted beside the score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from evalsets import metrics
+from evalsets.ask import Reply, Request
+from evalsets.extract import letter
+from evalsets.sets import EvalSet, Question
+from evalsets.statistics import bootstrap, wilson
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a set gave: the figures of the whole, of each subset, and one row for each question, in order of id."""
+
+    total: dict[str, Any]
+    subsets: dict[str, dict[str, Any]]
+    rows: list[Row]
+
+
+def request(asked: EvalSet, question: Question, model: str) -> Request:
+    """What is sent for a question."""
+    if asked.kind == "perplexity":
+        body = {"model": model, "prompt": question.text, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
+        return Request(question.id, "completions", body)
+    generation = asked.file.generation
+    body = {
+        "model": model, "messages": list(question.messages), "max_tokens": generation.max_tokens,
+        "temperature": generation.temperature, "seed": generation.seed,
+    }  # fmt: skip
+    if generation.stop:
+        body["stop"] = generation.stop
+    return Request(question.id, "chat/completions", body)
+
+
+def score(asked: EvalSet, questions: list[Question], replies: Mapping[str, Reply]) -> Scores:
+    """Score every question of a set; a question without a reply is a failed one."""
+    row = _ROW[asked.kind]
+    rows = []
+    for question in questions:
+        reply = replies.get(question.id) or Reply(question.id, "", error="not asked")
+        rows.append(_common(question, reply) | row(asked, question, reply))
+    subsets = sorted({r["subset"] for r in rows})
+    parts = {name: [r for r in rows if r["subset"] == name] for name in subsets}
+    total = figures(asked, rows)
+    each = {name: figures(asked, part) for name, part in parts.items()}
+    if asked.kind == "choice":
+        total["macro"] = fmean(part["acc"] for part in each.values())
+    return Scores(total, each, rows)
+
+
+def _common(question: Question, reply: Reply) -> Row:
+    prompt = list(question.messages) or question.text
+    return {
+        "id": question.id, "digest": question.digest, "subset": question.subset, "language": question.language,
+        "prompt": prompt, "reply": reply.text, "finish": reply.finish, "tokens": reply.tokens, "error": reply.error,
+    }  # fmt: skip
+
+
+def _choice(_: EvalSet, question: Question, reply: Reply) -> Row:
+    chosen = letter(reply.text, question.letters)
+    return {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
+
+
+def _qa(asked: EvalSet, question: Question, reply: Reply) -> Row:
+    row: Row = {"expected": question.expected}
+    if "rouge" in asked.file.metrics:
+        row |= metrics.rouge(question.language, reply.text, question.expected)
+    if "exact" in asked.file.metrics:
+        row["exact"] = metrics.exact(reply.text, question.expected) if not reply.error else 0.0
+    return row | {"score": row[headline(asked)]}
+
+
+def _perplexity(_: EvalSet, question: Question, reply: Reply) -> Row:
+    return {"nll": -math.fsum(reply.logprobs), "tokens": len(reply.logprobs), "bytes": len(question.text.encode())}
+
+
+_ROW: dict[str, Callable[[EvalSet, Question, Reply], Row]] = {
+    "choice": _choice, "qa": _qa, "perplexity": _perplexity,
+}  # fmt: skip
+
+
+def headline(asked: EvalSet) -> str:
+    """The figure that stands for a set, has the interval and decides comparisons."""
+    if asked.kind == "qa":
+        return {"rouge": "rougeL", "exact": "exact"}[asked.file.metrics[0]]
+    return {"choice": "acc", "perplexity": "ppl"}[asked.kind]
+
+
+def figures(asked: EvalSet, rows: list[Row]) -> dict[str, Any]:
+    """The figures of some scored rows of a set."""
+    counts = {
+        "n": len(rows),
+        "failed": sum(bool(r["error"]) for r in rows),
+        "truncated": sum(r["finish"] == "length" for r in rows) if asked.kind != "perplexity" else 0,
+    }
+    if asked.kind == "choice":
+        right = sum(r["score"] == 1 for r in rows)
+        low, high = wilson(right, len(rows))
+        unparsed = sum(r["parsed"] is None and not r["error"] for r in rows)
+        return {"acc": right / len(rows), "low": low, "high": high, **counts, "unparsed": unparsed}
+    if asked.kind == "qa":
+        low, high = bootstrap([r["score"] for r in rows])
+        return {**_qa_figures(asked, rows), "low": low, "high": high, **counts}
+    return {**_perplexity_figures(rows), **counts}
+
+
+def _qa_figures(asked: EvalSet, rows: list[Row]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for metric in asked.file.metrics:
+        if metric == "bleu":
+            found["bleu"] = _bleu(rows)
+        else:
+            names = metrics.ROUGE if metric == "rouge" else ("exact",)
+            found |= {name: fmean(r[name] for r in rows) for name in names}
+    return found
+
+
+def _bleu(rows: list[Row]) -> float:
+    """Corpus BLEU of each language by its own tokenizer; of several, the mean weighted by questions."""
+    total = 0.0
+    for language in sorted({r["language"] for r in rows}):
+        part = [r for r in rows if r["language"] == language]
+        total += len(part) * metrics.bleu(language, [r["reply"] for r in part], [r["expected"] for r in part])
+    return total / len(rows)
+
+
+def _perplexity_figures(rows: list[Row]) -> dict[str, float | None]:
+    """exp of the mean negative log-likelihood of a token, over the tokens of all texts that were answered."""
+    answered = [r for r in rows if not r["error"]]
+    if not answered:
+        return {"ppl": None, "low": None, "high": None}
+    nll, tokens = [r["nll"] for r in answered], [r["tokens"] for r in answered]
+    low, high = bootstrap(nll, tokens)
+    mean = math.fsum(nll) / sum(tokens)
+    return {"ppl": math.exp(mean), "low": math.exp(low), "high": math.exp(high), "tokens": sum(tokens)}
