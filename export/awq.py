@@ -11,13 +11,13 @@ from export import calibrated
 def quantize(
     source: Path,
     out: Path,
-    rows: Sequence[Sequence[int]],
+    blocks: Sequence[Sequence[int]],
     progress: Callable[[float, float, str], None],
     *,
     bits: int,
     group_size: int,
 ) -> None:
-    """Write the model in `source` to `out` in the AWQ format, calibrated on `rows` of token ids."""
+    """Write the model in `source` to `out` in the AWQ format, calibrated on `blocks` (N, T) of token ids."""
     import torch
     from gptqmodel import BACKEND, QuantizeConfig
     from gptqmodel.quantization import FORMAT, METHOD
@@ -28,4 +28,4 @@ def quantize(
     )
     # the automatic choice asks for CUDA
     backend = BACKEND.AUTO if torch.cuda.is_available() else BACKEND.AWQ_TORCH
-    calibrated.quantize(source, out, config, rows, progress, backend=backend)
+    calibrated.quantize(source, out, config, blocks, progress, backend=backend)

@@ -15,8 +15,8 @@ from export.folder import copy_beside, read_config, read_json, write_json
 # with one worker a core, a machine of two cores has a pool of one, and GPTQModel stops; read when it is imported
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
 
-PADDED_TOKENS = 4096
-"""Tokens in one forward, with padding."""
+TOKENS = 4096
+"""Tokens in one forward."""
 SETTINGS = ("quantizer", "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "act_group_aware")
 """What of the `meta` table says how the weights were made; the rest describes the machine, temporary paths included."""
 COMMON: dict[str, Any] = {
@@ -29,11 +29,11 @@ def quantize(
     source: Path,
     out: Path,
     config: Any,
-    rows: Sequence[Sequence[int]],
+    blocks: Sequence[Sequence[int]],
     progress: Callable[[float, float, str], None],
     **options: Any,
 ) -> None:
-    """Quantize the model in `source` into `out`, by `config` (a GPTQModel QuantizeConfig) and samples of token ids.
+    """Quantize the model in `source` into `out`, by `config` (a GPTQModel QuantizeConfig) and blocks (N, T) of token ids.
 
     The folder gets the parent's tokenizer, template and generation settings, byte for byte: GPTQModel changes them.
     """
@@ -43,8 +43,8 @@ def quantize(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPTQModel.load(str(source), config, device=device)
     model.layer_callback = lambda layer_idx, submodule_finalized: progress(layer_idx + 1, layers, "quantize")
-    samples = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)} for ids in rows]
-    batch = max(1, PADDED_TOKENS // max(map(len, rows)))
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.tensor(blocks).split(1)]
+    batch = max(1, TOKENS // len(blocks[0]))
     model.quantize(samples, batch_size=batch, **options)
     out.mkdir(parents=True, exist_ok=True)
     copy_beside(source, out)

@@ -1,4 +1,7 @@
-"""Calibration samples: conversations drawn by seed, rendered by the model's own chat template."""
+"""Calibration samples: conversations drawn by seed, rendered by the model's own chat template, cut to equal blocks.
+
+Equal, because GPTQModel's AWQ uses only the first batch of samples when their lengths differ, and says nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from suite.chat import Chat, Message
 from suite.errors import SuiteError
 
 SHORTEST = 11
-"""GPTQModel leaves out samples of fewer tokens."""
+"""GPTQModel leaves out blocks of fewer tokens."""
 FEW = 32
 HELD_OUT = 8
 """Conversations left aside, on which the result is compared with its parent."""
@@ -20,19 +23,18 @@ HELD_OUT = 8
 
 @dataclass(frozen=True)
 class Drawn:
-    """`ids`: token ids of each sample; `held_out`: conversations that are not among them; `warning`: what may be wrong."""
+    """`blocks` (N, T) of token ids; `held_out`: conversations not among them; `warning`: what may be wrong."""
 
-    ids: list[list[int]]
+    blocks: list[list[int]]
+    conversations: int
     held_out: list[list[Message]]
     warning: str = ""
 
 
-def draw(
-    model: Path, files: Sequence[Path], fill: Mapping[str, str], samples: int, length: int, seed: int
-) -> Drawn:
-    """Draw `samples` conversations of up to `length` tokens from `files`, and some more to hold out.
+def draw(model: Path, files: Sequence[Path], fill: Mapping[str, str], samples: int, length: int, seed: int) -> Drawn:
+    """Draw `samples` conversations from `files`, joined and cut into blocks of `length` tokens, and hold some out.
 
-    Raises SuiteError when there is none that is long enough.
+    Raises SuiteError when they have too few tokens for one block that can be used.
     """
     chat = Chat.load(model)
     rows = data.Rows()
@@ -40,18 +42,14 @@ def draw(
         rows.extend(data.read(file, fill))
     conversations = rows.conversations
     random.Random(seed).shuffle(conversations)
-    left = max(0, min(HELD_OUT, len(conversations) - samples))
-    held_out, conversations = conversations[:left], conversations[left:]
-    ids: list[list[int]] = []
-    for row in conversations:
-        tokens = chat.ids(row.messages, row.tools)[:length]
-        if len(tokens) >= SHORTEST:
-            ids.append(tokens)
-        if len(ids) == samples:
-            break
-    if not ids:
-        raise SuiteError(f"no conversation has {SHORTEST} tokens or more", where=", ".join(map(str, files)))
+    drawn, rest = conversations[:samples], conversations[samples:]
+    tokens = [token for row in drawn for token in chat.ids(row.messages, row.tools)]
+    if len(tokens) < SHORTEST:
+        raise SuiteError("the calibration data has no usable conversation", where=", ".join(map(str, files)))
+    size = min(length, len(tokens))
+    blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
     warning = rows.account()
-    if len(ids) < min(samples, FEW):
-        warning = f"calibrated on {len(ids)} conversations only; {FEW} or more give steadier results. {warning}".rstrip()
-    return Drawn(ids, [c.messages for c in held_out if not c.tools], warning)
+    if len(drawn) < min(samples, FEW):
+        few = f"calibrated on {len(drawn)} conversations only; {FEW} or more give steadier results"
+        warning = f"{few}. {warning}".removesuffix(". ")
+    return Drawn(blocks, len(drawn), [row.messages for row in rest[:HELD_OUT]], warning)

@@ -11,7 +11,7 @@ from export import calibrated
 def quantize(
     source: Path,
     out: Path,
-    rows: Sequence[Sequence[int]],
+    blocks: Sequence[Sequence[int]],
     progress: Callable[[float, float, str], None],
     *,
     bits: int,
@@ -19,8 +19,8 @@ def quantize(
     desc_act: bool,
     sym: bool,
 ) -> None:
-    """Write the model in `source` to `out` in the GPTQ format, calibrated on `rows` of token ids."""
+    """Write the model in `source` to `out` in the GPTQ format, calibrated on `blocks` (N, T) of token ids."""
     from gptqmodel import QuantizeConfig
 
     config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, **calibrated.COMMON)
-    calibrated.quantize(source, out, config, rows, progress)
+    calibrated.quantize(source, out, config, blocks, progress)

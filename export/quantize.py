@@ -49,8 +49,8 @@ class Quantize(Stage):
     """Values for `{{placeholders}}` in the calibration data."""
     samples: int = Field(128, ge=1)
     """Conversations to calibrate on."""
-    length: int = Field(512, ge=16)
-    """Tokens of a conversation that are used, at most."""
+    length: int = Field(256, ge=16)
+    """Tokens of the blocks into which they are joined and cut."""
     seed: int = 0
     """Decides which conversations are drawn."""
 
@@ -109,8 +109,8 @@ class Quantize(Stage):
             if drawn.warning:
                 job.warn(drawn.warning)
             held_out = drawn.held_out
-            metrics["calibration"] = {"samples": len(drawn.ids), "tokens": sum(map(len, drawn.ids))}
-            self._calibrated(source, job, drawn.ids)
+            metrics["calibration"] = {"samples": drawn.conversations, "tokens": sum(map(len, drawn.blocks))}
+            self._calibrated(source, job, drawn.blocks)
         metrics["bytes"], metrics["parent_bytes"] = _weight_bytes(job.out), _weight_bytes(source)
         metrics["parity"] = parity.measure(
             lambda: parity.load(source),
@@ -120,14 +120,14 @@ class Quantize(Stage):
         )
         return metrics
 
-    def _calibrated(self, source: Path, job: Job, rows: list[list[int]]) -> None:
+    def _calibrated(self, source: Path, job: Job, blocks: list[list[int]]) -> None:
         from export import awq, gptq
 
         if self.method == "awq":
-            awq.quantize(source, job.out, rows, job.progress, bits=self.bits, group_size=self.group_size)
+            awq.quantize(source, job.out, blocks, job.progress, bits=self.bits, group_size=self.group_size)
             return
         settings = {"bits": self.bits, "group_size": self.group_size, "desc_act": self.desc_act, "sym": self.sym}
-        gptq.quantize(source, job.out, rows, job.progress, **settings)
+        gptq.quantize(source, job.out, blocks, job.progress, **settings)
 
 
 def _widths(config: dict[str, Any]) -> dict[str, int]:
