@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
 def write(folder: Path, history: Sequence[Mapping[str, float]]) -> None:

@@ -7,11 +7,13 @@ each other and the loss is that of the rows alone.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ import transformers
 import trl
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from torch.nn import functional
 
 from suite import data
 from suite.chat import Chat
@@ -41,6 +44,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+SMALL_LOGITS = 1 << 26
 CONFIG_FILES = ("config.json", "generation_config.json")
 
 
@@ -199,6 +203,31 @@ class Trainer(trl.SFTTrainer):  # type: ignore[misc]
         mask = inputs.get("attention_mask")
         self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Mean cross entropy (nats) over the learnt tokens of a step.
+
+        TRL's fused head saves memory by scoring every position twice, in pieces. Off the GPU, where the logits of the
+        learnt positions (B, K, vocabulary) are small, scoring these once takes half the time.
+        """
+        kept = (inputs["labels"][:, 1:] != -100).any(0).nonzero().squeeze(1)  # (K,)
+        size = inputs["labels"].size(0) * len(kept) * self.model.config.get_text_config().vocab_size
+        if return_outputs or not self._direct or size > SMALL_LOGITS:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:][:, kept]  # (B, K)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits  # (B, K, vocabulary)
+        total = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / (num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum())
+
+    @cached_property
+    def _direct(self) -> bool:
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
+        plain = self.args.loss_type == "nll" and not self.args.label_smoothing_factor and not self.aux_loss_enabled
+        return plain and takes_positions and self.args.device.type == "cpu"
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave out TRL's card, which it writes into every checkpoint."""
