@@ -63,6 +63,7 @@ class WorkerPool:
     """A warm server and the processes that it forked; use it as a context manager."""
 
     threads: int
+    log: Path
     _server: subprocess.Popen[bytes] | None = None
     _connection: socket.socket | None = None
     _selector: selectors.DefaultSelector = field(default_factory=selectors.DefaultSelector)
@@ -94,9 +95,15 @@ class WorkerPool:
             root = Path(__file__).parent.parent
             if (root / "pyproject.toml").is_file():  # a checkout that is not installed
                 environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
-            self._server = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL
-            )
+            with self.log.open("ab") as log:  # what libraries say while they are imported
+                self._server = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
             theirs.close()
             self._connection = ours
             self._selector.register(ours, selectors.EVENT_READ)

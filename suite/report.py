@@ -10,7 +10,9 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from suite.pipeline import Plan
 from suite.references import External
@@ -148,7 +150,7 @@ def show(console: Console, measured: list[Row]) -> None:
     for row in measured:
         *cells, verdict = row.cells()
         style = styles.get(verdict, "")
-        table.add_row(*cells, f"[{style}]{verdict}[/]" if style else verdict)
+        table.add_row(*map(escape, cells), Text(verdict, style=style))
     console.print(table)
 
 

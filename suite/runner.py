@@ -125,7 +125,8 @@ class Runner:
         """Run to the end; raises Interrupted on Ctrl-C or SIGTERM after every process has ended."""
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with WorkerPool(threads=max(1, (os.cpu_count() or 1) // self.jobs)) as pool:
+            threads = max(1, (os.cpu_count() or 1) // self.jobs)
+            with WorkerPool(threads, self.run_dir / "worker.log") as pool:
                 try:
                     self._loop(pool)
                 finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from suite import pipeline, store
@@ -22,6 +23,8 @@ from suite.progress import JsonView, PlainView, RichView
 from suite.references import External
 from suite.runner import Outcome, Runner, View, preview, verdict_error
 from suite.runs import link_artifacts, new_run
+
+WIDE = 160  # columns of a table that goes to a file
 
 
 def _parser(verb: str, description: str) -> Parser:
@@ -49,21 +52,15 @@ def _show_plan(read: Plan, as_json: bool) -> int:
     table = Table("stage", "kind", "makes", "from", "then", box=box.SIMPLE_HEAD)
     for outcome in outcomes.values():
         row = _planned(read, outcome)
-        table.add_row(row["stage"], row["kind"], row["makes"], ", ".join(row["from"]), row["then"])
-    Console().print(table)
+        table.add_row(*map(escape, (row["stage"], row["kind"], row["makes"], ", ".join(row["from"]), row["then"])))
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     return 0
 
 
 def _planned(read: Plan, outcome: Outcome) -> dict[str, Any]:
     node = read.nodes[outcome.name]
     sources = [s.name if isinstance(s, External) else f"@{s}" for group in node.inputs.values() for s in group]
-    then = (
-        "cached"
-        if outcome.state == "cached"
-        else "to run"
-        if outcome.key
-        else "to run, unless its inputs come out as before"
-    )
+    then = "cached" if outcome.state == "cached" else "to run" if outcome.key else "to run if its inputs change"
     return {
         "stage": outcome.name,
         "kind": outcome.kind,
@@ -138,7 +135,7 @@ def execute(
         summary = {"event": "end", "ok": error is None, "run": str(run_dir), "report": str(run_dir / "report.json")}
         print(json.dumps(summary), flush=True)
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = Console(width=None if sys.stdout.isatty() else WIDE)
         report.show(console, measured)
         _summary(console, runner.outcomes, run_dir, commands, time.monotonic() - started)
     return run_dir, error

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
@@ -95,7 +96,7 @@ def _show_artifact(artifact: Artifact, as_json: bool) -> int:
         return 0
     console = Console()
     made = f"{record['type']} made by {record['kind']} on {record['made']} in {record['seconds']:.1f} s"
-    console.print(f"[bold]{record['name']}[/]: {made}")
+    console.print(f"[bold]{escape(record['name'])}[/]: {made}")
     console.print(str(artifact.path), soft_wrap=True)
     tree = Tree("made from")
     lineage(artifact, tree)
@@ -111,5 +112,5 @@ def lineage(artifact: Artifact, tree: Tree) -> None:
     for field, made_from in artifact.record.get("inputs", {}).items():
         for source in made_from:
             there = "" if Path(source["path"]).exists() else " (gone)"
-            branch = tree.add(f"{field}: {source['name']} ({source['type']}, {source['digest'][:12]}){there}")
+            branch = tree.add(escape(f"{field}: {source['name']} ({source['type']}, {source['digest'][:12]}){there}"))
             lineage(Artifact(Path(source["path"]), source["type"], source["digest"]), branch)

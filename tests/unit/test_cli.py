@@ -14,7 +14,7 @@ from suite.cli import VERBS, main
 from suite.stages import KINDS, kind
 from tests.unit.kinds import pipeline_file
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib")
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "matplotlib")
 
 
 def imported_by(code: str) -> set[str]:
@@ -64,7 +64,7 @@ def test_planning_the_quickstart_needs_no_torch() -> None:
         (["run", "PIPELINE", "--force", "strat"], "did you mean 'start'?"),
         (["run", "PIPELINE", "--serve"], "needs a [serve] table"),
         (["show", "nothing"], "no run or artifact 'nothing'"),
-        (["merge", "--adapter", "nowhere"], "--adapter: adapter: no such file or folder: nowhere"),
+        (["merge", "--adapter", "nowhere"], "--adapter: no such file or folder: nowhere"),
         (["merge", "--adaptor", "x"], "did you mean '--adapter'?"),
         (["merge"], "'adapter' is missing"),
         (["quantize", "--model", "MODEL", "--bits", "five"], "--bits: bits: "),

@@ -185,7 +185,7 @@ def descendants(pid: int) -> set[int]:
 def test_a_stopped_run_leaves_no_process_and_continues(
     tmp_path: Path, suite_home: Path, number: signal.Signals
 ) -> None:
-    file = chain(tmp_path, tuned="seconds = 0.5\nsteps = 4")
+    file = chain(tmp_path, tuned="seconds = 0.2\nsteps = 4")
     command = [sys.executable, "-m", "suite.cli", "run", str(file)]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
