@@ -203,7 +203,7 @@ def parse(request: Request, status: int, content: bytes) -> Reply:
     except (ValueError, LookupError, TypeError, AttributeError):
         return replace(failed, error=f"not an OpenAI reply: {_excerpt(content)}")
     if not request.body.get("echo"):
-        return replace(failed, text=text or "", finish=str(finish), tokens=tokens)
+        return replace(failed, text=_clean(text or ""), finish=str(finish), tokens=tokens)
     try:
         logprobs = _prompt_logprobs(choice, usage, text or "", str(request.body["prompt"]))
     except (LookupError, TypeError, ValueError) as error:
@@ -231,7 +231,12 @@ def http_error(status: int, content: bytes) -> str:
         message = inner if isinstance(inner, str) else inner["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
         message = _excerpt(content)
-    return f"HTTP {status}: {message}"
+    return _clean(f"HTTP {status}: {message}")
+
+
+def _clean(text: str) -> str:
+    """`text` with a "?" for half of a surrogate pair, which JSON may hold and a file may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _excerpt(content: bytes) -> str:

@@ -1,0 +1,78 @@
+"""Finding the chosen option in replies as models really write them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalsets.extract import letter
+
+HARD = {
+    # bare letters, marks, cases, widths
+    "B": "B", "b": "B", " B\n": "B", "B.": "B", "b)": "B", "(B)": "B", "[b]": "B", "**B**": "B", "`B`": "B", "Ｂ": "B", "（ｂ）": "B",
+    "B. Paris": "B", "B: Paris": "B", "A.巴黎": "A", "B、巴黎": "B", "Option D": "D", "选项C": "C", "选B": "B",
+    "$\\boxed{\\text{C}}$": "C", "So it is \\boxed{D}.": "D",
+    # announcements
+    "The answer is B.": "B", "Answer: b": "B", "Answer:\nB": "B", "The correct answer is (C) Paris": "C", "The correct option would be D": "D",
+    "答案：c": "C", "答案:Ｃ": "C", "答案是 D。": "D", "答案为A": "A", "正确答案为：（Ａ）": "A", "故选D": "D", "我选择C。": "C", "本题应选B": "B",
+    "The best choice would be option A.": "A", "the answer is a": "A", "I would go with C": "C", "I think it is B": "B", "I'd choose option B.": "B",
+    # running on: what comes after the first explicit answer does not count
+    "B\n\nQuestion: next\nAnswer: C": "B", "Answer: B\n\nQuestion: next\nAnswer: C": "B", "答案：A\n问题：下一题\n答案：B": "A",
+    "B Question: y\nA. 1": "B", "B, because A is too small": "B", "C. Paris\nD. London": "C",
+    # denial
+    "not B": None, "Not A, so B": "B", "B, not C": "B", "The answer is not B but C": "C", "答案不是B，是C": "C", "不选A，选C": "C",
+    "B is wrong, C is right": "C", "It can't be A": None, "选项A错误，选项B正确，答案：B": "B", "我认为B是错的，应该选A": "A",
+    "A is wrong. B is wrong. C is right.": "C", "B is not right. The answer is C": "C", "D rather than A": "D",
+    # undecided
+    "": None, "Paris": None, "Either A or B": None, "A or B": None, "b or c": None, "B and C": None, "A/B": None, "A, B, C, D": None,
+    "ABCD": None, "I do not know.": None, "我不知道": None, "答案：": None,
+    # letters that are words or parts of words
+    "A dog is the answer": None, "A common mistake is C++. The answer is D": "D", "C++ is a language": None, "D'accord": None,
+    "e.g. this": None, "a good question": None, "The answer is a dog": None, "A-level": None, "A is correct": "A", "a is correct": "A",
+    # reasoning
+    "<think>maybe A, or C</think>B": "B", "<think>A or B ...": None, "<THINK>A</THINK>\n\nThe answer is D": "D",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "chosen"), HARD.items())
+def test_hard_replies(reply: str, chosen: str | None) -> None:
+    assert letter(reply) == chosen
+
+
+def test_only_the_options_of_the_question_count() -> None:
+    assert letter("E") is None
+    assert letter("E", "ABCDE") == "E"
+    assert letter("The answer is I", "ABCDEFGHIJ") == "I"
+    assert letter("I think so", "ABCDEFGHIJ") is None
+
+
+FORMS = (
+    "{}", "{}.", "({})", "**{}**", "Answer: {}", "The answer is {}.", "答案：{}", "答案是{}。", "故选{}", "我选{}", "\\boxed{{{}}}", "正确答案是（{}）",
+)  # fmt: skip
+forms = st.sampled_from(FORMS)
+options = st.sampled_from("ABCD")
+
+
+@given(forms, options, st.sampled_from([str.upper, str.lower, lambda c: chr(ord(c) + 0xFEE0)]))
+def test_every_form_in_every_case_and_width(form: str, option: str, written: object) -> None:
+    assert callable(written)
+    assert letter(form.format(written(option))) == option
+
+
+@given(forms, options, st.text())
+def test_what_a_model_adds_later_changes_nothing(form: str, option: str, more: str) -> None:
+    assert letter(f"{form.format(option)}\n\nQuestion: {more}") == option
+
+
+@given(st.text(st.characters(exclude_characters="abcdABCDａｂｃｄＡＢＣＤ", max_codepoint=0x9FFF, exclude_categories=["Cs"])))
+def test_no_letter_no_answer(reply: str) -> None:
+    import unicodedata
+
+    plain = "".join(c for c in reply if not set("abcdABCD") & set(unicodedata.normalize("NFKC", c)))
+    assert letter(plain) is None
+
+
+@given(st.text())
+def test_any_reply_gives_an_option_or_nothing(reply: str) -> None:
+    assert letter(reply) in {None, *"ABCD"}

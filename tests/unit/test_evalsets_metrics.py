@@ -1,0 +1,76 @@
+"""Our metrics are those of the libraries, called directly."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_chinese import Rouge
+from rouge_score.rouge_scorer import RougeScorer
+
+from evalsets import metrics
+
+ENGLISH = [
+    ("the cat sat on the mat", "the cat lay on a mat"),
+    ("On Monday, Tom bought three books at the market.", "On Monday, Tom bought three books at the market."),
+    ("Nothing alike here", "entirely different words"),
+    ("Repeated repeated repeated words", "repeated words"),
+]
+CHINESE = [
+    ("星期一小明在市场买了三本书。", "星期一小明在市场买了三本书。"),
+    ("小红在公园看到两只猫", "星期二，小红在公园里看到了两只小猫。"),
+    ("天气很好", "他去学校上课"),
+    ("用Python写程序 3.5 小时", "他用 Python 写了 3.5 小时的程序。"),
+]
+
+
+@pytest.mark.parametrize(("reply", "reference"), ENGLISH)
+def test_english_rouge(reply: str, reference: str) -> None:
+    direct = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(reference, reply)
+    assert metrics.rouge("en", reply, reference) == {name: score.fmeasure for name, score in direct.items()}
+
+
+@pytest.mark.parametrize(("reply", "reference"), CHINESE)
+def test_chinese_rouge(reply: str, reference: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import jieba
+
+    jieba.setLogLevel(60)
+    words = [" ".join(w for w in jieba.cut(text) if w.strip()) for text in (reply, reference)]
+    (direct,) = Rouge().get_scores(words[0], words[1])
+    ours = metrics.rouge("zh", reply, reference)
+    assert ours == {"rouge1": direct["rouge-1"]["f"], "rouge2": direct["rouge-2"]["f"], "rougeL": direct["rouge-l"]["f"]}
+
+
+@pytest.mark.parametrize(("language", "pairs", "tokenizer"), [("en", ENGLISH, "13a"), ("zh", CHINESE, "zh")])
+def test_bleu(language: str, pairs: list[tuple[str, str]], tokenizer: str) -> None:
+    replies, references = [a for a, _ in pairs], [b for _, b in pairs]
+    direct = sacrebleu.corpus_bleu(replies, [references], tokenize=tokenizer).score / 100
+    assert metrics.bleu(language, replies, references) == direct
+    assert 0.2 < direct < 1
+    assert metrics.bleu(language, references, references) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("reply", ["", "  \n", "。！？", "...", "\u3000"])
+def test_a_reply_without_words_scores_nothing(language: str, reply: str) -> None:
+    assert set(metrics.rouge(language, reply, "好 fine").values()) == {0.0}
+    assert metrics.bleu(language, [reply], ["好 fine"]) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(["en", "zh"]), st.text(max_size=40), st.text("天地人好 abc。", min_size=1, max_size=20))
+def test_scores_are_between_nothing_and_all(language: str, reply: str, reference: str) -> None:
+    for score in metrics.rouge(language, reply, reference).values():
+        assert 0 <= score <= 1
+    assert 0 <= metrics.bleu(language, [reply], [reference]) <= 1 + 1e-9
+
+
+def test_exact_ignores_only_white_space_around() -> None:
+    assert metrics.exact(" 42\n", "42") == 1
+    assert metrics.exact("42.0", "42") == 0
+    assert metrics.exact("Yes", "yes") == 0
