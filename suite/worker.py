@@ -74,6 +74,7 @@ def _make(spec: dict[str, Any], emit: Emit) -> None:
         if any(making.out.iterdir()) or any(making.scratch.iterdir()):
             emit({"event": "say", "text": "continuing what an interrupted run left"})
         emit({"event": "began"})
+        os.chdir(making.scratch)  # some libraries write logs where they stand
         job = Job(spec["name"], inputs, making.out, making.scratch, emit)
         making.metrics = stage.run(job)
         emit({"event": "metrics", "metrics": making.metrics})

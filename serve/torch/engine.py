@@ -29,8 +29,7 @@ log = logging.getLogger("serve")
 class Engine:
     """One model, its adapters, and the thread that runs them.
 
-    `dtype` "auto" is float32 on a CPU, where it is both exact and fast for small models, and the checkpoint's on a GPU.
-    `max_batch` rows run at once; a sequence has at most `max_length` tokens. `notify` is called in the engine's thread
+    `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; a sequence has at most `max_length` tokens. `notify` is called in the engine's thread
     after each step with the generations that have new tokens or ended.
     """
 

@@ -17,7 +17,11 @@ CPU_SHARE, GPU_SHARE = 0.25, 0.6
 
 
 def load_model(folder: ModelFolder, dtype: str) -> Any:
-    """The model, ready for inference, on the GPUs there are or else on the CPU."""
+    """The model, ready for inference, on the GPUs there are or else on the CPU.
+
+    `dtype` "auto" is the checkpoint's on a GPU, and float32 on a CPU: answers then do not depend on what shares the
+    batch, and few CPUs are faster in bfloat16. Quantized layers compute in it too.
+    """
     if dtype not in DTYPES:
         raise SuiteError(f"unknown dtype '{dtype}'", hint=near(dtype, DTYPES))
     # without it GPTQModel wants more worker threads than a 2-core machine gives, and dies at import
@@ -25,7 +29,7 @@ def load_model(folder: ModelFolder, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     on_gpu = torch.cuda.is_available()
-    if dtype == "auto" and not on_gpu and not folder.quantized:
+    if dtype == "auto" and not on_gpu:
         dtype = "float32"
     model = AutoModelForCausalLM.from_pretrained(
         folder.path,

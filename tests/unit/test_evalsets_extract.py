@@ -65,7 +65,11 @@ def test_what_a_model_adds_later_changes_nothing(form: str, option: str, more: s
     assert letter(f"{form.format(option)}\n\nQuestion: {more}") == option
 
 
-@given(st.text(st.characters(exclude_characters="abcdABCDａｂｃｄＡＢＣＤ", max_codepoint=0x9FFF, exclude_categories=["Cs"])))
+@given(
+    st.text(
+        st.characters(exclude_characters="abcdABCDａｂｃｄＡＢＣＤ", max_codepoint=0x9FFF, exclude_categories=["Cs"])
+    )
+)
 def test_no_letter_no_answer(reply: str) -> None:
     import unicodedata
 

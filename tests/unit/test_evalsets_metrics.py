@@ -43,7 +43,11 @@ def test_chinese_rouge(reply: str, reference: str) -> None:
     words = [" ".join(w for w in jieba.cut(text) if w.strip()) for text in (reply, reference)]
     (direct,) = Rouge().get_scores(words[0], words[1])
     ours = metrics.rouge("zh", reply, reference)
-    assert ours == {"rouge1": direct["rouge-1"]["f"], "rouge2": direct["rouge-2"]["f"], "rougeL": direct["rouge-l"]["f"]}
+    assert ours == {
+        "rouge1": direct["rouge-1"]["f"],
+        "rouge2": direct["rouge-2"]["f"],
+        "rougeL": direct["rouge-l"]["f"],
+    }
 
 
 @pytest.mark.parametrize(("language", "pairs", "tokenizer"), [("en", ENGLISH, "13a"), ("zh", CHINESE, "zh")])

@@ -52,7 +52,9 @@ def test_bootstrap_repeats_and_weighs() -> None:
     assert bootstrap([3.0, 6.0], [1.0, 2.0]) == (3.0, 3.0)
 
 
-@pytest.mark.parametrize(("gained", "lost", "p"), [(0, 0, 1.0), (5, 0, 0.0625), (6, 0, 0.03125), (1, 9, 0.021484375), (3, 3, 1.0)])
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"), [(0, 0, 1.0), (5, 0, 0.0625), (6, 0, 0.03125), (1, 9, 0.021484375), (3, 3, 1.0)]
+)
 def test_mcnemar_is_the_binomial_test(gained: int, lost: int, p: float) -> None:
     assert mcnemar(gained, lost) == pytest.approx(p)
     assert mcnemar(lost, gained) == mcnemar(gained, lost)
