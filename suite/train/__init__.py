@@ -1,0 +1,1 @@
+"""Training: from scratch (`pretrain`) and on conversations (`train`)."""

@@ -1,0 +1,210 @@
+"""A model from scratch: tokenizer, packed rows, transformers' Trainer.
+
+A packed row (T,) is told apart into documents by its positions alone, which begin at 0 with each of them. That is
+exact only with neither an attention mask nor a cache. A document's first token has no label, for nothing before it
+says what it should be; padding has none either, and each of its tokens is a document of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from suite import data
+from suite.chat import Chat
+from suite.errors import SuiteError
+from suite.stages import Job
+from suite.train import checkpoint, curve
+from suite.train.packing import pack
+from suite.train.pretrain import Pretrain, Shape
+from suite.train.tokenizer import END_OF_TEXT, END_OF_TURN, MARKUP, SPECIAL, plain_tokenizer, train_tokenizer
+
+Document = str | data.Conversation
+TOKENIZER_SAMPLE = 20_000
+"""Documents that the tokenizer is trained on: more change its merges no more."""
+
+
+def pretrain(settings: Pretrain, job: Job) -> dict[str, Any]:
+    """Run the stage: see `suite.train.pretrain.Pretrain`."""
+    documents = [document for artifact in job.inputs["data"] for document in read(artifact.path)]
+    random.Random(settings.seed).shuffle(documents)
+    template = job.input("chat_template").path.read_text("utf-8")
+    job.say(f"tokenizer of {settings.vocab_size} tokens from {min(len(documents), TOKENIZER_SAMPLE)} documents")
+    tokenizer = _tokenizer(documents[:TOKENIZER_SAMPLE], settings, template)
+    chat = Chat(tokenizer)
+    rows = Rows([encode(chat, document) for document in documents], settings.context, tokenizer.pad_token_id)
+    transformers.set_seed(settings.seed)
+    model = build(settings.shape, tokenizer)
+    trainer = Trainer(job, model=model, args=_arguments(settings, job), train_dataset=rows)
+    resumed = checkpoint.newest(job.scratch / "checkpoints")
+    if resumed is not None:
+        job.say(f"going on from {resumed.name}")
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    seconds = time.monotonic() - started
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    metrics: dict[str, Any] = {
+        "loss": {"first": history[0]["loss"], "last": history[-1]["loss"]},
+        "steps": trainer.state.global_step,
+        "documents": len(documents),
+        "tokens": {"all": rows.tokens, "rows": len(rows), "filled": round(rows.tokens / (len(rows) * rows.size), 4)},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "speed": {"tokens_per_s": round(trainer.tokens_seen / seconds, 1), "seconds": round(seconds, 1)},
+    }
+    held_out = job.optional("held_out")
+    if held_out is not None:
+        kept = Rows([encode(chat, d) for d in read(held_out.path)], settings.context, tokenizer.pad_token_id)
+        loss = trainer.evaluate(kept)["eval_loss"]
+        metrics["held_out"] = {"loss": round(loss, 5), "perplexity": round(math.exp(loss), 4)}
+    model.config.use_cache = True  # off only while training
+    model.to(torch.bfloat16).save_pretrained(job.out)
+    tokenizer.save_pretrained(job.out)
+    curve.write(job.out, history)
+    return metrics
+
+
+def read(file: Path) -> Iterator[Document]:
+    """The documents of a file; raises SuiteError for a row that cannot be used."""
+    with file.open(encoding="utf-8") as lines:
+        first = lines.readline()
+    if not first.lstrip().startswith('{"text"'):
+        rows = data.read(file)
+        if rows.left_out:
+            raise SuiteError(str(rows.left_out[0]), hint="pretraining leaves no row out: mend or remove it")
+        yield from rows.conversations
+        return
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield str(json.loads(line)["text"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise SuiteError('not a row of the form {"text": "..."}', where=f"{file}:{number}") from None
+
+
+def encode(chat: Chat, document: Document) -> list[int]:
+    """Ids (T,) of a document; a text ends with the end of text, a conversation as its template ends it."""
+    if isinstance(document, str):
+        return [*chat.tokenizer(document)["input_ids"], chat.tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+    return chat.ids(document.messages, document.tools)
+
+
+def _tokenizer(documents: Sequence[Document], settings: Pretrain, template: str) -> Any:
+    """The tokenizer for what the model will read: texts, and conversations as the template renders them."""
+    renderer = Chat(plain_tokenizer(template))
+    control = re.compile("|".join(map(re.escape, (*SPECIAL, *MARKUP))))
+    texts = (d if isinstance(d, str) else renderer.text(d.messages, d.tools) for d in documents)
+    parts = (part for text in texts for part in control.split(text) if part)
+    return train_tokenizer(parts, settings.vocab_size, settings.shape.positions, template)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Packed rows: input_ids, labels and position_ids of shape (T,) each, T = `size`."""
+
+    def __init__(self, documents: Sequence[Sequence[int]], size: int, pad: int) -> None:
+        self.documents, self.size, self.pad = documents, size, pad
+        self.rows = pack([len(document) for document in documents], size)
+        self.tokens = sum(map(len, documents))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pieces = [self.documents[number][start:end] for number, start, end in self.rows[index]]
+        padding = self.size - sum(map(len, pieces))
+        ids = [*itertools.chain.from_iterable(pieces), *[self.pad] * padding]
+        labels = [label for piece in pieces for label in (-100, *piece[1:])] + [-100] * padding
+        positions = [*itertools.chain.from_iterable(range(len(piece)) for piece in pieces), *[0] * padding]
+        columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+        return {name: torch.tensor(column) for name, column in columns.items()}
+
+
+def build(shape: Shape, tokenizer: Any) -> Any:
+    """A Qwen3 model with random weights, which stops at the end of a turn and of a text."""
+    pad, end = tokenizer.convert_tokens_to_ids([END_OF_TEXT, END_OF_TURN])
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=shape.positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    model = transformers.Qwen3ForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad)
+    return model
+
+
+def _arguments(settings: Pretrain, job: Job) -> Any:
+    cuda = torch.cuda.is_available()
+    batch = settings.batch_tokens // settings.context
+    return transformers.TrainingArguments(
+        output_dir=str(job.scratch / "checkpoints"),
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused",
+        use_cache=False,
+        use_cpu=not cuda,  # transformers takes bf16 on a CPU only when it is chosen
+        bf16=settings.dtype == "bfloat16",
+        seed=settings.seed,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+    )
+
+
+class Trainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers' trainer, reporting to a job and sealing its checkpoints."""
+
+    def __init__(self, job: Job, **kwargs: Any) -> None:
+        super().__init__(callbacks=[_Report(job, self)], **kwargs)
+        self.remove_callback(transformers.PrinterCallback)
+        self.tokens_seen = 0
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """One forward and backward pass over `inputs["input_ids"]` (B, T)."""
+        self.tokens_seen += inputs["input_ids"].numel()
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class _Report(transformers.TrainerCallback):  # type: ignore[misc]
+    def __init__(self, job: Job, trainer: Trainer) -> None:
+        self.job, self.trainer, self.started = job, trainer, 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.started = time.monotonic()
+
+    def on_log(self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            speed = self.trainer.tokens_seen / max(time.monotonic() - self.started, 1e-9)
+            values = {"loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_s": speed}
+            self.job.progress(state.global_step, state.max_steps, "train", **values)
+
+    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
+        checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
