@@ -1,0 +1,120 @@
+"""A tokenizer.json as GGUF keys, with the model's own chat template; an unknown kind is an error, never a guess."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from export.folder import eos_ids, read_json
+from suite.errors import SuiteError
+
+PRE_TOKENIZERS = {
+    "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e": "qwen2",
+    "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f": "llama-bpe",
+    "00431aed57e696b747435f734d1e3b9b1bfd931a121fb5cac7129e97c181e9ba": "qwen35",
+}
+"""llama.cpp has the split regex of each family built in, and knows it by name; keyed by the sha256 of the regex."""
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Add the tokenizer of the model in `folder` to a GGUFWriter.
+
+    Byte-level BPE of a family that llama.cpp knows, and BPE with byte fallback (SentencePiece's). Raises SuiteError
+    for any other.
+    """
+    tokenizer = read_json(folder / "tokenizer.json")
+    model = tokenizer["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise SuiteError(f"a {model['type']} tokenizer cannot be written to GGUF here", where=str(folder))
+    tokens, types = _tokens(tokenizer, config["vocab_size"])
+    if model.get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([float(-i) if t != UNUSED else -1000.0 for i, t in enumerate(types)])
+        writer.add_token_types(types)
+        writer.add_add_space_prefix(_adds_space(tokenizer))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer(tokenizer, folder))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    _add_special(writer, folder, tokenizer)
+
+
+def pre_tokenizer(tokenizer: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name for how this tokenizer splits text before merging; raises SuiteError when it has none."""
+    pre = tokenizer.get("pre_tokenizer") or {}
+    parts = pre.get("pretokenizers", [pre])
+    splits = [p["pattern"]["Regex"] for p in parts if p.get("type") == "Split" and "Regex" in p.get("pattern", {})]
+    byte_level = [p for p in parts if p.get("type") == "ByteLevel"]
+    plain = len(splits) + len(byte_level) == len(parts) and len(byte_level) == 1
+    name = None
+    if plain and not byte_level[0].get("add_prefix_space"):
+        name = PRE_TOKENIZERS.get(hashlib.sha256("".join(splits).encode()).hexdigest())
+        if not splits and byte_level[0].get("use_regex", True):
+            name = "gpt-2"
+    if name is None:
+        raise SuiteError(
+            "llama.cpp has no such pre-tokenizer, and would split text otherwise than this model was trained",
+            where=str(folder / "tokenizer.json"),
+            hint="export to hf instead; known: gpt-2, " + ", ".join(PRE_TOKENIZERS.values()),
+        )
+    return name
+
+
+def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    for token, i in tokenizer["model"]["vocab"].items():
+        tokens[i] = token
+        types[i] = BYTE if len(token) == 6 and token.startswith("<0x") and token.endswith(">") else NORMAL
+    for added in tokenizer.get("added_tokens", ()):
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        if added["content"] == tokenizer["model"].get("unk_token"):
+            types[added["id"]] = UNKNOWN
+    return tokens, types
+
+
+def _adds_space(tokenizer: dict[str, Any]) -> bool:
+    text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    return any(mark in text for mark in ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"'))
+
+
+def _add_special(writer: Any, folder: Path, tokenizer: dict[str, Any]) -> None:
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    ids = {**tokenizer["model"]["vocab"], **{a["content"]: a["id"] for a in tokenizer.get("added_tokens", ())}}
+    special: dict[str, int] = {}
+    for name in ("bos", "eos", "pad", "unk"):
+        token = settings.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in ids:
+            special[name] = ids[text]
+    add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
+    add["unk"] = writer.add_unk_token_id
+    for name, number in special.items():
+        add[name](number)
+    # an answer may end with another token than a text; llama.cpp stops at both
+    turn_ends = [i for i in eos_ids(folder) if i != special.get("eos")]
+    if turn_ends:
+        writer.add_eot_token_id(turn_ends[0])
+    # said openly, because llama.cpp's own default depends on the kind of tokenizer
+    post = json.dumps(tokenizer.get("post_processor") or {}, ensure_ascii=False)
+    bos = next((text for text, i in ids.items() if i == special.get("bos")), None)
+    writer.add_add_bos_token(bos is not None and json.dumps(bos, ensure_ascii=False) in post)
+    if template := chat_template(folder):
+        writer.add_chat_template(template)
+
+
+def chat_template(folder: Path) -> str:
+    """The model's Jinja chat template; empty when it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else ""
