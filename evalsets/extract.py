@@ -40,7 +40,8 @@ DENIED_AFTER = re.compile(
     re.IGNORECASE,
 )
 VERB = re.compile(r"\s+(?:is|because|since|as|seems|would|must|should)\b")
-ANOTHER = re.compile(r"\s*(?:or|and|/|,|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
+ANOTHER = re.compile(r"\s*(?:or|and|/|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
+LISTED = re.compile(r"\s*,\s*[A-Z]\s*(?:,|or\b|and\b|$)", re.IGNORECASE)
 
 
 def letter(reply: str, letters: str = "ABCD") -> str | None:
@@ -56,8 +57,8 @@ def _leading(text: str, one: re.Pattern[str]) -> str | None:
     if not found:
         return None
     rest = text[found.end() :]
-    in_words = re.match(r"[ \t]+\w", rest) and not VERB.match(rest)
-    if ANOTHER.match(rest) or DENIED_AFTER.match(rest) or (in_words and (found[1].islower() or found[1] in "AI")):
+    maybe_word = found[1].islower() or found[1] in "AI"
+    if ANOTHER.match(rest) or LISTED.match(rest) or DENIED_AFTER.match(rest) or (maybe_word and _goes_on(rest)):
         return None
     return found[1].upper()
 
@@ -66,8 +67,11 @@ def _announced(text: str, one: re.Pattern[str]) -> str | None:
     """The letter after the first announcement that is followed by one."""
     for announcement in ANNOUNCED.finditer(text):
         found = one.match(text, announcement.end())
-        if found and not _is_word(found[1], text[found.end() :]) and not DENIED_AFTER.match(text, found.end()):
-            return found[1].upper()
+        if not found:
+            continue
+        rest = text[found.end() :]
+        if not (found[1] in "aAI" and _goes_on(rest)) and not DENIED_AFTER.match(rest):
+            return None if ANOTHER.match(rest) or LISTED.match(rest) else found[1].upper()
     return None
 
 
@@ -76,11 +80,11 @@ def _only(text: str, letters: str) -> str | None:
     named = set()
     for found in re.finditer(rf"(?<![A-Za-z0-9_'’.\-])[{letters}]{END}", text):
         before, rest = text[: found.start()], text[found.end() :]
-        if not (_is_word(found[0], rest) or DENIED_BEFORE.search(before) or DENIED_AFTER.match(rest)):
+        if not ((found[0] in "AI" and _goes_on(rest)) or DENIED_BEFORE.search(before) or DENIED_AFTER.match(rest)):
             named.add(found[0])
     return named.pop() if len(named) == 1 else None
 
 
-def _is_word(letter: str, rest: str) -> bool:
-    """Whether the letter is the English article or pronoun: "A dog ...", "I think ..."."""
-    return letter in "aAI" and bool(re.match(r"[ \t]+[a-z]", rest)) and not VERB.match(rest) and not ANOTHER.match(rest)
+def _goes_on(rest: str) -> bool:
+    """Whether words follow as after an article or a pronoun, "A dog", and not as after an answer, "A is right"."""
+    return bool(re.match(r"[ \t]+[a-z]", rest)) and not VERB.match(rest) and not ANOTHER.match(rest)

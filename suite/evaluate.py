@@ -5,10 +5,11 @@ What is evaluated is what users will talk to, with its server, its chat template
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from evalsets import sets as question_sets
 from evalsets.compare import compare
 from suite.config import ArtifactType, Launch, ModelRef, Takes
-from suite.errors import StageFailed, SuiteError, near
+from suite.errors import StageFailed, SuiteError
 from suite.stages import Artifact, Job, Stage
 
 __all__ = ["DEFAULT_SETS", "Evaluate", "compare", "evaluate_url"]
@@ -61,15 +62,13 @@ class Evaluate(Stage):
         return super().recipe() | {"sets": {s.name: s.digest for s in question_sets.load_all(self.sets)}}
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
-        from serve.backends import BACKENDS
+        from serve.backends import check_backend
 
-        if self.backend not in BACKENDS:
-            raise SuiteError(f"unknown backend '{self.backend}'", where="backend", hint=near(self.backend, BACKENDS))
-        try:
+        with _at("backend"):
+            check_backend(self.backend)
+        with _at("sets"):
             for asked in question_sets.load_all(self.sets):
                 asked.questions(self.limit)
-        except SuiteError as error:
-            raise SuiteError(error.message, where=error.where or "sets", hint=error.hint) from None
         subject = next(iter(inputs.get("model", ())), None)
         if subject is None:
             return
@@ -109,6 +108,15 @@ class Evaluate(Stage):
                 raise StageFailed(text, hint=hint)
             job.warn(text)
         return found.metrics
+
+
+@contextlib.contextmanager
+def _at(field: str) -> Iterator[None]:
+    """Errors raised inside that name no place are about this setting."""
+    try:
+        yield
+    except SuiteError as error:
+        raise SuiteError(error.message, where=error.where or field, hint=error.hint) from None
 
 
 def evaluate_url(

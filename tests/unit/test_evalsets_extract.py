@@ -19,13 +19,13 @@ HARD = {
     "The best choice would be option A.": "A", "the answer is a": "A", "I would go with C": "C", "I think it is B": "B", "I'd choose option B.": "B",
     # running on: what comes after the first explicit answer does not count
     "B\n\nQuestion: next\nAnswer: C": "B", "Answer: B\n\nQuestion: next\nAnswer: C": "B", "答案：A\n问题：下一题\n答案：B": "A",
-    "B Question: y\nA. 1": "B", "B, because A is too small": "B", "C. Paris\nD. London": "C",
+    "B Question: y\nA. 1": "B", "A Question: y\nB. 1": "A", "A 因为最大": "A", "B, because A is too small": "B", "C. Paris\nD. London": "C",
     # denial
     "not B": None, "Not A, so B": "B", "B, not C": "B", "The answer is not B but C": "C", "答案不是B，是C": "C", "不选A，选C": "C",
     "B is wrong, C is right": "C", "It can't be A": None, "选项A错误，选项B正确，答案：B": "B", "我认为B是错的，应该选A": "A",
     "A is wrong. B is wrong. C is right.": "C", "B is not right. The answer is C": "C", "D rather than A": "D",
     # undecided
-    "": None, "Paris": None, "Either A or B": None, "A or B": None, "b or c": None, "B and C": None, "A/B": None, "A, B, C, D": None,
+    "": None, "Paris": None, "Either A or B": None, "A or B": None, "b or c": None, "B and C": None, "A/B": None, "The answer is A or B": None, "答案：B、C": None, "B, A is wrong": "B", "Answer: B, not C": "B", "A, B": None, "A, B, C, D": None,
     "ABCD": None, "I do not know.": None, "我不知道": None, "答案：": None,
     # letters that are words or parts of words
     "A dog is the answer": None, "A common mistake is C++. The answer is D": "D", "C++ is a language": None, "D'accord": None,

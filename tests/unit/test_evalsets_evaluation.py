@@ -1,0 +1,260 @@
+"""Whole evaluations of an endpoint whose right answers are known: the scores are what its rule implies, to the digit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai_fake import Say, serve
+
+from evalsets.ask import Client
+from evalsets.compare import compare
+from evalsets.evaluation import Evaluation, evaluate
+from evalsets.report import table
+from evalsets.sets import load_all
+from evalsets.statistics import wilson
+from suite.errors import SuiteError
+from suite.evaluate import Evaluate, evaluate_url
+
+ABOUT = 'title = "t"\nlanguages = ["en", "zh"]\nlicense = "CC0-1.0"\nsource = "a test"\n'
+TEXTS = ["one two three", "四五六 seven", "eight"]
+
+
+def make_sets(folder: Path) -> list[str]:
+    """40 choices in two subjects, whose right letters are in the questions; 4 summaries; 3 texts."""
+    for name, kind, more in (
+        ("choice", "choice", "[generation]\nmax_tokens = 5\nstop = ['#']\nseed = 3\n"),
+        ("short", "qa", 'metrics = ["rouge", "bleu", "exact"]\n'), ("texts", "perplexity", ""),
+    ):  # fmt: skip
+        (folder / name / "val").mkdir(parents=True)
+        (folder / name / "set.toml").write_text(f'kind = "{kind}"\n{ABOUT}{more}', "utf-8")
+    for subject, first, last in (("art", 0, 10), ("law", 10, 40)):
+        rows = [f"{i},Item {i} (key {'ABCD'[i % 4]})?,w,x,y,z,{'ABCD'[i % 4]}" for i in range(first, last)]
+        path = folder / "choice" / "val" / f"{subject}_val.csv"
+        path.write_text("\n".join(["id,question,A,B,C,D,answer", *rows]), "utf-8")
+    pairs = [("one", "the cat sat"), ("two", "on the mat"), ("三", "猫在垫子上"), ("四", "狗在门口")]
+    qa = (json.dumps({"query": q, "response": r}, ensure_ascii=False) for q, r in pairs)
+    (folder / "short" / "default.jsonl").write_text("\n".join(qa), "utf-8")
+    (folder / "texts" / "default.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS), "utf-8")
+    return [str(folder / name) for name in ("choice", "short", "texts")]
+
+
+def number(body: dict[str, Any]) -> int:
+    return int(body["messages"][0]["content"].split()[1])
+
+
+def right(body: dict[str, Any]) -> str:
+    return str(body["messages"][0]["content"].split("(key ")[1][0])
+
+
+def scored(body: dict[str, Any], nat: float = 2.0) -> dict[str, Any]:
+    """An echo in which each character is a token and costs `nat`."""
+    prompt = body["prompt"]
+    logprobs = {"token_logprobs": [None, *[-nat] * (len(prompt) - 1)]}
+    choice = {"text": prompt, "logprobs": logprobs, "finish_reason": "length"}
+    return {"choices": [choice], "usage": {"prompt_tokens": len(prompt), "completion_tokens": 0}}
+
+
+def good(body: dict[str, Any]) -> Say | dict[str, Any]:
+    if "prompt" in body:
+        return scored(body)
+    question = body["messages"][0]["content"]
+    said = {"one": "the cat sat", "two": "on a mat", "三": "猫在垫子上", "四": "猫在垫子上"}
+    return Say(said[question]) if question in said else Say(right(body))
+
+
+def run(rule: Any, wanted: list[str], out: Path, **settings: Any) -> Evaluation:
+    with serve(rule) as fake:
+        client = Client(fake.url, pause=0.001, attempts=2, timeout=10)
+        return evaluate(client, "m", load_all(wanted), out, out / "journal", **settings)
+
+
+def test_a_right_model_scores_all(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)
+    found = run(good, wanted, tmp_path / "out").metrics
+    assert found["choice"] == {
+        "acc": 1.0, "low": wilson(40, 40).low, "high": 1.0, "n": 40, "failed": 0, "truncated": 0, "unparsed": 0, "macro": 1.0,
+    }  # fmt: skip
+    assert found["short"]["exact"] == 0.5
+    assert found["short"]["rouge1"] == pytest.approx((1 + 2 / 3 + 1 + 1 / 3) / 4, abs=0.2)
+    assert found["short"]["low"] <= found["short"]["rougeL"] <= found["short"]["high"]
+    assert found["texts"]["ppl"] == pytest.approx(math.exp(2))
+    assert found["texts"]["tokens"] == sum(len(t) - 1 for t in TEXTS)
+    assert found["speed"]["questions"] == 44
+    assert found["speed"]["latency_p50"] > 0
+
+
+def test_requests_carry_the_settings_of_the_set(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)
+    with serve(good) as fake:
+        evaluate(Client(fake.url), "m", load_all(wanted), tmp_path / "out", tmp_path / "j")
+    choice, qa = (next(b for b in fake.asked if str(b.get("messages")).find(what) > 0) for what in ("Item", "one"))
+    assert {k: v for k, v in choice.items() if k != "messages"} == {
+        "model": "m", "max_tokens": 5, "temperature": 0, "seed": 3, "stop": ["#"],
+    }  # fmt: skip
+    assert {k: v for k, v in qa.items() if k != "messages"} == {
+        "model": "m",
+        "max_tokens": 256,
+        "temperature": 0,
+        "seed": 0,
+    }
+    text = next(b for b in fake.asked if "prompt" in b)
+    assert (text["max_tokens"], text["echo"], text["temperature"]) == (0, True, 0)
+
+
+def test_faults_are_counted_and_nothing_leaves_the_denominator(tmp_path: Path) -> None:
+    """Of 40: 4 fail for good, 4 are unreadable, 4 undecided, 4 wrong and cut off, 4 right but run on, 20 right."""
+
+    def rule(body: dict[str, Any]) -> Say:
+        i, key = number(body), right(body)
+        wrong = "ABCD"[("ABCD".index(key) + 1) % 4]
+        table = {
+            0: Say(status=500), 1: Say(body=b"garbage"), 2: Say("no idea"), 3: Say(f"{wrong}, becau", finish="length"),
+            4: Say(f"Answer: {key}\n\nNext question\nAnswer: {wrong}", finish="length"),
+        }  # fmt: skip
+        return table.get(i % 10, Say(f"答案：{key.lower()}"))
+
+    choice = make_sets(tmp_path)[:1]
+    found = run(rule, choice, tmp_path / "out")
+    total = found.metrics["choice"]
+    low, high = wilson(24, 40)
+    assert total == {
+        "acc": 0.6, "low": low, "high": high, "n": 40, "failed": 8, "truncated": 8, "unparsed": 4, "macro": pytest.approx(0.6),
+    }  # fmt: skip
+    assert found.failed == 8
+    rows = [json.loads(x) for x in (tmp_path / "out/answers/choice.jsonl").read_text("utf-8").splitlines()]
+    assert [r["id"] for r in rows] == sorted(r["id"] for r in rows)
+    assert sum(r["score"] for r in rows) == 24
+    assert {r["error"] for r in rows} == {"", "HTTP 500: (empty)", "not an OpenAI reply: garbage"}
+    shown = (tmp_path / "out/report.md").read_text("utf-8")
+    for text in ("60.0 %", "HTTP 500", "no idea", "art", "law"):
+        assert text in shown
+
+
+def test_answers_and_report_are_the_same_bytes_again(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)
+    for out in ("one", "two"):
+        run(good, wanted, tmp_path / out)
+    for name in ("report.json", "report.md", "answers/choice.jsonl", "answers/short.jsonl", "answers/texts.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_an_endpoint_without_echo_has_no_perplexity_and_says_so(tmp_path: Path) -> None:
+    def rule(body: dict[str, Any]) -> Say | dict[str, Any]:
+        return (
+            Say(status=400, body=b'{"error": {"message": "echo is not supported"}}') if "prompt" in body else good(body)
+        )
+
+    wanted = make_sets(tmp_path)
+    found = run(rule, wanted, tmp_path / "out")
+    assert found.metrics["texts"] == {"not_available": "HTTP 400: echo is not supported"}
+    assert found.failed == 0
+    assert "not available" in (tmp_path / "out/report.md").read_text("utf-8")
+    run(good, wanted, tmp_path / "other")
+    assert compare(tmp_path / "other", tmp_path / "out")["texts"]["verdict"] == "cannot tell"
+
+
+def test_a_text_that_fails_is_no_reason_to_skip_the_set(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)[2:]
+    found = run(lambda b: Say(status=500) if b["prompt"] == TEXTS[0] else scored(b), wanted, tmp_path / "out")
+    assert (found.metrics["texts"]["failed"], found.metrics["texts"]["n"]) == (1, 3)
+    assert found.metrics["texts"]["ppl"] == pytest.approx(math.exp(2))
+    nothing = run(lambda b: Say(status=500), wanted, tmp_path / "none").metrics["texts"]
+    assert (nothing["failed"], nothing["ppl"]) == (3, None)
+
+
+def test_progress_counts_each_set(tmp_path: Path) -> None:
+    seen: list[tuple[float, float, str, float]] = []
+
+    def progress(step: float, total: float, what: str = "", **values: float) -> None:
+        seen.append((step, total, what, values["failed"]))
+
+    run(good, make_sets(tmp_path), tmp_path / "out", progress=progress)
+    assert [s[0] for s in seen if s[2] == "choice"] == list(range(1, 41))
+    assert seen[-1] == (3, 3, "texts", 0)
+
+
+def test_a_comparison_is_paired_by_question(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)
+
+    def worse(body: dict[str, Any]) -> Say | dict[str, Any]:
+        if "prompt" in body:
+            return scored(body, 2.5)
+        if "Item" in str(body["messages"]) and number(body) < 8:
+            return Say("none of them")
+        return Say(status=500) if "Item 39 " in str(body["messages"]) else good(body)
+
+    run(good, wanted, tmp_path / "a")
+    run(worse, wanted, tmp_path / "b")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found["choice"]["verdict"] == "worse"
+    assert found["choice"]["lost"] == [f"art/{i}" for i in range(8)]
+    assert (found["choice"]["gained"], found["choice"]["n"], found["choice"]["left_out"]) == ([], 39, 1)
+    assert found["choice"]["difference"] == pytest.approx(-8 / 39)
+    assert found["short"]["verdict"] == "cannot tell"
+    assert found["texts"]["difference"] > 0
+    assert len(found["texts"]["lost"]) == 3
+    back = compare(tmp_path / "b", tmp_path / "a")
+    assert back["choice"]["verdict"] == "better"
+    assert compare(tmp_path / "a", tmp_path / "a")["choice"]["verdict"] == "cannot tell"
+    with pytest.raises(SuiteError, match="no evaluation report"):
+        compare(tmp_path / "a", tmp_path)
+
+
+def test_a_changed_question_is_not_compared(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)[:1]
+    run(good, wanted, tmp_path / "a")
+    path = tmp_path / "choice/val/art_val.csv"
+    path.write_text(path.read_text("utf-8").replace("Item 3 ", "Item 3 now "), "utf-8")
+    run(good, wanted, tmp_path / "b")
+    found = compare(tmp_path / "a", tmp_path / "b")["choice"]
+    assert (found["n"], found["left_out"]) == (39, 2)
+
+
+def test_a_url_is_evaluated_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = make_sets(tmp_path)
+    with serve(good) as fake:
+        found = evaluate_url(fake.url, "m", wanted, tmp_path / "out", show=True)
+        with pytest.raises(SuiteError, match="no model 'x'"):
+            evaluate_url(fake.url, "x", wanted)
+    assert found["choice"]["acc"] == 1
+    shown = capsys.readouterr().out
+    assert "100.0 %" in shown
+    assert (tmp_path / "out/report.json").is_file()
+
+
+def test_an_unfinished_evaluation_continues_and_a_finished_one_starts_anew(tmp_path: Path) -> None:
+    wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
+    with serve(lambda b: Say(status=400) if number(b) % 2 else good(b)) as fake:
+        assert evaluate_url(fake.url, "m", wanted, out)["choice"]["failed"] == 20
+    for expected in (20, 40):
+        with serve(good) as fake:
+            assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
+            assert len(fake.asked) == expected
+
+
+def test_a_stage_knows_its_mistakes_before_anything_runs() -> None:
+    for settings, message in (
+        ({"sets": ["ceval-mnii"]}, "sets: no question set 'ceval-mnii'"), ({"backend": "trch"}, "backend: unknown backend 'trch'"),
+    ):  # fmt: skip
+        with pytest.raises(SuiteError, match=message):
+            Evaluate(model="x", **{"sets": ["perplexity"]} | settings).check({"model": [None]})
+
+
+def test_the_recipe_holds_what_the_sets_contain(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)[:1]
+    stage = Evaluate(model="x", sets=wanted)
+    before = stage.recipe()
+    assert str(tmp_path) not in json.dumps(before)
+    path = tmp_path / "choice/val/art_val.csv"
+    path.write_text(path.read_text("utf-8").replace("Item 3 ", "Item 3 now "), "utf-8")
+    assert stage.recipe() != before
+    assert Evaluate(model="x", sets=wanted, concurrency=2).recipe() == stage.recipe()
+
+
+def test_the_table_has_a_line_for_each_set(tmp_path: Path) -> None:
+    found = run(good, make_sets(tmp_path), tmp_path / "out")
+    assert table("m", found.sets).row_count == 3
