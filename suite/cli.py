@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -65,6 +66,13 @@ def dispatch(verb: str, arguments: list[str]) -> int:
     except BrokenPipeError:  # `suite show | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        from suite.store import disk_error, home
+
+        print(f"error: {disk_error(error, home())}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def _explain(path: Path, text: str, message: str, position: int) -> NoReturn:
     found = (
         f"before {here!r}" if here else "at the end of the line" if position < len(text) else "at the end of the file"
     )
-    comma = f"line {before_line} ends without a comma: {before.splitlines()[-1][-60:]}" if before_line < line else ""
+    comma = f"line {before_line} ends without a comma: {before.split(_NEWLINE)[-1][-60:]}" if before_line < line else ""
     layout = "one row a line (.jsonl), or one list [...] around all rows"
     quotes = "JSON wants double quotes, and no comma after the last entry" if here else layout
     expected, hint = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -46,6 +47,10 @@ def run_stage(file: Path, emit: Emit) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
+        if "No space left on device" in str(error):  # libraries wrap it in errors of their own
+            full = disk_error(OSError(errno.ENOSPC, ""), Path(spec["store"]))
+            emit({"event": "error", "message": full.message, "where": "", "hint": full.hint})
+            return 1
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0] if text else 'no message'}"
         emit({"event": "error", "message": what, "where": "", "hint": "the traceback is in the log"})

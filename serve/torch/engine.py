@@ -29,8 +29,9 @@ log = logging.getLogger("serve")
 class Engine:
     """One model, its adapters, and the thread that runs them.
 
-    `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; a sequence has at most `max_length` tokens. `notify` is called in the engine's thread
-    after each step with the generations that have new tokens or ended.
+    `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; prompt and answer
+    have at most `max_length` tokens together. `notify` is called in the engine's thread after each step, with the
+    generations that have new tokens or ended.
     """
 
     def __init__(

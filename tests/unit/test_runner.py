@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,32 @@ def test_two_runs_at_once_make_each_artifact_once(tmp_path: Path, suite_home: Pa
     began = [json.loads(line)["stage"] for out in outputs for line in out.splitlines() if '"began"' in line]
     assert sorted(began) == ["folded", "packed", "start", "tuned"]
     assert len(contents(suite_home)) == 4
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_and_the_run_continues_with_more(
+    tmp_path: Path, tiny_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").write_bytes(b"x" * 3_000_000)
+    file = chain(tmp_path, start='data = "data"')
+    os.environ["SUITE_HOME"] = str(tiny_disk / "home")
+    assert main(["run", str(file)]) == 1
+    message = capfd.readouterr().err
+    assert "the disk is full" in message
+    assert "SUITE_HOME" in message
+    assert not list((tiny_disk / "home" / "artifacts").iterdir())
+    subprocess.run(["mount", "-o", "remount,size=20m", str(tiny_disk)], check=True)
+    assert main(["run", str(file)]) == 0
