@@ -216,19 +216,14 @@ def _explain(path: Path, text: str, message: str, position: int) -> NoReturn:
     """Raise what is wrong at `position`, in words that say what to type."""
     line, column = text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
     here = text[position : position + 40].split("\n")[0].strip()
-    before = text[:position].rstrip()
-    before_line = before.count("\n") + 1
-    found = (
-        f"before {here!r}" if here else "at the end of the line" if position < len(text) else "at the end of the file"
-    )
-    comma = f"line {before_line} ends without a comma: {before.split(_NEWLINE)[-1][-60:]}" if before_line < line else ""
+    before = text[:position].rstrip().split("\n")
+    end = "line" if position < len(text) else "file"
+    found = f"before {here!r}" if here else f"at the end of the {end}"
+    comma = f"line {len(before)} ends without a comma: {before[-1][-60:]}" if len(before) < line else ""
     layout = "one row a line (.jsonl), or one list [...] around all rows"
     quotes = "JSON wants double quotes, and no comma after the last entry" if here else layout
     expected, hint = {
-        "Expecting ',' delimiter": (
-            f"expected ',' or a closing bracket {found}",
-            comma,
-        ),
+        "Expecting ',' delimiter": (f"expected ',' or a closing bracket {found}", comma),
         "Expecting property name enclosed in double quotes": (f"expected a key in double quotes {found}", quotes),
         "Expecting value": (f"expected a value {found}", quotes),
         "Expecting ':' delimiter": (f"expected ':' after the key, {found}", ""),
