@@ -119,12 +119,11 @@ def _version(name: str) -> str | None:
 
 def backends() -> Iterator[Finding]:
     """Engines and tools outside this environment."""
-    for name in ("vllm", "lmdeploy"):
-        yield Finding(
-            f"serve --backend {name}",
-            "not yet",
-            f"the suite does not start {name} yet; an exported hf folder can be served with it",
+    for name, pin in (("vllm", "vllm==0.33.0"), ("lmdeploy", "lmdeploy==0.18.0")):
+        how = (
+            f"not started by the suite yet: pip install {pin} in an environment of its own serves an exported hf folder"
         )
+        yield Finding(f"serve --backend {name}", "not yet", how)
     ollama = shutil.which("ollama")
     detail = str(Path(ollama)) if ollama else "not found: packages are made without it; get it to run them"
     yield Finding("ollama", "ok" if ollama else "warning", detail)

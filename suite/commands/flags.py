@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from suite.config import submodel
+from suite.config import Takes, marker, submodel
 from suite.errors import SuiteError, near
 
 
@@ -115,6 +115,10 @@ def _toml(text: str) -> Any:
 
 def type_text(info: FieldInfo) -> str:
     """What a field takes, in a word or two for people."""
+    takes = marker(info, Takes)
+    if takes:
+        several = list in _kinds(info.annotation)
+        return "FILE,..." if takes.types == ("dataset",) else "PATH|@STAGE,..." if several else "PATH|@STAGE"
     kinds = list(_kinds(info.annotation))
     if choices := list(_choices(info.annotation)):
         return "|".join(str(c).lower() for c in choices)

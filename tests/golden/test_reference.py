@@ -1,0 +1,31 @@
+"""Pages that are made from the code say what the code says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from suite import pipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "docs/make_reference.py", "--check"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_example_plans() -> None:
+    files = sorted((ROOT / "examples").rglob("*.toml"))
+    assert files
+    for file in files:
+        assert pipeline.read(file).nodes
