@@ -112,6 +112,12 @@ def _add_errors(app: FastAPI) -> None:
             refused = ApiError(400, f"{'.'.join(path)}: {what}" if path else what, param=path[0] if path else None)
         return JSONResponse(refused.body, refused.status)
 
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        # uvicorn logs it with its traceback
+        failed = ApiError(500, f"the server failed: {type(error).__name__}", kind="server_error")
+        return JSONResponse(failed.body, failed.status)
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -177,9 +183,8 @@ def _completion_prompts(
     echoes: list[str | None] = []
     limit = engine.max_length if body.max_tokens is None else body.max_tokens
     for given in body.prompts:
-        text, ids = (served.tokenizer.decode(given), given) if isinstance(given, list) else (given, None)
-        if ids is None:
-            ids = list(served.tokenizer(text)["input_ids"])
+        ids = given if isinstance(given, list) else list(served.tokenizer(given)["input_ids"])
+        text = served.tokenizer.decode(given) if isinstance(given, list) else given
         prompt = partial(_prompt, body, served, ids, limit, served.hidden, body.logprobs)
         prompts += [prompt(sample, body.logprobs if body.echo else None) for sample in range(body.n)]
         echoes += [text if body.echo else None] * body.n

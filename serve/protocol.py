@@ -121,6 +121,11 @@ class CompletionBody(Body):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list of texts or of token ids."""
+        """The prompts as a list of texts or of token ids; raises ApiError where there is nothing, or a negative id."""
         prompt: Any = self.prompt
-        return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+        prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
+        if not prompts or not all(prompts):
+            raise ApiError(400, "the prompt is empty", param="prompt")
+        if any(isinstance(given, list) and not 0 <= min(given) <= max(given) < 2**31 for given in prompts):
+            raise ApiError(400, "token ids must be numbers of the model's vocabulary", param="prompt")
+        return list(prompts)

@@ -1,0 +1,138 @@
+"""A server never outlives the process that started it, and says why it cannot start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.backends import endpoint
+from suite.errors import SuiteError
+from tests.contract.conftest import Served
+from tests.tiny.tiny_models import tiny_model
+
+ROOT = Path(__file__).parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+{imports}
+from serve.backends import endpoint
+with endpoint(Path(sys.argv[1])) as running:
+    print(running.url, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("processes") / "base")
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not (done := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return done
+
+
+def refuses(url: str) -> bool:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.socket() as sock:
+        return sock.connect_ex((host, int(port))) != 0
+
+
+@pytest.mark.parametrize("imports", ["", "import torch, transformers"], ids=["spawned", "forked"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_dies_with_its_parent(folder: Path, imports: str, how: signal.Signals) -> None:
+    command = [sys.executable, "-c", HOLD.format(imports=imports), str(folder)]
+    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        url = parent.stdout.readline().strip()
+        assert httpx.get(f"{url}/health").status_code == 200
+        parent.send_signal(how)
+        parent.wait(30)
+        assert until(lambda: refuses(url))
+    finally:
+        parent.kill()
+        parent.wait()
+        assert parent.stdout is not None
+        parent.stdout.close()
+
+
+def test_the_block_takes_the_server_down(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), endpoint(folder, log=tmp_path / "log") as running:
+        raise ZeroDivisionError
+    assert refuses(running.url)
+
+
+def test_why_it_cannot_start_is_the_error(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "model_type": "no-such-type", "architectures": None}))
+    with pytest.raises(SuiteError, match="no-such-type"), endpoint(broken):
+        pass
+
+
+def test_suite_serve_says_where_and_ends_cleanly(folder: Path) -> None:
+    code = "import sys; from pathlib import Path; from serve.command import serve; serve(Path(sys.argv[1]), {}, name='nano', port=0)"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        lines = [server.stdout.readline() for _ in range(6)]
+        url = lines[1].split(" at ")[1].strip()
+        assert "models: nano" in lines[2]
+        command = "".join(lines[3:5]).removeprefix("try:").replace("\\\n", "")
+        body = json.loads(command[command.index("-d '") + 4 : command.rindex("'")])
+        assert httpx.post(f"{url}/chat/completions", json=body, timeout=30).status_code == 200
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=30)
+        assert server.returncode == 0
+        assert "Traceback" not in errors
+    finally:
+        server.kill()
+
+
+def test_api_keys(folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from serve.command import serve; "
+        "serve(Path(sys.argv[1]), {}, name='nano', port=0, api_keys=['one', 'two'])"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        lines = [server.stdout.readline() for _ in range(2)]
+        url = lines[1].split(" at ")[1].strip()
+        statuses = [
+            httpx.get(f"{url}/models", headers={"Authorization": value} if value else {}).status_code
+            for value in ("", "Bearer three", "Basic one", "Bearer one", "bearer two")
+        ]
+        assert statuses == [401, 401, 401, 200, 200]
+        assert httpx.get(url.replace("/v1", "/health")).status_code == 200
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_two_servers_of_one_port(served: Served) -> None:
+    from serve.command import serve
+
+    port = int(served.endpoint.url.rpartition(":")[2])
+    with pytest.raises(SuiteError, match="cannot listen"):
+        serve(served.base, {}, name="base", port=port)
