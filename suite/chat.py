@@ -116,7 +116,7 @@ class Chat:
         Raises SuiteError when the template cannot be split safely.
         """
         text = self.text(messages, tools, **template_kwargs)
-        _check_tools(text, messages, tools)
+        _check_complete(text, messages, tools)
         if _MARKS.search(self.tokenizer.get_chat_template(None, tools)):
             spans = self._marked(text, messages, tools, template_kwargs)
         else:
@@ -307,7 +307,14 @@ def _unsafe(reason: str) -> SuiteError:
     )
 
 
-def _check_tools(text: str, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
+def _check_complete(text: str, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
+    """Raise SuiteError when the template drops an answer or a tool; only reasoning may be left out."""
+    for number, message in enumerate(messages, 1):
+        if (
+            message["role"] == "assistant"
+            and (message.get("content") or "").rpartition("</think>")[2].strip() not in text
+        ):
+            raise SuiteError(f"the chat template leaves out what message {number} says")
     called = [call for message in messages for call in message.get("tool_calls") or ()]
     for function in (entry.get("function", entry) for entry in [*(tools or ()), *called]):
         if function["name"] not in text:
