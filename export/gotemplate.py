@@ -17,7 +17,10 @@ Scope: TypeAlias = dict[str, Any]
 Expression: TypeAlias = Callable[[Any, Scope], Any]
 """Takes the dot and the variables in scope."""
 
-ACTION = re.compile(r"\{\{(-(?=\s))?(.*?)((?<=\s)-)?\}\}", re.DOTALL)
+ACTION = re.compile(
+    r"""\{\{(-(?=\s))? (\s*/\*.*?\*/\s* | (?:"(?:[^"\\\n]|\\.)*"|`[^`]*`|[^"`])*?) ((?<=\s)-)?\}\}""",
+    re.DOTALL | re.VERBOSE,
+)
 TOKEN = re.compile(
     r"""\s*(?:(?P<text>"(?:[^"\\\n]|\\.)*"|`[^`]*`) | (?P<number>-?\d+) | (?P<path>\$?[A-Za-z_]\w*(?:\.\w+)*|\$(?:\.\w+)*
     |(?:\.\w+)+|\.) | (?P<mark>:=|[(),]))""",

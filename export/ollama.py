@@ -31,6 +31,8 @@ PARAMETERS = {
     "repetition_penalty": "repeat_penalty",
 }
 """Ollama's names for what generation_config.json says."""
+MOST_CONTEXT = 8192
+"""Tokens; the memory for a context is taken when the model starts, and a person may ask for more."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Parts:
     """What a template writes around contents; each message is head + content + tail."""
 
     prefix: str
-    system: tuple[str, str]
+    system: tuple[str, str] | None
     later_system: tuple[str, str] | None
+    empty_is_none: bool
     user: tuple[str, str]
     assistant: tuple[str, str]
     prompt: str
@@ -50,6 +53,9 @@ def jinja(folder: Path) -> Render:
     chat = Chat.load(folder)
     bos = chat.tokenizer.bos_token or ""
     added = bool(bos) and chat.tokenizer("")["input_ids"][:1] == [chat.tokenizer.bos_token_id]
+
+    if "strftime_now" in chat_template(folder):
+        raise _refused("it writes the date of the day")
 
     def render(messages: Sequence[Message], generate: bool) -> str:
         text = chat.text(messages, generate=generate)
@@ -113,7 +119,7 @@ def modelfile(folder: Path, weights: str, template: str | None, license_text: st
         lines += [f"PARAMETER {new} {settings[old]}" for old, new in PARAMETERS.items() if settings.get(old) is not None]
     else:
         lines.append("PARAMETER temperature 0")
-    lines.append(f"PARAMETER num_ctx {read_config(folder)['max_position_embeddings']}")
+    lines.append(f"PARAMETER num_ctx {min(read_config(folder)['max_position_embeddings'], MOST_CONTEXT)}")
     if license_text:
         lines.append(f'LICENSE """{license_text.replace(chr(34) * 3, chr(39) * 3)}"""')
     return "\n".join(lines) + "\n"
@@ -148,14 +154,15 @@ def _parts(render: Render) -> Parts:
     try:
         text = render([system, user], True)
     except SuiteError:
-        return Parts(prefix, (prefix, ""), None, (user_head, tail), (assistant_head, after), prompt)
+        return Parts(prefix, None, None, False, (user_head, tail), (assistant_head, after), prompt)
     head = _around(text, SYSTEM)[0]
     between = _between(text, SYSTEM, USER)
     if not between.endswith(user_head):
         raise _refused(f"a question after a system text begins with {between!r}, another with {user_head!r}")
     later = _later_system(render, tail, user_head)
-    system_parts = (head, between.removesuffix(user_head))
-    return Parts(prefix, system_parts, later, (user_head, tail), (assistant_head, after), prompt)
+    empty = render([_message("system", ""), user], True) == render([user], True)
+    around = (head, between.removesuffix(user_head))
+    return Parts(prefix, around, later, empty, (user_head, tail), (assistant_head, after), prompt)
 
 
 def _later_system(render: Render, tail: str, user_head: str) -> tuple[str, str] | None:
@@ -175,23 +182,35 @@ def _later_system(render: Render, tail: str, user_head: str) -> tuple[str, str] 
 
 def _go(parts: Parts) -> str:
     """The template: what comes first, the messages by role, and what opens the answer."""
-    first = _literal(parts.prefix)
-    head, tail = parts.system
-    shared = head.startswith(parts.prefix)
-    if shared:  # what both beginnings have is written once
-        head = head.removeprefix(parts.prefix)
-    else:
-        first = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{first}{{{{ end }}}}'
-    system = _message_go((head, tail))
-    later = _message_go(parts.later_system) if parts.later_system else ""
-    if later != system:
-        system = f"{{{{ if eq $i 0 }}}}{system}{{{{ else }}}}{later}{{{{ end }}}}"
+    first, system = _system_go(parts)
     return (
         f'{first}{{{{ range $i, $m := .Messages }}}}{{{{ if eq $m.Role "system" }}}}{system}'
         f'{{{{ else if eq $m.Role "user" }}}}{_message_go(parts.user)}'
         f'{{{{ else if eq $m.Role "assistant" }}}}{_message_go(parts.assistant)}{{{{ end }}}}{{{{ end }}}}'
         f"{_literal(parts.prompt)}"
     )
+
+
+def _system_go(parts: Parts) -> tuple[str, str]:
+    """What stands before all messages, and a system message: the first may be written otherwise than later ones."""
+    prefix = _literal(parts.prefix)
+    if parts.system is None:
+        return prefix, ""
+    head, tail = parts.system
+    if head.startswith(parts.prefix):  # what both beginnings have is written once
+        head = head.removeprefix(parts.prefix)
+    else:
+        no_system = 'ne (index .Messages 0).Role "system"'
+        if parts.empty_is_none:
+            no_system = f'or ({no_system}) (eq (index .Messages 0).Content "")'
+        prefix = f"{{{{ if {no_system} }}}}{prefix}{{{{ end }}}}"
+    system = _message_go((head, tail))
+    if parts.empty_is_none:
+        system = f"{{{{ if $m.Content }}}}{system}{{{{ end }}}}"
+    later = _message_go(parts.later_system) if parts.later_system else ""
+    if later != system:
+        system = f"{{{{ if eq $i 0 }}}}{system}{{{{ else }}}}{later}{{{{ end }}}}"
+    return prefix, system
 
 
 def _message_go(around: tuple[str, str]) -> str:
@@ -201,7 +220,7 @@ def _message_go(around: tuple[str, str]) -> str:
 def _literal(text: str) -> str:
     """`text` for a template inside a Modelfile, which knows no escapes and drops what cannot be printed."""
     plain = all(c.isprintable() or c in "\n\t" for c in text)
-    if plain and "{{" not in text and '"""' not in text and not text.endswith(("{", '"')):
+    if plain and "{{" not in text and '"""' not in text and not text.startswith('"') and not text.endswith(("{", '"')):
         return text
     return "{{ " + gotemplate.quote(text) + " }}"
 
