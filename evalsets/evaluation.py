@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +82,8 @@ def _one(
     requests = [request(asked, q, model) for q in questions]
     journal = journals / f"{asked.name}.jsonl"
     if asked.kind == "perplexity":
+        # one by one: which texts share a batch moves the last digits of their probabilities
+        client = replace(client, concurrency=1)
         probe = client.ask(requests[:1], journal)[requests[0].id]
         if probe.refused:
             return about | {"total": {"not_available": probe.error}, "subsets": {}, "problems": []}
