@@ -206,7 +206,7 @@ class Trainer(trl.SFTTrainer):  # type: ignore[misc]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    ) -> Any:
         """Mean cross entropy (nats) over the learnt tokens of a step.
 
         TRL's fused head saves memory by scoring every position twice, in pieces. Off the GPU, where the logits of the
