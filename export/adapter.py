@@ -15,13 +15,26 @@ from suite.errors import SuiteError
 
 HEAD = "lm_head.weight"
 UNSUPPORTED = (
-    "alora_invocation_tokens arrow_config ensure_weight_tying kasa_config layer_replication lora_bias megatron_config "
-    "monteclora_config target_parameters trainable_token_indices use_bdlora use_qalora velora_config"
-).split()
+    "alora_invocation_tokens",
+    "arrow_config",
+    "ensure_weight_tying",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 """Settings of LoraConfig that change what a merge has to compute; truthy ones are refused."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """Initialisations that subtract the start of the adapter from the base, which is then no longer the base on disk."""
-KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)(\.weight)?$")
+KEY = re.compile(
+    r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)(\.weight)?$"
+)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def quantize(
     progress: Callable[[float, float, str], None],
     **options: Any,
 ) -> None:
-    """Quantize the model in `source` into `out`, by `config` (a GPTQModel QuantizeConfig) and blocks (N, T) of token ids.
+    """Quantize the model in `source` into `out`, by a GPTQModel QuantizeConfig and `blocks` (N, T) of token ids.
 
     The folder gets the parent's tokenizer, template and generation settings, byte for byte: GPTQModel changes them.
     """
@@ -42,8 +42,9 @@ def quantize(
     layers = read_config(source)["num_hidden_layers"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPTQModel.load(str(source), config, device=device)
-    model.layer_callback = lambda layer_idx, submodule_finalized: progress(layer_idx + 1, layers, "quantize")
-    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.tensor(blocks).split(1)]
+    model.layer_callback = lambda layer_idx, **_: progress(layer_idx + 1, layers, "quantize")
+    rows = (torch.tensor([block]) for block in blocks)
+    samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
     batch = max(1, TOKENS // len(blocks[0]))
     model.quantize(samples, batch_size=batch, **options)
     out.mkdir(parents=True, exist_ok=True)

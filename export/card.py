@@ -15,7 +15,7 @@ RELATION = {"model": "finetune", "adapter": "adapter", "quantized": "quantized"}
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says; `files` is a short how-to-use in Markdown."""
+    """What a card says; `use` is Markdown that shows how to load it."""
 
     name: str
     subject: Artifact
@@ -33,11 +33,10 @@ class Card:
         from huggingface_hub import ModelCardData
 
         kinds = [step.kind for step in self.steps]
-        merged = self.subject.type == "model" and "merge" not in kinds and "train" not in kinds
         scores = _scores(self.reports)
         data = ModelCardData(
             base_model=self.base_model or None,
-            base_model_relation=RELATION[self.subject.type] if self.base_model and not merged else None,
+            base_model_relation=RELATION[self.subject.type] if self.base_model else None,
             license=self.license or None,
             language=list(self.languages) or None,
             library_name="peft" if self.subject.type == "adapter" else "transformers",
@@ -80,7 +79,9 @@ class Card:
         rows = []
         for step in self.steps:
             if step.kind and step.settings:
-                settings = ", ".join(f"{key} {_plain(value)}" for key, value in step.settings.items() if value not in ({}, []))
+                settings = ", ".join(
+                    f"{key} {_plain(value)}" for key, value in step.settings.items() if value not in ({}, [])
+                )
                 rows.append(f"- **{step.kind}** ({step.name}): {settings}")
         return "## Settings\n\n" + "\n".join(rows) + "\n" if rows else ""
 

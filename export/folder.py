@@ -56,9 +56,9 @@ def is_tied(config: dict[str, Any], names: set[str]) -> bool:
 def copy_beside(source: Path, out: Path) -> None:
     """Copy what is not weights (configuration, tokenizer, template, generation settings, licence) from a model."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and file.name not in OF_THE_PARENT:
-            if not file.name.endswith(WEIGHTS):
-                shutil.copyfile(file, out / file.name)
+        left_out = file.name.startswith(".") or file.name.endswith(WEIGHTS) or file.name in OF_THE_PARENT
+        if file.is_file() and not left_out:
+            shutil.copyfile(file, out / file.name)
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

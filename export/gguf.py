@@ -34,7 +34,12 @@ ARCHITECTURES = {
     "Gemma3ForCausalLM": "gemma3",
     "Phi3ForCausalLM": "phi3",
 }
-FILE_TYPES: dict[str, tuple[str, int]] = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
+FILE_TYPES: dict[str, tuple[str, int]] = {
+    "f32": ("F32", 0),
+    "f16": ("F16", 1),
+    "bf16": ("BF16", 32),
+    "q8_0": ("Q8_0", 7),
+}
 """The tensor type of matrices, and the number that names it in `general.file_type`."""
 Q8_BLOCK = 32
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -107,14 +112,14 @@ def write(folder: Path, out: Path, weights: Weights, name: str, progress: Progre
     add_tokenizer(writer, folder, model.config)
     tensors = list(_tensors(model))
     for new, shape, _ in tensors:
-        kind = gguf.GGMLQuantizationType[_kind(new, shape, weights)]
+        kind = gguf.GGMLQuantizationType[_kind(shape, weights)]
         block, size = gguf.GGML_QUANT_SIZES[kind]
         writer.add_tensor_info(new, shape, np.dtype(np.float32), math.prod(shape) // block * size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for i, (new, shape, values) in enumerate(tensors):
-        writer.write_tensor_data(_encode(values(), _kind(new, shape, weights), new))
+        writer.write_tensor_data(_encode(values(), _kind(shape, weights), new))
         progress(i + 1, len(tensors), "gguf")
     writer.close()
 
@@ -140,7 +145,7 @@ def verify(folder: Path, file: Path) -> dict[str, float]:
     return {"max_abs": worst, "max_relative": relative}
 
 
-def _kind(name: str, shape: tuple[int, ...], weights: Weights) -> str:
+def _kind(shape: tuple[int, ...], weights: Weights) -> str:
     if len(shape) == 1:
         return "F32"
     if weights == "q8_0" and shape[-1] % Q8_BLOCK:

@@ -11,19 +11,23 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 Scope: TypeAlias = dict[str, Any]
-Expression: TypeAlias = Callable[[Any, Scope], Any]
-"""Takes the dot and the variables in scope."""
+"""The variables by name, `$` among them, and the dot under "."."""
+Expression: TypeAlias = Callable[[Scope], Any]
 
 ACTION = re.compile(
     r"""\{\{(-(?=\s))? (\s*/\*.*?\*/\s* | (?:"(?:[^"\\\n]|\\.)*"|`[^`]*`|[^"`])*?) ((?<=\s)-)?\}\}""",
     re.DOTALL | re.VERBOSE,
 )
 TOKEN = re.compile(
-    r"""\s*(?:(?P<text>"(?:[^"\\\n]|\\.)*"|`[^`]*`) | (?P<number>-?\d+) | (?P<path>\$?[A-Za-z_]\w*(?:\.\w+)*|\$(?:\.\w+)*
-    |(?:\.\w+)+|\.) | (?P<mark>:=|[(),]))""",
+    r"""\s*(?: "(?:[^"\\\n]|\\.)*" | `[^`]*`             # text
+             | -?\d+                                     # number
+             | \$?[A-Za-z_]\w*(?:\.\w+)* | \$(?:\.\w+)*  # function, variable, and fields of one
+             | (?:\.\w+)+ | \.                           # field of the dot
+             | := | [(),] )""",
     re.VERBOSE,
 )
 MESSAGE_FIELDS = {
@@ -62,7 +66,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
     system, merged = collate(messages)
     shown = [{new: m.get(old, "") for old, new in MESSAGE_FIELDS.items()} for m in merged]
     data = {"System": system, "Messages": shown, "Tools": [], "Response": "", "Think": False, "IsThinkSet": False}
-    return parse(template).render(data, {"$": data})
+    return parse(template).render({"$": data, ".": data})
 
 
 def quote(text: str) -> str:
@@ -89,7 +93,7 @@ class Node:
 
     kind: str
     text: str = ""
-    value: Expression = lambda dot, scope: dot
+    value: Expression = itemgetter(".")
     variables: tuple[str, ...] = ()
     body: Block = field(default_factory=lambda: Block())
     otherwise: Block = field(default_factory=lambda: Block())
@@ -101,28 +105,28 @@ class Block:
 
     nodes: list[Node] = field(default_factory=list)
 
-    def render(self, dot: Any, scope: Scope) -> str:
+    def render(self, scope: Scope) -> str:
         """The text of all pieces."""
-        return "".join(piece for node in self.nodes for piece in _render(node, dot, scope))
+        return "".join(piece for node in self.nodes for piece in _render(node, scope))
 
 
-def _render(node: Node, dot: Any, scope: Scope) -> Iterator[str]:
+def _render(node: Node, scope: Scope) -> Iterator[str]:
     if node.kind == "text":
         yield node.text
         return
-    value = node.value(dot, scope)
+    value = node.value(scope)
     if node.kind == "print":
         yield _printed(value)
-    elif node.kind == "if":
-        yield (node.body if value else node.otherwise).render(dot, dict(scope))
-    elif node.kind == "with":
-        yield node.body.render(value, dict(scope)) if value else node.otherwise.render(dot, dict(scope))
     elif not value:
-        yield node.otherwise.render(dot, dict(scope))
+        yield node.otherwise.render(dict(scope))
+    elif node.kind == "if":
+        yield node.body.render(dict(scope))
+    elif node.kind == "with":
+        yield node.body.render({**scope, ".": value})
     else:
         for i, item in enumerate(value):
             own = (i, item)[-len(node.variables) :] if node.variables else ()
-            yield node.body.render(item, {**scope, **dict(zip(node.variables, own, strict=True))})
+            yield node.body.render({**scope, **dict(zip(node.variables, own, strict=True)), ".": item})
 
 
 def _printed(value: Any) -> str:
@@ -225,7 +229,7 @@ def _expression(words: list[str]) -> Expression:
         operands.append(_parenthesis(rest) if word == "(" else _operand(word))
     if name:
         function = FUNCTIONS[name]
-        return lambda dot, scope: function(*(operand(dot, scope) for operand in operands))
+        return lambda scope: function(*(operand(scope) for operand in operands))
     if len(operands) != 1:
         raise TemplateSyntaxError(f"unknown: {' '.join(words)}")
     return operands[0]
@@ -245,25 +249,25 @@ def _parenthesis(rest: list[str]) -> Expression:
         raise TemplateSyntaxError("a parenthesis is not closed")
     path = rest.pop(0) if rest and re.fullmatch(r"(\.\w+)+", rest[0]) else ""
     value = _expression(inside)
-    return lambda dot, scope: _follow(value(dot, scope), path)
+    return lambda scope: _follow(value(scope), path)
 
 
 def _operand(word: str) -> Expression:
     if word[0] == '"':
         text = _unquote(word)
-        return lambda dot, scope: text
+        return lambda _: text
     if word[0] == "`":
-        return lambda dot, scope: word[1:-1]
+        return lambda _: word[1:-1]
     if re.fullmatch(r"-?\d+", word):
         number = int(word)
-        return lambda dot, scope: number
+        return lambda _: number
     if word in ("true", "false"):
-        return lambda dot, scope: word == "true"
+        return lambda _: word == "true"
     if word.startswith("."):
-        return lambda dot, scope: _follow(dot, word)
+        return lambda scope: _follow(scope["."], word)
     if word.startswith("$"):
         name, point, path = word.partition(".")
-        return lambda dot, scope: _follow(_variable(scope, name), point + path)
+        return lambda scope: _follow(_variable(scope, name), point + path)
     raise TemplateSyntaxError(f"unknown: {word}")
 
 

@@ -21,7 +21,7 @@ _STAND_IN = "QxAnswerQx"
 
 
 def write_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """Copy the model (or quantized model) in `source` to `out`, completed for every reader; proves the weights equal."""
+    """Copy the model or quantized model in `source` to `out`, completed for every reader; proves the weights equal."""
     copy_beside(source, out)
     copied = _copy_weights(source, out, progress)
     config = read_config(source)

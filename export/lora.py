@@ -58,7 +58,7 @@ def write(edit: Edit, out: IO[bytes]) -> None:
         if change:
             change(part, first)
         done.copy_(part)
-        out.write(memoryview(done.view(torch.uint8).numpy()).cast("B"))
+        out.write(done.view(torch.uint8).numpy().data)
         first += len(given)
 
 

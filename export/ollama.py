@@ -7,10 +7,9 @@ marks. It is accepted when both give the same text for every dialogue of `dialog
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from export import gotemplate
 from export.folder import eos_ids, read_config, read_json
@@ -116,7 +115,9 @@ def modelfile(folder: Path, weights: str, template: str | None, license_text: st
     file = folder / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
     if settings.get("do_sample", False):
-        lines += [f"PARAMETER {new} {settings[old]}" for old, new in PARAMETERS.items() if settings.get(old) is not None]
+        lines += [
+            f"PARAMETER {new} {settings[old]}" for old, new in PARAMETERS.items() if settings.get(old) is not None
+        ]
     else:
         lines.append("PARAMETER temperature 0")
     lines.append(f"PARAMETER num_ctx {min(read_config(folder)['max_position_embeddings'], MOST_CONTEXT)}")
@@ -251,5 +252,3 @@ def _refused(reason: str) -> SuiteError:
         f"no Go template renders exactly as the model's own: {reason}",
         hint='template = "jinja" leaves it out: Ollama then renders the Jinja in the GGUF',
     )
-
-

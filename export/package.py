@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
-ids = tokenizer.apply_chat_template([{{"role": "user", "content": "Hi"}}], add_generation_prompt=True, return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids.to(model.device))[0]))
+chat = [{{"role": "user", "content": "Hi"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
 ```"""
 ADAPTER_USE = """```python
 from peft import AutoPeftModelForCausalLM
@@ -61,14 +62,19 @@ class Export(Stage):
     """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"."""
     description: str = ""
     """A paragraph for the model card."""
-    languages: list[str] = []
+    languages: list[str] = Field(default_factory=list)
     """Languages, as codes: ["en", "zh"]."""
-    reports: list[Annotated[str, Takes("report")]] = []
+    reports: list[Annotated[str, Takes("report")]] = Field(default_factory=list)
     """Evaluations whose scores go into the model card, e.g. ["@eval"]."""
 
     def makes(self) -> ArtifactType:
         """A package."""
         return "package"
+
+    def accepts(self) -> dict[str, Takes]:
+        """Ollama quantizes itself and takes no adapter of this form: it gets the merged model."""
+        narrowed = {"model": Takes("model")} if self.to == "ollama" else {}
+        return {**self.takes(), **narrowed}
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         """Whether the artifact can be exported so, from its configuration and tokenizer."""

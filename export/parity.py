@@ -31,6 +31,8 @@ from suite.errors import SuiteError
 Progress = Callable[[float, float, str], None]
 LONGEST = 256
 """Tokens of a probe that are used, at most."""
+NAME = 80
+"""Characters of a probe's text that name it."""
 ANSWER = 16
 """Tokens of a greedy answer."""
 
@@ -117,7 +119,7 @@ def probes(folder: Path, rows: Sequence[Sequence[Message]] = ()) -> list[Probe]:
                 found.append(Probe(asked[-1]["content"], _cut(ids), True, stops))
         for row in rows:
             if ids := _ids(chat, list(row), False):
-                found.append(Probe(str(row[-1]["content"]), _cut(ids)))
+                found.append(Probe(str(row[0]["content"])[:NAME], _cut(ids)))
     return [p for p in found if len(p.ids) > 1]
 
 
@@ -158,7 +160,9 @@ def measure(
             before = torch.from_numpy(np.load(Path(waiting) / f"{i}.npy"))
             after = _logits(model, probe.ids)
             if before.shape != after.shape:
-                raise SuiteError(f"parent and child have {before.shape[1]} and {after.shape[1]} tokens in the vocabulary")
+                raise SuiteError(
+                    f"parent and child have {before.shape[1]} and {after.shape[1]} tokens in the vocabulary"
+                )
             sums.add(probe, before, after)
             progress(len(probes) + i + 1, total, "parity")
     return sums.result()
@@ -182,7 +186,7 @@ def _answered(model: Any, probe: Probe) -> Probe:
 
 def _logits(model: Any, ids: list[int]) -> torch.Tensor:
     """(T, V) float32."""
-    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
     return logits[0].float().cpu()
 
 

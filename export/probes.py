@@ -21,7 +21,7 @@ DIALOGUES: tuple[tuple[tuple[str, str], ...], ...] = (
 TEXTS = (
     "The old lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote the weather in a book.",
     "水在标准大气压下一百摄氏度沸腾，零摄氏度结冰；海水含盐，所以结冰的温度更低。",
-    "def mean(values):\n    if not values:\n        raise ValueError('no values')\n    return sum(values) / len(values)\n",
+    "def mean(values):\n    if not values:\n        raise ValueError('empty')\n    return sum(values) / len(values)\n",
     '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"], "alive": false}',
 )
 

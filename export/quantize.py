@@ -21,10 +21,11 @@ PACKED = 32
 
 
 class Quantize(Stage):
-    """Make the weights smaller: GPTQ and AWQ round them so that a calibration set sees little difference; bnb needs none.
+    """Store the weights in 2 to 8 bits, and measure the result against the model it came from.
 
-    `gptq` packs 2, 3, 4 or 8 bits, `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or 8 as int8.
-    Transformers and vLLM read gptq and awq; bnb is read by transformers.
+    GPTQ and AWQ round so that calibration data sees little difference; bnb needs none. `gptq` packs 2, 3, 4 or 8 bits,
+    `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or 8 as int8. Transformers reads all of them,
+    vLLM gptq and awq.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel", "bitsandbytes")
@@ -87,9 +88,13 @@ class Quantize(Stage):
                     f"{name} = {size} is no multiple of group_size = {self.group_size}", where=str(folder), hint=hint
                 )
             if size % PACKED:
-                raise SuiteError(f"{name} = {size} is no multiple of {PACKED}", where=str(folder), hint="method = 'bnb'")
+                raise SuiteError(
+                    f"{name} = {size} is no multiple of {PACKED}", where=str(folder), hint="method = 'bnb'"
+                )
         templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
-        if not templates[0].is_file() and "chat_template" not in (read_json(templates[1]) if templates[1].is_file() else {}):
+        if not templates[0].is_file() and "chat_template" not in (
+            read_json(templates[1]) if templates[1].is_file() else {}
+        ):
             raise SuiteError("the model has no chat template, with which to render calibration data", where=str(folder))
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -126,8 +131,16 @@ class Quantize(Stage):
         if self.method == "awq":
             awq.quantize(source, job.out, blocks, job.progress, bits=self.bits, group_size=self.group_size)
             return
-        settings = {"bits": self.bits, "group_size": self.group_size, "desc_act": self.desc_act, "sym": self.sym}
-        gptq.quantize(source, job.out, blocks, job.progress, **settings)
+        gptq.quantize(
+            source,
+            job.out,
+            blocks,
+            job.progress,
+            bits=self.bits,
+            group_size=self.group_size,
+            desc_act=self.desc_act,
+            sym=self.sym,
+        )
 
 
 def _widths(config: dict[str, Any]) -> dict[str, int]:
