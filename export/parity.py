@@ -67,7 +67,7 @@ class Sums:
     def add(self, probe: Probe, parent: torch.Tensor, child: torch.Tensor) -> None:
         """Add one probe's logits, both (T, V) float32."""
         difference = (child - parent).abs()
-        p, q = parent.log_softmax(-1), child.log_softmax(-1)
+        p, q = parent.double().log_softmax(-1), child.double().log_softmax(-1)  # in float32 the KL of equals is not 0
         kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # (T,)
         self.positions += len(kl)
         self.max_dlogit = max(self.max_dlogit, difference.max().item())
