@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +24,7 @@ from suite.errors import SuiteError, near
 
 LONGEST_PAUSE = 30.0
 FEWEST_LOST = 8
-"""After so many requests in a row (or `concurrency`, if that is more) without a connection, the rest is not asked."""
+"""After so many requests in a row (or `concurrency`, if that is more) without any answer, the rest is not asked."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Run:
     journal: TextIO
     progress: Progress | None
     replies: dict[str, Reply]
-    lost: int = 0  # requests in a row that no attempt brought to the endpoint
+    lost: int = 0  # requests in a row that the endpoint did not answer
 
     async def all(self) -> None:
         async with self.client._session() as session:
@@ -146,10 +146,10 @@ class _Run:
     async def worker(self, session: aiohttp.ClientSession) -> None:
         for request in self.queue:
             if self.lost >= max(FEWEST_LOST, self.client.concurrency):
-                reply = Reply(request.id, request.digest, attempts=0, error="not asked: the endpoint is gone")
+                reply = Reply(request.id, request.digest, attempts=0, error="not asked: the endpoint does not answer")
             else:
                 reply = await self.one(session, request)
-            self.journal.write(json.dumps(asdict(reply), ensure_ascii=False) + "\n")
+            self.journal.write(json.dumps(vars(reply), ensure_ascii=False) + "\n")
             self.replies[request.id] = reply
             if self.progress:
                 self.progress(reply, True)
@@ -158,33 +158,29 @@ class _Run:
         """One request until it is answered, or given up."""
         url = f"{self.client.root}/{request.path}"
         body = json.dumps(request.body, ensure_ascii=False).encode()
-        error = ""
+        failed = Reply(request.id, request.digest)
         for attempt in range(1, self.client.attempts + 1):
+            failed = replace(failed, attempts=attempt)
             began, wait = time.perf_counter(), self.client.pause * 2 ** (attempt - 1)
             try:
                 async with session.post(url, data=body) as response:
                     content = await response.read()
             except TimeoutError:
-                error = f"no answer within {self.client.timeout:g} s"
-                self.lost = 0
-                return Reply(request.id, request.digest, attempts=attempt, error=error)
-            except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as failure:
-                error = f"no connection ({type(failure).__name__})"  # its text would have the port
-                gone = True
-            except aiohttp.ClientError as failure:
-                self.lost = 0
-                return Reply(request.id, request.digest, attempts=attempt, error=f"not HTTP ({type(failure).__name__})")
+                failed = replace(failed, error=f"no answer within {self.client.timeout:g} s")
+                break
+            except aiohttp.ClientError as failure:  # whose own text would have the port
+                failed = replace(failed, error=f"no connection ({type(failure).__name__})")
             else:
-                self.lost, gone = 0, False
+                self.lost = 0
                 if response.status != 429 and response.status < 500:
                     reply = parse(request, response.status, content)
                     return replace(reply, attempts=attempt, latency=time.perf_counter() - began)
-                error = http_error(response.status, content)
+                failed = replace(failed, error=http_error(response.status, content))
                 wait = max(wait, _seconds(response.headers.get("Retry-After")))
             if attempt < self.client.attempts:
                 await asyncio.sleep(min(wait, LONGEST_PAUSE))
-        self.lost += gone
-        return Reply(request.id, request.digest, attempts=self.client.attempts, error=error)
+        self.lost += not failed.error.startswith("HTTP")
+        return failed
 
 
 def parse(request: Request, status: int, content: bytes) -> Reply:

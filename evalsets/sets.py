@@ -238,11 +238,8 @@ def load(name: str) -> EvalSet:
     folder = SHIPPED / name if name in names() else Path(name)
     path = folder / SET_FILE
     if not path.is_file():
-        if folder.is_dir():
-            raise SuiteError(f"the folder {name} has no {SET_FILE}", hint="see docs on question sets for its keys")
-        raise SuiteError(
-            f"no question set '{name}'", hint=near(name, names()) + ", or the path of a folder with a set.toml"
-        )
+        what = f"the folder {name} has no {SET_FILE}" if folder.is_dir() else f"no question set '{name}'"
+        raise SuiteError(what, hint=f"{near(name, names())} (or give a folder with a {SET_FILE})")
     values, lines = toml.read(path)
     file = parse(SetFile, values, _Lines(path, lines))
     found = EvalSet(folder.resolve().name, folder, file)

@@ -100,6 +100,10 @@ class Evaluate(Stage):
         for asked_name, scores in found.metrics.items():
             if "not_available" in scores:
                 job.warn(f"{asked_name} is not available: {scores['not_available']}")
+            if scores.get("unparsed", 0) > scores.get("n", 0) / 10:
+                job.warn(
+                    f"{asked_name}: {scores['unparsed']} of {scores['n']} replies name no option, and count as wrong"
+                )
         if found.failed:
             first = next(p for s in found.sets.values() for p in s["problems"] if p["what"] == "failed")
             text = f"{found.failed} questions failed, the first is {first['id']}: {first['text']}"

@@ -97,7 +97,31 @@ def test_an_endpoint_that_is_gone_is_not_asked_for_ever(tmp_path: Path) -> None:
     assert len(replies) == 100
     assert all(r.error for r in replies.values())
     assert sum(r.attempts for r in replies.values()) < 40
-    assert replies["q99"].error == "not asked: the endpoint is gone"
+    assert replies["q99"].error == "not asked: the endpoint does not answer"
+
+
+def test_an_endpoint_that_hangs_is_not_waited_for_a_hundred_times(tmp_path: Path) -> None:
+    with serve(lambda body: Say("late", delay=60)) as fake:
+        replies = client(fake.url, timeout=0.2, concurrency=10).ask(requests(100), tmp_path / "j")
+    assert 10 <= sum(r.attempts for r in replies.values()) <= 20
+    assert {r.error for r in replies.values()} == {"no answer within 0.2 s", "not asked: the endpoint does not answer"}
+
+
+def test_an_endpoint_that_dies_half_way_fails_the_rest_only(tmp_path: Path) -> None:
+    died = False
+
+    def rule(body: dict[str, Any]) -> Say:
+        nonlocal died
+        died = died or number(body) == 30
+        return Say("x", cut=True) if died else Say("fine")
+
+    with serve(rule) as fake:
+        replies = client(fake.url, attempts=2).ask(requests(60), tmp_path / "j")
+    answered = {i for i, r in replies.items() if not r.error}
+    assert {f"q{i}" for i in range(27)} <= answered <= {f"q{i}" for i in range(30)}
+    assert len(replies) == 60
+    kept = [r for r in read_journal(tmp_path / "j") if not r.error]
+    assert {r.id for r in kept} == answered
 
 
 def test_answers_of_a_killed_run_are_used_and_nothing_else_is(tmp_path: Path) -> None:
