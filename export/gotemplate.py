@@ -27,7 +27,8 @@ TOKEN = re.compile(
              | -?\d+                                     # number
              | \$?[A-Za-z_]\w*(?:\.\w+)* | \$(?:\.\w+)*  # function, variable, and fields of one
              | (?:\.\w+)+ | \.                           # field of the dot
-             | := | [(),] )""",
+             | \)(?:\.\w+)*                              # end of a parenthesis, and fields of its value
+             | := | [(,] )""",
     re.VERBOSE,
 )
 MESSAGE_FIELDS = {
@@ -236,20 +237,17 @@ def _expression(words: list[str]) -> Expression:
 
 
 def _parenthesis(rest: list[str]) -> Expression:
-    """The expression up to the matching ")"; takes its words from `rest`."""
+    """The expression up to the matching ")" and fields of its value; takes its words from `rest`."""
     inside: list[str] = []
     depth = 1
     while rest:
         word = rest.pop(0)
-        depth += {"(": 1, ")": -1}.get(word, 0)
+        depth += {"(": 1, ")": -1}.get(word[0], 0)
         if not depth:
-            break
+            value, path = _expression(inside), word[1:]
+            return lambda scope: _follow(value(scope), path)
         inside.append(word)
-    else:
-        raise TemplateSyntaxError("a parenthesis is not closed")
-    path = rest.pop(0) if rest and re.fullmatch(r"(\.\w+)+", rest[0]) else ""
-    value = _expression(inside)
-    return lambda scope: _follow(value(scope), path)
+    raise TemplateSyntaxError("a parenthesis is not closed")
 
 
 def _operand(word: str) -> Expression:

@@ -38,6 +38,7 @@ DIALOGUE = [
             "{{ with .System }}{{ . }}{{ $.System }}{{ end }}{{ with .Response }}x{{ else }}none{{ end }}",
             "Be kind." * 2 + "none",
         ),
+        ('{{ and (ne .System "") .Response }}{{ and (ne .System "") .System }}', "Be kind."),
         ("{{ range .Tools }}t{{ else }}no tools{{ end }}", "no tools"),
         (
             "{{ range $i, $m := .Messages }}{{ if gt $i 2 }}{{ range $.Messages }}{{ $i }}{{ end }}{{ end }}{{ end }}",
