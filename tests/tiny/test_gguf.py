@@ -1,0 +1,154 @@
+"""GGUF files: read back with gguf's own reader, for every architecture and type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_model, tiny_tokenizer
+
+from export.gguf import interleave, verify, write
+from suite.errors import SuiteError
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+}
+
+
+def value(reader: gguf.GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tensor_arrives_in_every_architecture(tmp_path: Path, architecture: str) -> None:
+    folder = tiny_model(tmp_path / "m", architecture=architecture, hidden=64)
+    file = tmp_path / "m.gguf"
+    write(folder, file, "f32", "tiny")
+    assert verify(folder, file) == {"max_abs": 0.0, "max_relative": 0.0}
+    reader, arch = gguf.GGUFReader(file), ARCHITECTURES[architecture]
+    names = {t.name for t in reader.tensors}
+    assert {"token_embd.weight", "output_norm.weight", "blk.1.attn_output.weight"} <= names
+    assert "output.weight" not in names  # tied
+    assert value(reader, "general.architecture") == arch
+    assert value(reader, f"{arch}.block_count") == 2
+    assert value(reader, f"{arch}.attention.head_count_kv") == 2
+    parameters = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    assert sum(int(t.n_elements) for t in reader.tensors) == parameters
+
+
+@pytest.mark.parametrize(
+    ("weights", "number", "bound"), [("f16", 1, 2**-11), ("bf16", 32, 2**-8), ("q8_0", 7, 1 / 127)]
+)
+def test_types_are_as_exact_as_they_can_be(tmp_path: Path, weights: Any, number: int, bound: float) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    file = tmp_path / "m.gguf"
+    write(folder, file, weights, "tiny")
+    assert 0 < verify(folder, file)["max_relative"] <= bound
+    reader = gguf.GGUFReader(file)
+    assert value(reader, "general.file_type") == number
+    kinds = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == weights.upper()
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+
+
+def test_bfloat16_weights_become_float16_values(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64, dtype="bfloat16", tie_word_embeddings=False)
+    file = tmp_path / "m.gguf"
+    write(folder, file, "bf16", "tiny")
+    assert verify(folder, file)["max_abs"] == 0
+    assert "output.weight" in {t.name for t in gguf.GGUFReader(file).tensors}
+
+
+def test_llama_rows_are_where_llama_cpp_rotates_them() -> None:
+    """Rotating halves as transformers does, then reordering, is reordering, then rotating neighbours as llama.cpp."""
+    heads, dim = 2, 8
+    x = np.random.default_rng(0).normal(size=(heads * dim, 3)).astype(np.float32)
+    angle = np.linspace(0.1, 0.9, dim // 2, dtype=np.float32)[:, None]
+
+    def halves(v: np.ndarray) -> np.ndarray:
+        first, second = v.reshape(heads, 2, dim // 2, 3).swapaxes(0, 1)
+        turned = [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
+        return np.stack(turned, 1).reshape(v.shape)
+
+    def neighbours(v: np.ndarray) -> np.ndarray:
+        pairs = v.reshape(heads, dim // 2, 2, 3)
+        even, odd = pairs[:, :, 0], pairs[:, :, 1]
+        turned = [even * np.cos(angle) - odd * np.sin(angle), odd * np.cos(angle) + even * np.sin(angle)]
+        return np.stack(turned, 2).reshape(v.shape)
+
+    np.testing.assert_allclose(interleave(halves(x), heads), neighbours(interleave(x, heads)), rtol=1e-6)
+
+
+def test_the_tokenizer_is_written_whole(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    file = tmp_path / "m.gguf"
+    write(folder, file, "f16", "tiny")
+    reader, tokenizer = gguf.GGUFReader(file), tiny_tokenizer()
+    tokens = value(reader, "tokenizer.ggml.tokens")
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert len(tokens) == 512
+    types = value(reader, "tokenizer.ggml.token_type")
+    assert [types[tokenizer.convert_tokens_to_ids(t)] for t in ("<|im_end|>", "a")] == [3, 1]
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    assert value(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in merges]
+    assert value(reader, "tokenizer.ggml.pre") == "gpt-2"
+    assert value(reader, "tokenizer.ggml.eos_token_id") == tokenizer.eos_token_id
+    assert value(reader, "tokenizer.ggml.add_bos_token") is False
+    assert value(reader, "tokenizer.chat_template") == tokenizer.chat_template
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    for name in ("a", "b"):
+        write(folder, tmp_path / f"{name}.gguf", "q8_0", "tiny")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_llama3_scaling_is_a_tensor_of_factors(tmp_path: Path) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    folder = tiny_model(tmp_path / "m", architecture="llama", hidden=128, rope_parameters=rope)
+    file = tmp_path / "m.gguf"
+    write(folder, file, "f16", "tiny")
+    written = next(t.data for t in gguf.GGUFReader(file).tensors if t.name == "rope_freqs.weight")
+    from transformers import AutoConfig
+
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(folder), "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(0, 32, 2) / 32)
+    np.testing.assert_allclose(written, (plain / slowed).numpy(), rtol=1e-5)
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(tensors, file)
+    with pytest.raises(SuiteError, match="float16 cannot hold"):
+        write(folder, tmp_path / "m.gguf", "f16", "tiny")
+    write(folder, tmp_path / "m.gguf", "bf16", "tiny")
+    save_file({**tensors, "model.extra.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(SuiteError, match=r"'model\.extra\.weight' has no place"):
+        write(folder, tmp_path / "m.gguf", "bf16", "tiny")

@@ -1,0 +1,187 @@
+"""Packages: what a hub folder and an Ollama folder hold, and that they load and render as the model does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_jobs import run
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny_models import tiny_adapter, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from export import gotemplate
+from export.package import Export
+from suite.chat import Chat
+from suite.errors import SuiteError
+from suite.stages import Artifact
+
+IDS = torch.arange(3, 40).unsqueeze(0)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def recorded(folder: Path, kind: str, metrics: dict[str, Any], inputs: dict[str, Any], **settings: Any) -> None:
+    record = {
+        "kind": kind, "type": "model", "key": f"key-of-{kind}", "digest": f"digest-of-{kind}", "name": kind,
+        "metrics": metrics, "inputs": inputs, "settings": settings, "libraries": {"torch": "2.13.0"},
+    }  # fmt: skip
+    (folder / "artifact.json").write_text(json.dumps(record))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A model with everything around it, as a hub folder."""
+    model = tiny_model(tmp_path / "m", architecture="llama", hidden=64, rope_parameters=LLAMA3)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    data = {"path": str(tmp_path / "rows.json"), "type": "dataset", "digest": "digest-of-rows", "name": "rows.json"}
+    parity = {"kl": 1e-6, "top1": 1.0, "max_dlogit": 0.01, "ppl_parent": 2.5, "ppl_child": 2.51}
+    recorded(model, "train", {"parity": parity}, {"data": [data]}, lr=0.25, data=str(tmp_path / "rows.json"))
+    report = tmp_path / "report"
+    report.mkdir()
+    scores = {"ceval-mini": {"acc": 0.8125, "low": 0.7, "high": 0.9}, "summaries": {"rougeL": 0.5}}
+    recorded(report, "eval", scores, {})
+    stage = Export(
+        model="m", to="hf", name="org/tiny", license="apache-2.0", base_model="org/base", languages=["en", "zh"],
+        description="A tiny model.", reports=["r"],
+    )  # fmt: skip
+    run(stage, tmp_path / "out", model=model, reports=report)
+    return tmp_path / "out"
+
+
+def test_the_folder_loads_and_answers_as_the_model(package: Path) -> None:
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(package.parent / "m")(IDS).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(package)(IDS).logits, expected)
+    ours, theirs = load_file(package / "model.safetensors"), load_file(package.parent / "m" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_older_readers_find_rope_template_and_stops(package: Path) -> None:
+    config = json.loads((package / "config.json").read_text())
+    assert config["rope_theta"] == 500000.0
+    assert config["rope_scaling"]["factor"] == 8.0
+    assert "rope_theta" not in config["rope_scaling"]
+    template = (package / "chat_template.jinja").read_text()
+    assert json.loads((package / "tokenizer_config.json").read_text())["chat_template"] == template
+    stops = json.loads((package / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [AutoTokenizer.from_pretrained(package).convert_tokens_to_ids("<|im_end|>"), 0]
+
+
+def test_the_card_has_metadata_scores_and_lineage(package: Path) -> None:
+    card = ModelCard.load(package / "README.md")
+    assert card.data.base_model == "org/base"
+    assert card.data.license == "apache-2.0"
+    assert card.data.language == ["en", "zh"]
+    scores = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert scores == {("ceval-mini", "accuracy"): 0.8125, ("summaries", "rougeL"): 0.5}
+    for text in ("A tiny model.", "rows.json", "0.700 to 0.900", "key-of-train", "lr 0.25", "torch 2.13.0", "2.51"):
+        assert text in card.text
+    lineage = json.loads((package / "lineage.json").read_text())["artifacts"]
+    assert [step["digest"] for step in lineage] == ["digest-of-rows", "digest-of-train"]
+
+
+def test_checksums_are_right_and_nothing_names_this_machine(package: Path) -> None:
+    lines = (package / "checksums.txt").read_text().splitlines()
+    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    present = {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in package.iterdir() if f.name != "checksums.txt"
+    }
+    assert listed == present
+    root = str(package.parent).encode()
+    assert not [name for name, content in files(package).items() if root in content]
+
+
+def test_the_ollama_folder_renders_as_the_model(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", hidden=64)
+    metrics = run(Export(model="m", to="ollama", name="tiny"), tmp_path / "out", model=model)
+    assert set(files(tmp_path / "out")) == {"Modelfile", "README.md", "checksums.txt", "lineage.json", "model-f16.gguf"}
+    assert metrics["weights"]["max_relative"] <= 2**-11
+    assert metrics["template"]["dialogues"] > 10
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model-f16.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"\n' in modelfile
+    assert "PARAMETER num_ctx 2048\n" in modelfile
+    match = re.search(r'TEMPLATE """(.*?)"""\n', modelfile, re.DOTALL)
+    assert match
+    messages = [
+        {"role": "system", "content": "Be {{ kind }}."},
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"},
+    ]
+    for dialogue in (messages, messages[1:], messages[:2], messages[3:]):
+        assert gotemplate.render(match[1], dialogue) == Chat.load(model).text(dialogue, generate=True)
+
+
+def test_sampling_settings_become_parameters(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", hidden=64)
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [2, 0]}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    run(Export(model="m", to="ollama", template="jinja", weights="q8_0"), tmp_path / "out", model=model)
+    modelfile = (tmp_path / "out" / "Modelfile").read_text()
+    assert modelfile.splitlines() == [
+        "FROM ./model-q8_0.gguf",
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|endoftext|>"',
+        "PARAMETER temperature 0.6",
+        "PARAMETER top_k 20",
+        "PARAMETER repeat_penalty 1.1",
+        "PARAMETER num_ctx 2048",
+    ]
+
+
+def test_a_template_that_go_cannot_match_stops_the_export(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content | trim + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    model = tiny_model(tmp_path / "m", hidden=64, template=template)
+    with pytest.raises(SuiteError, match="white space at the ends"):
+        run(Export(model="m", to="ollama"), tmp_path / "out", model=model)
+    dated = tiny_model(tmp_path / "d", hidden=64, template="{{ strftime_now('%Y') }}" + template)
+    with pytest.raises(SuiteError, match="date"):
+        run(Export(model="m", to="ollama"), tmp_path / "out2", model=dated)
+
+
+def test_an_adapter_is_published_with_the_name_of_its_base(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = tiny_model(tmp_path / "m", hidden=64)
+    adapter = tiny_adapter(model, tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(model)}))
+    subject = Artifact(adapter, "adapter")
+    with pytest.raises(SuiteError, match="a path of this machine"):
+        run(Export(model="a"), tmp_path / "refused", model=subject)
+    run(Export(model="a", base_model="org/base"), tmp_path / "out", model=subject)
+    out = tmp_path / "out"
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    assert ModelCard.load(out / "README.md").data.base_model_relation == "adapter"
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert PeftModel.from_pretrained(base, out).peft_config["default"].r == 4
+
+
+def test_the_same_model_gives_the_same_package(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", hidden=64)
+    for to in ("hf", "ollama"):
+        run(Export(model="m", to=to, name="x"), tmp_path / f"{to}-1", model=model)
+        run(Export(model="m", to=to, name="x"), tmp_path / f"{to}-2", model=model)
+        assert files(tmp_path / f"{to}-1") == files(tmp_path / f"{to}-2")
