@@ -50,6 +50,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     ours = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",  # spinning threads made training ten times slower beside other work
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",  # stages work on folders; a look at a hub would only wait for its answer
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
