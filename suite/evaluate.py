@@ -76,7 +76,7 @@ class Evaluate(Stage):
             hint = "base is what an adapter is served on; remove it"
             raise SuiteError(f"'{subject.name}' is no adapter", where="base", hint=hint)
         if subject.type == "adapter" and not self.base and subject.input("base") is None:
-            hint = 'add base = "..." with the model that it was trained on'
+            hint = "give the model that it was trained on as 'base'"
             raise SuiteError(f"the adapter '{subject.name}' does not say where its base is", where="model", hint=hint)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Evaluate(Stage):
         if subject.type == "adapter":
             base = job.optional("base") or subject.input("base")
             if base is None:
-                raise SuiteError(f"the base of the adapter '{subject.name}' is gone", hint='add base = "..."')
+                raise SuiteError(f"the base of the adapter '{subject.name}' is gone", hint="give it as 'base'")
             model, adapters, name = base, {"adapter": subject.path}, "adapter"
         log = job.scratch / "server.log"
         with endpoint(model.path, adapters, name="model", backend=self.backend, log=log, dtype=self.dtype) as served:

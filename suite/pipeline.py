@@ -184,7 +184,7 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     stage = parse(stage_class, values, cell_places(where, table))
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
-        takes = type(stage).takes()[field]
+        takes = stage.accepts()[field]
         names = [n for r in references for n in tables.expand(r, where((field,)))]
         inputs[field] = [_source(n, takes, field, where) for n in names]
     needs = tuple(
@@ -238,7 +238,7 @@ def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
                 continue
             if source not in nodes:
                 raise SuiteError(f"no stage '{source}'", where=node.where((field,)), hint=near(source, nodes))
-            made, takes = nodes[source].stage.makes(), type(node.stage).takes()[field].types
+            made, takes = nodes[source].stage.makes(), node.stage.accepts()[field].types
             if made not in takes:
                 raise SuiteError(
                     f"'{field}' takes {_either(takes)}, but '@{source}' makes {_article(made)}",
@@ -341,7 +341,7 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
     where = Flags(file, {}, ((),))
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
-        found = [on_command_line(r, type(stage).takes()[field], folder) for r in references]
+        found = [on_command_line(r, stage.accepts()[field], folder) for r in references]
         for source in found:
             if isinstance(source, SuiteError):
                 raise SuiteError(source.message, where=where((field,)), hint=source.hint)

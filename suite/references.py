@@ -34,11 +34,9 @@ def external(reference: str, takes: Takes, folder: Path) -> External | SuiteErro
         name = reference[3:].partition("@")[0]
         hint = f"download it first (hf download {name} --local-dir DIR) and give the folder"
         return SuiteError(f"'{reference}': hub addresses are not read yet", hint=hint)
-    path = (
-        nano()
-        if reference == NANO and not (folder / NANO).is_dir()
-        else (folder / Path(reference).expanduser()).resolve()
-    )
+    path = (folder / Path(reference).expanduser()).resolve()
+    if reference == NANO and not any((path / name).is_file() for name in ("config.json", RECORD)):
+        path = nano()
     if not path.exists():
         return SuiteError(f"no such file or folder: {reference}", hint=f"looked for {path}")
     try:

@@ -144,6 +144,10 @@ class Stage(Config):
         found = {name: marker(info, Takes) for name, info in cls.model_fields.items()}
         return {name: takes for name, takes in found.items() if takes}
 
+    def accepts(self) -> dict[str, Takes]:
+        """Like `takes`, narrowed by what these settings allow."""
+        return self.takes()
+
     def references(self) -> dict[str, list[str]]:
         """The references in these settings by field; fields left out are absent."""
         values = {name: getattr(self, name) for name in self.takes()}
