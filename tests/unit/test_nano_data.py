@@ -31,7 +31,7 @@ def modules() -> Any:
 
 
 def made(folder: Path, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    command = [sys.executable, str(NANO / "make_data.py"), str(folder), "--rows", "3000", "--seed", str(seed)]
+    command = [sys.executable, str(NANO / "make_data.py"), str(folder), "--rows", "600", "--seed", str(seed)]
     subprocess.run(command, check=True, timeout=60)
     names = ("chat", "text", "held_out")
     return {n: [json.loads(line) for line in (folder / f"{n}.jsonl").open(encoding="utf-8")] for n in names}
@@ -82,8 +82,7 @@ def test_choice_set_is_balanced_and_no_question_has_two_right_answers() -> None:
             assert len({row[letter] for letter in "ABCD"}) == 4, row
             letters[row["answer"]] += 1
     assert len(files) >= 6
-    assert len(letters) == 4
-    assert max(letters.values()) - min(letters.values()) <= len(files)
+    assert len(set(letters.values())) == 1, letters
 
 
 def test_choice_set_shares_no_question_with_training(data: dict[str, list[dict[str, Any]]]) -> None:
