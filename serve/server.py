@@ -84,7 +84,9 @@ def run(settings: Settings, sock: socket.socket, ready: Callable[[], None] = lam
         api_keys=settings.api_keys,
         loaded=loaded,
     )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    for library in ("torchao", "torch"):  # they complain at import about what nobody here uses
+        logging.getLogger(library).setLevel(logging.ERROR)
     config = uvicorn.Config(
         app, log_level="warning", log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
     )
