@@ -53,6 +53,8 @@ def train(settings: Train, job: Job) -> dict[str, Any]:
     base = job.input("base")
     chat = Chat.load(base.path)
     examples = prepare(chat, [artifact.path for artifact in job.inputs["data"]], settings)
+    tokens = examples.counts()
+    job.say(f"{len(examples.ids)} rows of {tokens['all']} tokens, {tokens['learnt']} of them learnt")
     for line in examples.accounts():
         job.warn(line)
     model = load(base.path, settings)
@@ -72,7 +74,7 @@ def train(settings: Train, job: Job) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "rows": len(examples.ids),
         "left_out": len(examples.rows.left_out),
-        "tokens": examples.counts(),
+        "tokens": tokens,
         "parameters": {
             "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "all": sum(p.numel() for p in trainer.model.parameters()),

@@ -86,7 +86,7 @@ class Train(Stage):
             _check_extra(self.extra)
         for base in inputs.get("base", ()):
             if base is not None:
-                _check_base(base.path)
+                _check_base(base.path, self.max_length)
         known = [artifact.path for artifact in inputs.get("data", ()) if artifact is not None]
         if known and len(known) == len(inputs["data"]):
             data.check(known, self.fill)
@@ -156,11 +156,18 @@ def _config_names() -> list[str]:
     return names
 
 
-def _check_base(folder: Path) -> None:
-    """A base needs config.json, weights, and a tokenizer with a chat template."""
+def _check_base(folder: Path, max_length: int) -> None:
+    """A base needs config.json, weights, a tokenizer with a chat template, and positions for the longest row."""
     where = str(folder)
     if not (folder / "config.json").is_file():
         raise SuiteError("no config.json, so this is no model folder", where=where, hint="name the folder that has it")
+    positions = json.loads((folder / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    if positions and max_length > positions:
+        raise SuiteError(
+            f"max_length: {max_length} is more than the base's {positions} positions",
+            where=where,
+            hint=f"set max_length = {positions} or less",
+        )
     if not any(folder.glob("*.safetensors")):
         raise SuiteError("no .safetensors weights", where=where, hint="convert the weights to safetensors")
     file = folder / "tokenizer_config.json"

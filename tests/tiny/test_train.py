@@ -239,6 +239,10 @@ def test_after_kill_9_it_ends_with_the_same_bytes(inputs: Any, tmp_path: Path) -
     assert {"event": "say", "text": "going on from checkpoint-6"} in job.events
     assert resumed["loss"] == metrics["loss"]
     assert content(killed / "out") == content(tmp_path / "whole" / "out")
+    # killed after the last step, before the artifact was whole
+    (killed / "out" / "adapter_model.safetensors").unlink()
+    train(inputs, killed, **settings)
+    assert content(killed / "out") == content(tmp_path / "whole" / "out")
 
 
 def test_mistakes_that_only_the_model_shows(inputs: Any, tmp_path: Path) -> None:

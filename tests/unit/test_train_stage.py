@@ -93,6 +93,10 @@ def test_check_looks_at_base_and_data(inputs: dict[str, list[Any]]) -> None:
         stage().check(inputs)
     stage().check({"base": [None], "data": [None]})
     base = inputs["base"][0].path
+    (base / "config.json").write_text('{"max_position_embeddings": 512}', "utf-8")
+    with pytest.raises(SuiteError, match="more than the base's 512 positions"):
+        stage(fill={"name": "x"}, max_length=513).check(inputs)
+    (base / "config.json").write_text("{}", "utf-8")
     for name, message in (
         ("chat_template.jinja", "no chat template"),
         ("model.safetensors", "no .safetensors weights"),
