@@ -12,6 +12,12 @@ from suite.commands.flags import type_text, walk
 from suite.pipeline import Serve, Wiring
 from suite.stages import KINDS, kind
 
+# the words of the command line, in the words of TOML
+IN_TOML = {
+    "STR": "text", "INT": "integer", "FLOAT": "number", "BOOL": "true or false", "A,B": "list", "KEY=VALUE": "table",
+    "VALUE": "table", "FILE,...": "file or files",
+    "PATH|@STAGE": "path or @stage", "PATH|@STAGE,...": "paths or @stages",
+}  # fmt: skip
 PAGE = Path(__file__).parent / "reference.md"
 
 
@@ -23,9 +29,13 @@ def table(settings: type) -> list[str]:
         shown = (
             "" if default is None or default is PydanticUndefined or hasattr(default, "model_dump") else f"`{default}`"
         )
-        cells = (f"`{name}`", f"`{type_text(info)}`", shown, info.description or "")
+        cells = (f"`{name}`", _values(type_text(info)), shown, info.description or "")
         rows.append("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
     return [*rows, ""]
+
+
+def _values(text: str) -> str:
+    return IN_TOML.get(text) or f"`{text}`"
 
 
 def page() -> str:
