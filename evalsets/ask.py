@@ -204,7 +204,7 @@ def parse(request: Request, status: int, content: bytes) -> Reply:
         logprobs = _prompt_logprobs(choice, usage, text or "", str(request.body["prompt"]))
     except (LookupError, TypeError, ValueError) as error:
         return replace(failed, error=f"no log-probabilities of the prompt: {error}", refused=True)
-    return replace(failed, finish=str(finish), logprobs=logprobs)
+    return replace(failed, logprobs=logprobs)
 
 
 def _prompt_logprobs(choice: Any, usage: Any, text: str, prompt: str) -> tuple[float, ...]:

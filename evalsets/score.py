@@ -104,7 +104,7 @@ def figures(asked: EvalSet, rows: list[Row]) -> dict[str, Any]:
     counts = {
         "n": len(rows),
         "failed": sum(bool(r["error"]) for r in rows),
-        "truncated": sum(r["finish"] == "length" for r in rows) if asked.kind != "perplexity" else 0,
+        "truncated": sum(r["finish"] == "length" for r in rows),
     }
     if asked.kind == "choice":
         right = sum(r["score"] == 1 for r in rows)

@@ -2,6 +2,7 @@
 
     evalsets/ceval-mini     four-choice questions in C-Eval's layout, held out from nano's training
     evalsets/summaries      little stories and their summaries, held out too
+    evalsets/perplexity     short texts: held-out stories and sums, and facts in new combinations
     examples/data           identity, style and calibration rows for the quickstart, from the training side
 
 All of it comes from the world and the generators of nano's own data. The same seed gives the same bytes.
@@ -74,6 +75,18 @@ def stories(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
         yield {"query": sample.question, "response": sample.answer}
 
 
+def texts(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
+    """Plain texts, the languages in turn: two stories with their summary, then sums, then facts."""
+    for number in range(count):
+        lang, kind = number % 2, number // 2 % 4
+        if kind < 2:
+            sample = draw(rng, lang, "summaries", held_out=True)
+            yield {"text": f"{sample.question} {sample.answer}"}
+        else:
+            skill, gap = (("arithmetic", "\n"), ("facts", " "))[kind - 2]
+            yield {"text": gap.join(draw(rng, lang, skill, held_out=True).answer for _ in range(4))}
+
+
 def chat(sample: Sample) -> dict[str, Any]:
     return {"messages": exchange(sample)}
 
@@ -102,10 +115,11 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     sets, data = args.root / "evalsets", args.root / "examples" / "data"
-    for folder in (sets / "summaries", data):
+    for folder in (sets / "summaries", sets / "perplexity", data):
         folder.mkdir(parents=True, exist_ok=True)
     write_choices(sets / "ceval-mini", rng)
     write(sets / "summaries" / "stories.jsonl", stories(rng, 40))
+    write(sets / "perplexity" / "texts.jsonl", texts(random.Random(args.seed), 40))
     write(data / "identity.jsonl", identity(rng))
     write(data / "style.jsonl", style(rng, 180))
     write(data / "calibration.jsonl", (conversation(rng) for _ in range(256)))

@@ -82,6 +82,7 @@ def test_a_right_model_scores_all(tmp_path: Path) -> None:
     assert found["short"]["rouge1"] == pytest.approx((1 + 2 / 3 + 1 + 1 / 3) / 4, abs=0.2)
     assert found["short"]["low"] <= found["short"]["rougeL"] <= found["short"]["high"]
     assert found["texts"]["ppl"] == pytest.approx(math.exp(2))
+    assert found["texts"]["truncated"] == 0
     assert found["texts"]["tokens"] == sum(len(t) - 1 for t in TEXTS)
     assert found["speed"]["questions"] == 44
     assert found["speed"]["latency_p50"] > 0
@@ -138,6 +139,9 @@ def test_answers_and_report_are_the_same_bytes_again(tmp_path: Path) -> None:
     wanted = make_sets(tmp_path)
     for out in ("one", "two"):
         run(good, wanted, tmp_path / out)
+    assert all(
+        not s["problems"] for s in json.loads((tmp_path / "one/report.json").read_text("utf-8"))["sets"].values()
+    )
     for name in ("report.json", "report.md", "answers/choice.jsonl", "answers/short.jsonl", "answers/texts.jsonl"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 

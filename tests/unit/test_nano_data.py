@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "examples" / "nano"
-SHIPPED = ("evalsets/ceval-mini", "evalsets/summaries", "examples/data")
+SHIPPED = ("evalsets/ceval-mini", "evalsets/summaries", "evalsets/perplexity", "examples/data")
 
 
 @pytest.fixture(scope="module")
