@@ -34,7 +34,7 @@ def made(folder: Path, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     command = [sys.executable, str(NANO / "make_data.py"), str(folder), "--rows", "600", "--seed", str(seed)]
     subprocess.run(command, check=True, timeout=60)
     names = ("chat", "text", "held_out")
-    return {n: [json.loads(line) for line in (folder / f"{n}.jsonl").open(encoding="utf-8")] for n in names}
+    return {n: [json.loads(line) for line in (folder / f"{n}.jsonl").read_text("utf-8").splitlines()] for n in names}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_choice_set_is_balanced_and_no_question_has_two_right_answers() -> None:
     letters: Counter[str] = Counter()
     files = sorted((ROOT / "evalsets" / "ceval-mini" / "val").glob("*.csv"))
     for file in files:
-        for row in csv.DictReader(file.open(encoding="utf-8", newline="")):
+        for row in csv.DictReader(file.read_text("utf-8").splitlines()):
             assert len({row[letter] for letter in "ABCD"}) == 4, row
             letters[row["answer"]] += 1
     assert len(files) >= 6
@@ -88,7 +88,7 @@ def test_choice_set_is_balanced_and_no_question_has_two_right_answers() -> None:
 def test_choice_set_shares_no_question_with_training(data: dict[str, list[dict[str, Any]]]) -> None:
     trained = asked(data["chat"])
     for file in (ROOT / "evalsets" / "ceval-mini" / "val").glob("*.csv"):
-        for row in csv.DictReader(file.open(encoding="utf-8", newline="")):
+        for row in csv.DictReader(file.read_text("utf-8").splitlines()):
             options = sorted(row[letter] for letter in "ABCD")
             seen = (q for q in trained if f"{row['question']}\n" in q)
             assert all(sorted(line[3:] for line in q.split("\n") if line[1:3] == ". ") != options for q in seen)
