@@ -7,6 +7,7 @@ each other and the loss is that of the rows alone.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import shutil
@@ -252,12 +253,17 @@ class _Report(transformers.TrainerCallback):  # type: ignore[misc]
             values = {"loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_s": speed}
             self.job.progress(state.global_step, state.max_steps, "train", **values)
 
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the artifact itself is about to be written
+
     def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
         checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def make_trainer(model: Any, tokenizer: Any, rows: Any, settings: Train, job: Job) -> Trainer:
     """TRL's trainer for `model` on tokenised `rows`, with everything fixed that the result depends on."""
+    gc.freeze()  # Trainer collects garbage first, and the libraries' objects, of which there are a million, are none
     cuda = torch.cuda.is_available()
     free = {"gradient_checkpointing": cuda, "optim": "adamw_torch_fused", **settings.extra}
     try:
