@@ -129,7 +129,7 @@ def run(folder: Path, rounds: int, sequential: int) -> list[dict[str, Any]]:
                 },
             )
     return [
-        row("1 chat over HTTP, to generate", rates["1"], rates["generate"], 1.0),
+        row("1 chat over HTTP, to generate", rates["1"], rates["generate"], 0.9),
         row("16 chats at once, to generate one by one", rates["16"], rates["generate"], 4.0),
         row("64 chats at once, to generate one by one", rates["64"], rates["generate"], 8.0),
         row("64 chats, base and 2 adapters mixed, to base alone", rates["64 mixed"], rates["64"], 0.85),

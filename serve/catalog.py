@@ -56,7 +56,13 @@ class Catalog:
             # an adapter tuned with a template of its own is asked with that one
             own = base if same else _served(adapter, adapter, folder, model)
             self.models[adapter] = Served(
-                adapter, adapter, own.tokenizer, own.chat, own.no_chat, own.stops | base.stops, base.sampling
+                adapter,
+                adapter,
+                own.tokenizer,
+                own.chat or base.chat,
+                base.no_chat,
+                own.stops | base.stops,
+                base.sampling,
             )
 
     def find(self, name: str) -> Served:

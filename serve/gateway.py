@@ -167,7 +167,7 @@ def _chat_prompts(body: ChatBody, served: Served, engine: Engine) -> list[tuple[
     tools = body.tools if body.tool_choice != "none" else None
     try:
         ids = served.chat.ids(messages, tools, generate=True, **body.chat_template_kwargs)
-    except (SuiteError, TypeError) as error:
+    except (SuiteError, TypeError, ValueError) as error:
         raise ApiError(400, str(error), param="messages") from None
     top = (body.top_logprobs or 0) if body.logprobs else None
     hidden = served.hidden_beside_tools if tools else served.hidden
@@ -183,8 +183,11 @@ def _completion_prompts(
     echoes: list[str | None] = []
     limit = engine.max_length if body.max_tokens is None else body.max_tokens
     for given in body.prompts:
-        ids = given if isinstance(given, list) else list(served.tokenizer(given)["input_ids"])
-        text = served.tokenizer.decode(given) if isinstance(given, list) else given
+        try:
+            ids = given if isinstance(given, list) else list(served.tokenizer(given)["input_ids"])
+            text = served.tokenizer.decode(given) if isinstance(given, list) else given
+        except (TypeError, ValueError) as error:  # half a surrogate pair is a string in JSON, and no text
+            raise ApiError(400, f"the prompt cannot be tokenised: {error}", param="prompt") from None
         prompt = partial(_prompt, body, served, ids, limit, served.hidden, body.logprobs)
         prompts += [prompt(sample, body.logprobs if body.echo else None) for sample in range(body.n)]
         echoes += [text if body.echo else None] * body.n

@@ -23,6 +23,9 @@ UNSUPPORTED: dict[str, Any] = {
 """Fields that would change the answer and are not built yet, each with the value that asks for nothing."""
 
 
+MAX_ANSWERS = 2048
+
+
 class ApiError(Exception):
     """An answer in OpenAI's error form with this HTTP status."""
 
@@ -36,6 +39,8 @@ class ApiError(Exception):
         code: str | None = None,
     ) -> None:
         super().__init__(message)
+        # a message may quote what JSON can say and UTF-8 cannot: half a surrogate pair
+        message = message.encode("utf-8", "replace").decode()
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -126,6 +131,8 @@ class CompletionBody(Body):
         prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
         if not prompts or not all(prompts):
             raise ApiError(400, "the prompt is empty", param="prompt")
+        if len(prompts) * self.n > MAX_ANSWERS:
+            raise ApiError(400, f"more than {MAX_ANSWERS} answers in one request", param="prompt")
         if any(isinstance(given, list) and not 0 <= min(given) <= max(given) < 2**31 for given in prompts):
             raise ApiError(400, "token ids must be numbers of the model's vocabulary", param="prompt")
         return list(prompts)

@@ -88,7 +88,11 @@ def run(settings: Settings, sock: socket.socket, ready: Callable[[], None] = lam
     for library in ("torchao", "torch"):  # they complain at import about what nobody here uses
         logging.getLogger(library).setLevel(logging.ERROR)
     config = uvicorn.Config(
-        app, log_level="warning", log_config=None, access_log=False, timeout_graceful_shutdown=DRAIN_SECONDS
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_keep_alive=60,  # clients reuse connections; one that closes while they do is an error to them
     )
     server = uvicorn.Server(config)
     # uvicorn raises the signal again after its shutdown; that was all there is to do

@@ -211,7 +211,12 @@ class Engine:
                 if generation.request.logprobs is not None:
                     generation.scores.append(scored)
         for generation, token in zip(generations, tokens, strict=True):
-            self._take(generation, token)
+            try:
+                self._take(generation, token)
+            except Exception as error:  # from its own `stop`: no reason to fail its neighbours
+                log.exception("a request's stop function failed")
+                self.scheduler.remove(generation)
+                generation.end("error", f"{type(error).__name__}: {error}")
         self._notify(generations)
 
     def _take(self, generation: Generation, token: int) -> None:

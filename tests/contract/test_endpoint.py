@@ -194,6 +194,9 @@ def test_unknown_model(served: Served) -> None:
         ("completions", {"model": "base", "prompt": [99999]}, "token ids"),
         ("completions", {"model": "base", "prompt": [-1]}, "token ids"),
         ("completions", {"model": "base", "prompt": [1] * 3000}, "2048"),
+        ("completions", b'{"model": "base", "prompt": "\\ud800"}', "tokenised"),
+        ("chat/completions", b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', ""),
+        ("chat/completions", b"[" * 100_000, ""),
     ],
 )
 def test_bad_bodies(served: Served, path: str, body: Any, says: str) -> None:
@@ -203,6 +206,15 @@ def test_bad_bodies(served: Served, path: str, body: Any, says: str) -> None:
     error = answer.json()["error"]
     assert says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_odd_names_and_texts(served: Served) -> None:
+    body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}'
+    headers = {"Content-Type": "application/json"}
+    assert served.http.post("/v1/chat/completions", content=body, headers=headers).status_code == 404
+    assert (
+        chat(served, messages=[{"role": "user", "content": "\x00\u202e\n"}], max_tokens=1).usage.completion_tokens == 1
+    )
 
 
 def test_unknown_paths_and_methods(served: Served) -> None:

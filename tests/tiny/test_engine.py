@@ -201,15 +201,24 @@ def test_a_cancelled_generation_ends_and_leaves_no_row(engine: Engine) -> None:
     assert engine.load == (0, 0)
 
 
-def test_a_failing_step_fails_its_requests_only(engine: Engine) -> None:
+def test_a_failing_stop_function_fails_its_request_only(engine: Engine) -> None:
     def broken(_: int) -> bool:
         raise RuntimeError("injected")
 
-    failed = engine.generate([Request([3, 4], "", 4, stop=broken)])[0]
-    assert failed.finish == "error"
+    failed, other = engine.generate([Request([3, 4], "", 4, stop=broken), Request([3, 4], "", 4)])
+    assert (failed.finish, other.finish) == ("error", "length")
     assert "injected" in failed.error
+
+
+def test_a_failing_step_fails_what_ran_and_nothing_else(engine: Engine) -> None:
+    wanted = tokens(engine, [Request([3, 4, 5], "", 4)])
+    hook = engine.model.register_forward_pre_hook(lambda *_: 1 / 0)
+    failed = engine.generate([Request([3, 4], "", 4)] * 3)
+    hook.remove()
+    assert [(generation.finish, "division" in generation.error) for generation in failed] == [("error", True)] * 3
     assert engine.alive
-    assert engine.generate([Request([3, 4], "", 4)])[0].finish == "length"
+    assert engine.failures > 0
+    assert tokens(engine, [Request([3, 4, 5], "", 4)]) == wanted
 
 
 @pytest.mark.parametrize(

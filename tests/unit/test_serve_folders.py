@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,11 @@ def test_serve_refuses_before_it_loads(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SuiteError, match=f"127.0.0.1:{port}"):
             serve(folder, {}, name="m", port=port)
+
+
+def test_nothing_heavy_is_imported_before_a_model_is_loaded() -> None:
+    modules = "serve.backends, serve.command, serve.gateway, serve.server, serve.torch.scheduler"
+    heavy = "{'torch', 'transformers', 'peft'}"
+    code = f"import sys, {modules}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
