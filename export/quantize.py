@@ -45,7 +45,7 @@ class Quantize(Stage):
     sym: bool = True
     """gptq: scales symmetric about zero, which more engines read."""
     calibration: DatasetRef | list[DatasetRef] | None = None
-    """Chat data like that which the model will see; rendered by its own chat template."""
+    """Chat data like that which the model will see; some of it is left aside, to measure the result on."""
     fill: dict[str, str] = Field(default_factory=dict)
     """Values for `{{placeholders}}` in the calibration data."""
     samples: int = Field(128, ge=1)
@@ -104,16 +104,16 @@ class Quantize(Stage):
         source = job.input("model").path
         metrics: dict[str, Any] = {}
         held_out: list[list[dict[str, Any]]] = []
+        if files := [found.path for found in job.inputs.get("calibration", ())]:
+            drawn = calibration.draw(source, files, self.fill, self.samples, self.length, self.seed)
+            held_out = drawn.held_out
         if self.method == "bnb":
             from export import bnb
 
             bnb.quantize(source, job.out, self.bits)
         else:
-            files = [found.path for found in job.inputs["calibration"]]
-            drawn = calibration.draw(source, files, self.fill, self.samples, self.length, self.seed)
             if drawn.warning:
                 job.warn(drawn.warning)
-            held_out = drawn.held_out
             metrics["calibration"] = {"samples": drawn.conversations, "tokens": sum(map(len, drawn.blocks))}
             self._calibrated(source, job, drawn.blocks)
         metrics["bytes"], metrics["parent_bytes"] = _weight_bytes(job.out), _weight_bytes(source)
