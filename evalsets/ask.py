@@ -36,10 +36,14 @@ class Request:
     body: Mapping[str, Any]
 
     @cached_property
+    def content(self) -> bytes:
+        """The body as it is sent."""
+        return json.dumps(self.body, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
+
+    @cached_property
     def digest(self) -> str:
         """Identity of what is sent: a journal's answer is used again only where this is equal."""
-        text = json.dumps([self.path, self.body], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.path.encode() + b" " + self.content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -157,13 +161,12 @@ class _Run:
     async def one(self, session: aiohttp.ClientSession, request: Request) -> Reply:
         """One request until it is answered, or given up."""
         url = f"{self.client.root}/{request.path}"
-        body = json.dumps(request.body, ensure_ascii=False).encode()
         failed = Reply(request.id, request.digest)
         for attempt in range(1, self.client.attempts + 1):
             failed = replace(failed, attempts=attempt)
             began, wait = time.perf_counter(), self.client.pause * 2 ** (attempt - 1)
             try:
-                async with session.post(url, data=body) as response:
+                async with session.post(url, data=request.content) as response:
                     content = await response.read()
             except TimeoutError:
                 failed = replace(failed, error=f"no answer within {self.client.timeout:g} s")
