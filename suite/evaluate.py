@@ -33,7 +33,7 @@ class Evaluate(Stage):
     libraries: ClassVar[tuple[str, ...]] = (
         "torch", "transformers", "rouge-score", "rouge-chinese", "jieba", "sacrebleu",
     )  # fmt: skip
-    preload: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    preload: ClassVar[tuple[str, ...]] = ("torch", "transformers", "serve.torch.engine", "serve.gateway")
 
     model: Annotated[str, Takes("model", "quantized", "adapter")]
     """What to evaluate; an adapter is served on its base and asked by its own name."""
