@@ -6,6 +6,7 @@ Chinese   rouge-chinese over jieba's words, sacrebleu tokenizer "zh"
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -58,19 +59,20 @@ def _english() -> Any:
 
 @cache
 def _chinese() -> Any:
-    from rouge_chinese import Rouge
-
-    return Rouge()
+    return _quietly("rouge_chinese").Rouge()
 
 
 @cache
 def _jieba() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its sources have invalid escape sequences
-        import jieba
-
-    tokenizer = jieba.Tokenizer()
+    tokenizer = _quietly("jieba").Tokenizer()
     # its own way would trust a cache file that anybody may have put into the temporary directory
     tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
     tokenizer.initialized = True
     return tokenizer
+
+
+def _quietly(module: str) -> Any:
+    """Import a module whose sources have invalid escape sequences, which Python warns of when it compiles them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)

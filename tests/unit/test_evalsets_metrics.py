@@ -8,10 +8,16 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_chinese import Rouge
 from rouge_score.rouge_scorer import RougeScorer
 
 from evalsets import metrics
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # their sources have invalid escape sequences
+    import jieba
+    from rouge_chinese import Rouge
+
+jieba.setLogLevel(60)
 
 ENGLISH = [
     ("the cat sat on the mat", "the cat lay on a mat"),
@@ -35,11 +41,6 @@ def test_english_rouge(reply: str, reference: str) -> None:
 
 @pytest.mark.parametrize(("reply", "reference"), CHINESE)
 def test_chinese_rouge(reply: str, reference: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import jieba
-
-    jieba.setLogLevel(60)
     words = [" ".join(w for w in jieba.cut(text) if w.strip()) for text in (reply, reference)]
     (direct,) = Rouge().get_scores(words[0], words[1])
     ours = metrics.rouge("zh", reply, reference)
