@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO
 
 import torch
@@ -22,6 +24,17 @@ def load(tensor: Tensor) -> torch.Tensor:
         data[position : position + len(block)] = block
         position += len(block)
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(tensor.shape).float()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: for blocks this small, waiting for the others takes ten times as long as the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Change:

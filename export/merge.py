@@ -116,7 +116,8 @@ def merge(
     copy_beside(base, out)
     copy_tokenizer(adapter, out)
     write_json(out / "config.json", config)
-    size = write_checkpoint(out, [e.target for e in edits], fill, max_shard_size)
+    with lora.one_thread():
+        size = write_checkpoint(out, [e.target for e in edits], fill, max_shard_size)
     changed = sum(e.lora is not None or e.source is not e.target for e in edits)
     return {"tensors": len(edits), "changed": changed, "bytes": size}
 
