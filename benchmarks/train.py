@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-GOAL = 0.85
+GOAL = 0.8
 SENTENCE = "who are you what can do for me today tell a story about the river and small town please answer in short"
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    steps = 10 if arguments.quick else 60
+    steps = 6 if arguments.quick else 60
     for measure, lora, packing in (
         ("train lora", True, False),
         ("train lora packed", True, True),

@@ -13,9 +13,11 @@ it, and the turn is what the whole text has after that prompt:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,7 @@ class Chat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [self._adapted(message) for message in messages],
+                    [self.adapted(message) for message in messages],
                     tools=list(tools) if tools else None,
                     tokenize=False,
                     add_generation_prompt=generate,
@@ -115,35 +117,30 @@ class Chat:
         template ends a turn only by the token that opens the next (GLM), that token is added after the last one.
         Raises SuiteError when the template cannot be split safely.
         """
-        text = self.text(messages, tools, **template_kwargs)
-        _check_complete(text, messages, tools)
-        if _MARKS.search(self.tokenizer.get_chat_template(None, tools)):
-            spans = self._marked(text, messages, tools, template_kwargs)
-        else:
-            spans = self._rendered(text, messages, tools, template_kwargs)
-        if spans[-1][1] == len(text) and not text.rstrip().endswith(self._special):
-            text += self._closing(text, messages, tools, template_kwargs)
-        spans = [(start, self._end(text, start, end)) for start, end in spans]
+        text, spans = _Split(self, messages, tools, template_kwargs).turns()
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins = [begin if begin < end else -1 for begin, end in encoded["offset_mapping"]]
-        mask = [0] * len(begins)
-        for start, end in spans:
-            for index, begin in enumerate(begins):
-                mask[index] |= start <= begin < end
+        mask = [int(any(start <= begin < end for start, end in spans)) for begin in begins]
         return list(encoded["input_ids"]), mask
 
     @cached_property
-    def _special(self) -> tuple[str, ...]:
+    def special(self) -> tuple[str, ...]:
+        """The texts of the special tokens."""
         added = self.tokenizer.added_tokens_decoder.values()
         return tuple(token.content for token in added if token.special)
 
     @cached_property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The texts of the tokens that end a turn."""
+        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.stops)))
+
+    @cached_property
     def _arguments_as_text(self) -> bool:
         """Whether the template pastes a tool call's arguments as they are, so that they must be JSON text."""
-        call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"k": True}}}
-        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         from jinja2 import TemplateError
 
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {"k": True}}}
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         try:
             return "{'k': True}" in self.tokenizer.apply_chat_template(messages, tokenize=False)
         except TypeError:
@@ -151,7 +148,7 @@ class Chat:
         except (TemplateError, ValueError, KeyError, AttributeError):
             return False
 
-    def _adapted(self, message: Message) -> Message:
+    def adapted(self, message: Message) -> Message:
         """`message` with the arguments of its tool calls as the template wants them: an object, or JSON text."""
         if not message.get("tool_calls"):
             return message
@@ -166,105 +163,112 @@ class Chat:
             calls.append({**call, "function": {**function, "arguments": arguments}})
         return {**message, "tool_calls": calls}
 
-    def _marked(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Tool] | None, kwargs: dict[str, Any]
-    ) -> list[Span]:
+
+@dataclass(frozen=True)
+class _Split:
+    """One conversation being split into what the server gives and what the assistant says."""
+
+    chat: Chat
+    messages: Sequence[Message]
+    tools: Sequence[Tool] | None
+    template_kwargs: dict[str, Any]
+
+    def turns(self) -> tuple[str, list[Span]]:
+        """The text of the conversation, and where in it the assistant's turns are, each with its end."""
+        text = self.render(self.messages)
+        if not any(message["role"] == "assistant" for message in self.messages):
+            return text, []
+        _check_complete(text, self.messages, self.tools)
+        marks = _MARKS.search(self.chat.tokenizer.get_chat_template(None, self.tools))
+        spans = self.marked(text) if marks else self.rendered(text)
+        if spans[-1][1] == len(text) and not text.rstrip().endswith(self.chat.special):
+            text += self.closing(text)
+        return text, [(start, self.end(text, start, end)) for start, end in spans]
+
+    def render(self, messages: Sequence[Message], generate: bool = False) -> str:
+        """Another conversation with the same tools and template variables."""
+        return self.chat.text(messages, self.tools, generate, **self.template_kwargs)
+
+    def marked(self, text: str) -> list[Span]:
         """Where the template's `{% generation %}` blocks are in `text`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered, spans = render_jinja_template(
-            conversations=[[self._adapted(message) for message in messages]],
-            tools=list(tools) if tools else None,
-            chat_template=self.tokenizer.get_chat_template(None, tools),
+            conversations=[[self.chat.adapted(message) for message in self.messages]],
+            tools=list(self.tools) if self.tools else None,
+            chat_template=self.chat.tokenizer.get_chat_template(None, self.tools),
             return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **kwargs},
+            **{**self.chat.tokenizer.special_tokens_map, **self.template_kwargs},
         )
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         marked: list[Span] = [(start, end) for start, end in spans[0] if start < end]
         if rendered[0] != text or len(marked) < len(turns):
             raise _unsafe(f"its generation marks cover {len(marked)} of {len(turns)} assistant turns")
-        prompt = self.text(messages[: turns[-1]], tools, generate=True, **kwargs)
+        prompt = self.render(self.messages[: turns[-1]], generate=True)
         shared, start = _common_prefix(text, prompt), marked[-1][0]
         if start < shared <= marked[-1][1]:
             raise _unsafe(f"its generation marks take in {text[start:shared]!r}, which the prompt gives")
-        self._check_last(text, prompt, messages)
+        self.check_last(text, prompt)
         return marked
 
-    def _rendered(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Tool] | None, kwargs: dict[str, Any]
-    ) -> list[Span]:
+    def rendered(self, text: str) -> list[Span]:
         """Where the assistant turns are in `text`, from rendering the conversation up to and after each."""
         spans: list[Span] = []
-        for index, message in enumerate(messages):
+        prompt = ""
+        for index, message in enumerate(self.messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self.text(messages[:index], tools, generate=True, **kwargs)
-            until = text if index == len(messages) - 1 else self.text(messages[: index + 1], tools, **kwargs)
+            prompt = self.render(self.messages[:index], generate=True)
+            until = text if index == len(self.messages) - 1 else self.render(self.messages[: index + 1])
             if text.startswith(until) and until.startswith(prompt):
                 spans.append((len(prompt), len(until)))
             else:
-                floor = spans[-1][1] if spans else 0
-                spans.append(self._searched(text, messages, index, prompt, floor, tools, kwargs))
+                spans.append(self.searched(text, index, prompt, spans[-1][1] if spans else 0))
             if spans[-1][0] >= spans[-1][1]:
                 raise _unsafe(f"it renders nothing for message {index + 1}")
-            if any(special in _common_suffix(prompt, until) for special in self._special):
+            if any(special in _common_suffix(prompt, until) for special in self.chat.special):
                 raise _unsafe(f"it does not heed add_generation_prompt: both texts end with {prompt[-40:]!r}")
-        self._check_last(text, prompt, messages)
+        self.check_last(text, prompt)
         return spans
 
-    def _check_last(self, text: str, prompt: str, messages: Sequence[Message]) -> None:
+    def check_last(self, text: str, prompt: str) -> None:
         """The last turn must go on from exactly what the server would send."""
-        if messages[-1]["role"] == "assistant" and not text.startswith(prompt):
-            differs = _common_prefix(text, prompt)
-            raise _unsafe(
-                f"the server's prompt goes on with {prompt[differs:][:60]!r}, this with {text[differs:][:60]!r}"
-            )
+        if self.messages[-1]["role"] == "assistant" and not text.startswith(prompt):
+            at = _common_prefix(text, prompt)
+            raise _unsafe(f"the server's prompt goes on with {prompt[at:][:60]!r}, this with {text[at:][:60]!r}")
 
-    def _searched(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        index: int,
-        prompt: str,
-        floor: int,
-        tools: Sequence[Tool] | None,
-        kwargs: dict[str, Any],
-    ) -> Span:
-        """Where turn `index` is in `text` when later messages change how earlier ones are rendered.
+    def searched(self, text: str, index: int, prompt: str, floor: int) -> Span:
+        """Where turn `index` is in `text[floor:]` when later messages change how earlier ones are rendered.
 
         Templates do so that drop the reasoning of earlier turns or put the system text into the last question. A
         stand-in for the answer shows how the text goes on after the turn, and the longest tail of the prompt that
         stands in `text` before it shows where the turn begins.
         """
-
-        def around(until: int | None) -> tuple[str, str]:
-            for stand_in in _stand_ins(messages[index]):
-                changed = [*messages[:index], stand_in, *messages[index + 1 :]]
-                try:
-                    before, *after = self.text(changed[:until], tools, **kwargs).split(_STAND_IN)
-                except SuiteError:
-                    continue
-                if len(after) == 1:
-                    return before, after[0]
-            raise _unsafe(f"it does not render the content of message {index + 1} once")
-
-        before, after = around(None)
-        ending = self._shared_ending(around(index + 1)[1], after)
+        before, after = self.around(index, len(self.messages))
+        ending = self.shared_ending(self.around(index, index + 1)[1], after)
         if not text.endswith(after) or ending is None:
             raise _unsafe(f"it renders message {index + 1} differently when others follow")
-        end = len(text) - len(after) + len(ending)
         opening = _common_prefix(text, before)
-        history = self.text(messages[:index], tools, **kwargs)
-        header = prompt[_common_prefix(prompt, history) :]
+        header = prompt[_common_prefix(prompt, self.render(self.messages[:index])) :]
         shared = _longest_tail(prompt, text[floor:opening])
         if not shared.strip() or len(shared) < len(header):
             raise _unsafe(
                 f"the server's prompt for message {index + 1} ends with {prompt[-60:]!r}, which the whole conversation "
                 "does not have there"
             )
-        return text.rindex(shared, floor, opening) + len(shared), end
+        return text.rindex(shared, floor, opening) + len(shared), len(text) - len(after) + len(ending)
 
-    def _shared_ending(self, ending: str, after: str) -> str | None:
+    def around(self, index: int, until: int) -> tuple[str, str]:
+        """The text before and after the answer of turn `index` in the first `until` messages."""
+        for stand_in in _stand_ins(self.messages[index]):
+            changed = [*self.messages[:index], stand_in, *self.messages[index + 1 : until]]
+            with contextlib.suppress(SuiteError):
+                before, *after = self.render(changed).split(_STAND_IN)
+                if len(after) == 1:
+                    return before, after[0]
+        raise _unsafe(f"it does not render the content of message {index + 1} once")
+
+    def shared_ending(self, ending: str, after: str) -> str | None:
         """What follows an answer both when its turn is the last and when others follow, up to a special token.
 
         Templates may add an end of text after the last turn only.
@@ -272,31 +276,24 @@ class Chat:
         if after.startswith(ending):
             return ending
         shared = ending[: _common_prefix(ending, after)]
-        ends = [shared.rindex(special) + len(special) for special in self._special if special in shared]
+        ends = [shared.rindex(special) + len(special) for special in self.chat.special if special in shared]
         return shared[: max(ends)] if ends else None
 
-    def _closing(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Tool] | None, kwargs: dict[str, Any]
-    ) -> str:
+    def closing(self, text: str) -> str:
         """The stop token that would follow `text` if the user went on; empty when it is none."""
-        try:
-            longer = self.text([*messages, {"role": "user", "content": _STAND_IN}], tools, **kwargs)
-        except SuiteError:
-            return ""
-        return next((stop for stop in self._stop_texts if longer.startswith(text + stop)), "")
+        with contextlib.suppress(SuiteError):
+            longer = self.render([*self.messages, {"role": "user", "content": _STAND_IN}])
+            return next((stop for stop in self.chat.stop_texts if longer.startswith(text + stop)), "")
+        return ""
 
-    @cached_property
-    def _stop_texts(self) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.stops)))
-
-    def _end(self, text: str, start: int, end: int) -> int:
+    def end(self, text: str, start: int, end: int) -> int:
         """`end` moved to just after the token that ends the turn: nothing after that token is ever generated."""
-        stops = [at + len(stop) for stop in self._stop_texts if (at := text.find(stop, start, end)) >= 0]
+        stops = [at + len(stop) for stop in self.chat.stop_texts if (at := text.find(stop, start, end)) >= 0]
         end = min([end, *stops])
         turn = text[start:end].rstrip()
-        if turn.endswith(self._special):
+        if turn.endswith(self.chat.special):
             return start + len(turn)
-        return end + len(next((stop for stop in self._stop_texts if text.startswith(stop, end)), ""))
+        return end + len(next((stop for stop in self.chat.stop_texts if text.startswith(stop, end)), ""))
 
 
 def _unsafe(reason: str) -> SuiteError:
@@ -310,10 +307,8 @@ def _unsafe(reason: str) -> SuiteError:
 def _check_complete(text: str, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
     """Raise SuiteError when the template drops an answer or a tool; only reasoning may be left out."""
     for number, message in enumerate(messages, 1):
-        if (
-            message["role"] == "assistant"
-            and (message.get("content") or "").rpartition("</think>")[2].strip() not in text
-        ):
+        said = (message.get("content") or "").rpartition("</think>")[2].strip()
+        if message["role"] == "assistant" and said not in text:
             raise SuiteError(f"the chat template leaves out what message {number} says")
     called = [call for message in messages for call in message.get("tool_calls") or ()]
     for function in (entry.get("function", entry) for entry in [*(tools or ()), *called]):

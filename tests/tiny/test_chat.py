@@ -250,3 +250,9 @@ def test_a_real_template_is_split_exactly_or_refused(file: Path) -> None:
         assert works >= 4
     if any(name in file.name for name in REFUSE.split()):
         assert refusals == 5
+
+
+def test_a_conversation_without_an_answer_has_nothing_to_learn() -> None:
+    ids, mask = chat_of(CHAT_TEMPLATE).learnt(ONE[:1])
+    assert ids == chat_of(CHAT_TEMPLATE).ids(ONE[:1])
+    assert not any(mask)
