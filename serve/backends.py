@@ -87,8 +87,8 @@ def endpoint(
     of its log.
     """
     check_backend(backend)
-    check_folders(model, adapters or {})
     settings = Settings(model.resolve(), {k: p.resolve() for k, p in (adapters or {}).items()}, name, dtype)
+    settings.check()
     with contextlib.ExitStack() as stack:
         output: Any = stack.enter_context(log.open("a+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
         sock = listen("127.0.0.1", 0)
@@ -98,15 +98,6 @@ def endpoint(
         stack.callback(_stop, child)
         _await_ready(child, port, output)
         yield Endpoint(f"http://127.0.0.1:{port}", [name, *settings.adapters])
-
-
-def check_folders(model: Path, adapters: Mapping[str, Path]) -> None:
-    """Raise SuiteError unless the model can be served and every adapter fits it, from the files' headers alone."""
-    from serve.folders import check_fits, read_adapter, read_model
-
-    base = read_model(model)
-    for path in adapters.values():
-        check_fits(read_adapter(path), base)
 
 
 def die_with(parent: int) -> None:

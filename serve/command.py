@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from serve.backends import check_backend, check_folders
+from serve.backends import check_backend
 from serve.server import Settings, listen, run
 from suite.errors import SuiteError
 
@@ -51,10 +51,8 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; running requests are allowed to end. Raises SuiteError when it cannot start."""
     check_backend(backend)
-    if name in adapters:
-        raise SuiteError(f"the base and an adapter are both named '{name}'", hint="name the base with --name")
-    check_folders(model, adapters)
     settings = Settings(model, dict(adapters), name, dtype, max_batch, max_length, tuple(api_keys))
+    settings.check()
     with listen(host, port) as sock:
         url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
         started = time.monotonic()

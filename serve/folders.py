@@ -165,6 +165,8 @@ def _modules(shapes: dict[str, Shape], config: dict[str, Any], folder: Path) -> 
         if other is None or len(other) != 2 or other[1] != rank:
             raise SuiteError(f"{name} has no lora_B of its rank", where=str(folder))
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if ".experts." in module:  # they see some tokens of the batch, in an order of their own
+            raise SuiteError(f"a LoRA of an expert ({module}) cannot be served", where=str(folder), hint=MERGE_FIRST)
         modules[module] = LoraModule(rank, _scaling(module, rank, config), inputs, other[0])
     if len(shapes) != 2 * len(modules):
         rest = [n for n in shapes if not n.endswith((".lora_A.weight", ".lora_B.weight"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.answers import Engine
+from serve.folders import check_fits, read_adapter, read_model
 from suite.errors import SuiteError
 
 DRAIN_SECONDS = 30
@@ -30,6 +32,14 @@ class Settings:
     max_length: int | None = None
     """Tokens of prompt and answer together; None is what the model was made for."""
     api_keys: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raise SuiteError for what can be known to fail from names and file headers; torch-free."""
+        if self.name in self.adapters:
+            raise SuiteError(f"the base and an adapter are both named '{self.name}'", hint="name the base with --name")
+        base = read_model(self.model)
+        for path in self.adapters.values():
+            check_fits(read_adapter(path), base)
 
     def start_engine(self, notify: Callable[[list[Any]], None]) -> Engine:
         """Load the model; imports torch."""
@@ -55,7 +65,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock.listen(2048)
     except OSError as error:
         sock.close()
-        hint = "another server listens there; choose another --port" if error.errno == 98 else ""
+        hint = "another server listens there; choose another --port" if error.errno == errno.EADDRINUSE else ""
         raise SuiteError(f"cannot listen on {host}:{port}: {error.strerror}", hint=hint) from None
     return sock
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 BROKEN = "\ufffd"
+CONTEXT = 8
+"""Tokens that are decoded again with each new one, at least: more than any character has bytes."""
 TOOL_CALL = ("<tool_call>", "</tool_call>")
 
 
@@ -21,7 +23,7 @@ class TextStream:
         self.text = ""
         self.stopped = False
         self._ids: list[int] = []
-        self._shown, self._read = 0, 0  # ids up to here give the text so far; a few before them are kept as context
+        self._from, self._known = 0, ""  # the ids from there on gave this text so far, the last part of `text`
         self._taken = 0
 
     def push(self, token: int) -> bool:
@@ -44,12 +46,14 @@ class TextStream:
         return new
 
     def _extend(self, final: bool) -> None:
-        # decoding with the ids before gives the text its context (spaces, joined bytes), at constant cost a token
-        known = self.tokenizer.decode(self._ids[self._shown : self._read])
-        longer = self.tokenizer.decode(self._ids[self._shown :])
-        if len(longer) > len(known) and (final or not longer.endswith(BROKEN)):
-            self._shown, self._read = self._read, len(self._ids)
-            self._append(longer[len(known) :])
+        # the few ids before give a token's text its context (spaces, joined bytes) at a cost that does not grow
+        longer = self.tokenizer.decode(self._ids[self._from :])
+        if len(longer) > len(self._known) and (final or not longer.endswith(BROKEN)):
+            self._append(longer[len(self._known) :])
+            self._known = longer
+            if len(self._ids) - self._from > 2 * CONTEXT:
+                self._from = len(self._ids) - CONTEXT
+                self._known = self.tokenizer.decode(self._ids[self._from :])
 
     def _append(self, new: str) -> None:
         start = len(self.text)

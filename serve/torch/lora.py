@@ -67,7 +67,10 @@ class MultiLora:
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if self._mask is None:
                 return None
-            low = (inputs[0].to(a.dtype) @ a) * self._mask
+            x, mask = inputs[0].to(a.dtype), self._mask
+            if x.dim() == 2:  # (B * Q, in), as mixture-of-experts layers flatten it
+                mask = mask.expand(-1, len(x) // len(mask), -1).flatten(0, 1)
+            low = (x @ a) * mask
             output.view(-1, b.shape[1]).addmm_(low.view(-1, b.shape[0]), b)
             return output
 

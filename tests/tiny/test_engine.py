@@ -107,6 +107,21 @@ def test_other_architectures(tmp_path: Path, architecture: str, config: dict[str
         engine.close()
 
 
+def test_adapters_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    base = tiny_model(tmp_path / "moe", architecture="qwen2_moe", shared_expert_intermediate_size=64, **experts)
+    targets = ["q_proj", "shared_expert.gate_proj", "shared_expert.down_proj"]
+    folders = {"base": base, "a": tiny_adapter(base, tmp_path / "a", target_modules=targets)}
+    engine = Engine(base, {"a": folders["a"]}, max_batch=4)
+    asked = prompts(4, longest=30)
+    try:
+        given = tokens(engine, [Request(prompt, ("", "a")[i % 2], NEW) for i, prompt in enumerate(asked)])
+    finally:
+        engine.close()
+    models = [reference(folders), reference(folders, "a")]
+    assert given == [generate(models[i % 2], prompt) for i, prompt in enumerate(asked)]
+
+
 def test_a_small_cache_and_small_chunks_change_nothing(folders: dict[str, Path], engine: Engine) -> None:
     requests = [Request(prompt, "", 150, prompt_logprobs=0) for prompt in prompts(8, longest=60)]
     cramped = Engine(folders["base"], max_batch=8)

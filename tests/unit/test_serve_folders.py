@@ -91,6 +91,11 @@ def test_an_adapter_for_another_base(tmp_path: Path, wrong: dict[str, Any]) -> N
         check_fits(read_adapter(adapter(tmp_path / "a", **wrong)), read_model(model(tmp_path / "m")))
 
 
+def test_loras_of_single_experts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match="expert"):
+        read_adapter(adapter(tmp_path / "a", module="base_model.model.model.layers.0.mlp.experts.3.up_proj"))
+
+
 def test_embedding_loras_are_refused(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a")
     safetensors(folder / "adapter_model.safetensors", {"base_model.model.model.embed_tokens.lora_embedding_A": (2, 64)})
