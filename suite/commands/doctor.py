@@ -30,7 +30,7 @@ PARTS = {
     "quantize bnb": (*ENGINE, "bitsandbytes"),
     "export hf, ollama": ("huggingface_hub", "gguf", "safetensors"),
     "serve --backend torch": (*ENGINE, "fastapi", "uvicorn"),
-    "eval": ("httpx", "rouge-score", "rouge-chinese", "sacrebleu"),
+    "eval": ("aiohttp", "rouge-score", "rouge-chinese", "sacrebleu"),
 }
 LEAST_MEMORY_GB = 4
 LEAST_DISK_GB = 5
