@@ -11,7 +11,7 @@ from export.folder import copy_beside, read_config, write_json
 
 def quantize(source: Path, out: Path, bits: int) -> None:
     """Write the model in `source` to `out` with 4 or 8 bits a weight, in the form that transformers loads."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     dtype = getattr(torch, read_config(source).get("dtype") or "float32")
     if bits == 4:
@@ -22,6 +22,7 @@ def quantize(source: Path, out: Path, bits: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=config, dtype=dtype, device_map=device, local_files_only=True
     )
+    model.generation_config = GenerationConfig()  # many a model's own is refused on saving; its file is copied below
     model.save_pretrained(out)
     settings = read_config(out)["quantization_config"]
     copy_beside(source, out)

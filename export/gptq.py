@@ -22,5 +22,12 @@ def quantize(
     """Write the model in `source` to `out` in the GPTQ format, calibrated on `blocks` (N, T) of token ids."""
     from gptqmodel import QuantizeConfig
 
-    config = QuantizeConfig(bits=bits, group_size=group_size, desc_act=desc_act, sym=sym, **calibrated.COMMON)
+    config = QuantizeConfig(
+        bits=bits,
+        group_size=group_size,
+        desc_act=desc_act,
+        sym=sym,
+        act_group_aware=None if group_size > 0 else False,  # the default asks for groups
+        **calibrated.COMMON,
+    )
     calibrated.quantize(source, out, config, blocks, progress)
