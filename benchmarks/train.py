@@ -85,7 +85,7 @@ class Setting:
         )
         self.job = Job("train", {}, folder / "out", folder / "scratch")
         self.chat = Chat.load(self.base)
-        self.rows = sft.prepare(self.chat, [folder / "rows.json"], self.settings).dataset(self.settings)
+        self.rows = sft.prepare(self.chat, [folder / "rows.json"], self.settings, self.job).dataset(self.settings)
 
     def trainer(self) -> Any:
         """The stage's own trainer on a fresh model."""

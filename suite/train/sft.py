@@ -53,7 +53,7 @@ def train(settings: Train, job: Job) -> dict[str, Any]:
     """Run the stage: see `suite.train.stage.Train`."""
     base = job.input("base")
     chat = Chat.load(base.path)
-    examples = prepare(chat, [artifact.path for artifact in job.inputs["data"]], settings)
+    examples = prepare(chat, [artifact.path for artifact in job.inputs["data"]], settings, job)
     tokens = examples.counts()
     job.say(f"{len(examples.ids)} rows of {tokens['all']} tokens, {tokens['learnt']} of them learnt")
     for line in examples.accounts():
@@ -115,7 +115,7 @@ class Examples:
         return trl.pack_dataset(rows, settings.max_length, "bfd") if settings.packing else rows
 
 
-def prepare(chat: Chat, files: Sequence[Path], settings: Train) -> Examples:
+def prepare(chat: Chat, files: Sequence[Path], settings: Train, job: Job) -> Examples:
     """Read, render, tokenise and mask all rows; raises SuiteError when none is left."""
     rows = data.Rows()
     for file in files:
@@ -123,7 +123,8 @@ def prepare(chat: Chat, files: Sequence[Path], settings: Train) -> Examples:
     examples = Examples(rows)
     refusal: SuiteError | None = None
     used = []
-    for row in rows.conversations:
+    for number, row in enumerate(rows.conversations, 1):
+        job.progress(number, len(rows.conversations), "tokenize")
         try:
             ids, mask = chat.learnt(row.messages, row.tools)
         except SuiteError as error:
