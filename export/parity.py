@@ -146,7 +146,9 @@ def measure(
     """
     sums = Sums()
     total = 2 * len(probes)
-    with tempfile.TemporaryDirectory() as waiting:
+    # some quantized layers would compile themselves anew for every length of text
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, tempfile.TemporaryDirectory() as waiting:
         answered = []
         model = parent()
         for i, probe in enumerate(probes):
