@@ -18,6 +18,8 @@ class Engine(Protocol):
     """What the gateway needs of an engine."""
 
     max_length: int
+    failures: int
+    """Steps that ended in an exception, since the start."""
 
     def submit(self, request: Request) -> Generation:
         """Queue a request; raises SuiteError for one that can never run."""
@@ -28,6 +30,10 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool:
         """Whether requests are taken."""
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many generations run, and how many wait."""
 
     def close(self) -> None:
         """Cancel everything and end."""

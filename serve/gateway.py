@@ -127,10 +127,11 @@ def _add_errors(app: FastAPI) -> None:
 def _add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     @app.get("/ready")
-    async def health() -> dict[str, str]:
-        """200 once requests are answered."""
-        server.ready()
-        return {"status": "ready"}
+    async def health() -> dict[str, Any]:
+        """200 once requests are answered, with what the engine does at the moment."""
+        engine = server.ready()[0]
+        running, waiting = engine.load
+        return {"status": "ready", "running": running, "waiting": waiting, "failed_steps": engine.failures}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -58,8 +58,10 @@ class TextStream:
     def _append(self, new: str) -> None:
         start = len(self.text)
         text = self.text + new
-        found = [at for stop in self.stops if (at := text.find(stop, max(0, start - len(stop) + 1))) >= 0]
-        self.text = text[: min(found)] if found else text
+        places = ((text.find(stop, max(0, start - len(stop) + 1)), len(stop)) for stop in self.stops)
+        found = [(at + length, at) for at, length in places if at >= 0]
+        # the one that is complete first, or the answer would depend on where its tokens begin
+        self.text = text[: min(found)[1]] if found else text
         self.stopped = bool(found)
 
     def _held(self) -> int:

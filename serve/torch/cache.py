@@ -61,10 +61,6 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.values.clear()
         self._shape = (0, 0)
 
-    def bytes(self) -> int:
-        """Memory held now."""
-        return sum(t.nbytes for tensors in (self.keys, self.values) for t in tensors.values())
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

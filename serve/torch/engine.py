@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +206,11 @@ class Engine:
         if not generations:
             return
         tokens = sample(logits, [generation.request.sampling for generation in generations])
-        tops = [g.request.logprobs for g in generations if g.request.logprobs is not None]
-        if tops:
-            for generation, scored in zip(generations, score(logits, tokens, max(tops)), strict=True):
-                if generation.request.logprobs is not None:
-                    generation.scores.append(scored)
+        tops = [generation.request.logprobs for generation in generations]
+        if asked := [top for top in tops if top is not None]:
+            for generation, scored, top in zip(generations, score(logits, tokens, max(asked)), tops, strict=True):
+                if top is not None:
+                    generation.scores.append(replace(scored, top=scored.top[:top]))
         for generation, token in zip(generations, tokens, strict=True):
             try:
                 self._take(generation, token)

@@ -34,7 +34,9 @@ def test_models(served: Served) -> None:
 
 
 def test_health(served: Served) -> None:
-    assert served.http.get("/health").status_code == 200
+    answer = served.http.get("/health")
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "ready"
 
 
 def test_chat_is_the_models_own_greedy_answer(served: Served) -> None:
@@ -262,3 +264,5 @@ def test_clients_that_go_away_leave_nothing_behind(served: Served) -> None:
     with pytest.raises(httpx.ReadTimeout):
         served.http.post("/v1/chat/completions", json=body, timeout=0.2)
     assert chat(served, max_tokens=2).usage.completion_tokens == 2
+    health = served.http.get("/health").json()
+    assert (health["running"], health["waiting"], health["failed_steps"]) == (0, 0, 0)

@@ -146,13 +146,14 @@ def test_a_small_cache_and_small_chunks_change_nothing(folders: dict[str, Path],
 def test_logprobs_are_those_of_the_model(engine: Engine, folders: dict[str, Path]) -> None:
     prompt = prompts(1, longest=60)[0]
     request = Request(prompt, "", 5, logprobs=3, prompt_logprobs=1)
-    generation = engine.generate([request, *[Request(p, "all", 5) for p in prompts(5)]])[0]
+    generation = engine.generate([request, *[Request(p, "all", 5, logprobs=9) for p in prompts(5)]])[0]
     with torch.no_grad():
         wanted = reference(folders)(torch.tensor([generation.tokens])).logits[0].log_softmax(-1)
     scores = [*generation.prompt_scores, *generation.scores]
     assert [s.token for s in scores] == generation.tokens[1:]
     for position, scored in enumerate(scores):
         assert scored.logprob == pytest.approx(float(wanted[position, scored.token]), abs=1e-4)
+    assert all(len(s.top) == 3 for s in generation.scores)
     best = wanted[len(prompt) - 1].topk(3)
     assert [token for token, _ in generation.scores[0].top] == best.indices.tolist()
     assert [logprob for _, logprob in generation.scores[0].top] == pytest.approx(best.values.tolist(), abs=1e-4)
