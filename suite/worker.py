@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import os
@@ -127,6 +128,7 @@ class WarmServer:
         for module in request["preload"]:
             with contextlib.suppress(Exception):  # the stage meets the same error and reports it
                 importlib.import_module(module)
+        gc.freeze()  # a child that collects garbage would copy every page of the libraries
         pid = os.fork()
         if pid == 0:
             self.child(Path(request["stage"]), log, events)
