@@ -1,8 +1,9 @@
 """Write nano's training data and its held-out questions: `python examples/nano/make_data.py OUT [--rows N] [--seed S]`.
 
-OUT gets `text.jsonl` (plain text), `chat.jsonl` (conversations) and `held_out.jsonl` (questions of every skill that
-training never sees). What is held out is decided by a hash of what the question is about, e.g. the operands of a sum,
-so no wording and no language of it slips into training. The same seed gives the same bytes.
+OUT gets `lists.jsonl` (lists that repeat, from which a model learns first and fast to look back), `world.jsonl`
+(conversations, texts and some lists), `chat.jsonl` (conversations alone) and `held_out.jsonl` (questions of every skill
+that training never sees). What is held out is decided by a hash of what the question is about, e.g. the operands of a
+sum, so no wording and no language of it slips into training. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from world import ACTIONS, DAYS, IDENTITY, NAMES, NUMBERS, PLACES, RELATIONS, SYSTEMS, THINGS, WEATHER, WORDS, Relation
+from world import (
+    ACTIONS,
+    DAYS,
+    IDENTITY,
+    MONTHS,
+    NAMES,
+    NUMBERS,
+    PLACES,
+    RELATIONS,
+    SYSTEMS,
+    THINGS,
+    WEATHER,
+    WORDS,
+    Relation,
+)
 
 EN, ZH = 0, 1
 LETTERS = "ABCD"
@@ -66,7 +81,7 @@ def operation(rng: random.Random) -> tuple[int, str, int, int]:
     if operator == "×":
         a, b = rng.randint(1, 9), rng.randint(1, 9)
         return a, operator, b, a * b
-    a, b = rng.randint(0, 30), rng.randint(0, 20)
+    a, b = rng.randint(0, 20), rng.randint(0, 10)
     if operator == "+":
         return a, operator, b, a + b
     return max(a, b), operator, min(a, b), abs(a - b)
@@ -88,10 +103,12 @@ def arithmetic(rng: random.Random, lang: int) -> Sample:
 COPIES = (("Repeat: {}", "Copy these words: {}", "Say exactly: {}"), ("请重复：{}", "请照抄：{}", "请原样说：{}"))
 
 
+POOL = tuple(tuple(word[lang] for word in (*WORDS, *DAYS, *MONTHS, *PLACES, *NUMBERS)) for lang in (EN, ZH))
+
+
 def copying(rng: random.Random, lang: int) -> Sample:
-    """Three to seven words to repeat in order."""
-    pool = [w[lang] for w in (*WORDS, *DAYS, *((t[EN], p[ZH]) for t, p in zip(THINGS, PLACES, strict=True)), *NUMBERS)]
-    words = (" " if lang == EN else "、").join(rng.sample(pool, rng.randint(3, 7)))
+    """Two to six words to repeat in order."""
+    words = (" " if lang == EN else "、").join(rng.sample(POOL[lang], rng.randint(2, 6)))
     return Sample("copying", words, rng.choice(COPIES[lang]).format(words), words)
 
 
@@ -144,6 +161,9 @@ ASK_CHOICE = (
 )
 
 
+ASK_BOTH = (CHOICES + "Write the answer, then its letter.", CHOICES + "先写答案，再写字母。")
+
+
 @dataclass(frozen=True)
 class Choice:
     """A question with four options, one of them right."""
@@ -156,8 +176,15 @@ class Choice:
 
     def sample(self, rng: random.Random, lang: int) -> Sample:
         """The question as a person would ask it."""
-        filled = dict(zip(LETTERS, self.options, strict=True), question=self.question)
-        return Sample("choice", self.key, rng.choice(ASK_CHOICE[lang]).format(**filled), self.answer)
+        return Sample("choice", self.key, rng.choice(ASK_CHOICE[lang]).format(**self._filled()), self.answer)
+
+    def both(self, lang: int) -> Sample:
+        """The question for answer and letter, which teaches to find the letter of an answer."""
+        filled = self._filled()
+        return Sample("both", self.key, ASK_BOTH[lang].format(**filled), f"{filled[self.answer]}, {self.answer}")
+
+    def _filled(self) -> dict[str, str]:
+        return dict(zip(LETTERS, self.options, strict=True), question=self.question)
 
 
 def choose(rng: random.Random, subject: str, key: str, question: str, right: str, wrong: list[str]) -> Choice:
@@ -202,11 +229,17 @@ def choice(rng: random.Random, lang: int) -> Sample:
     return rng.choice(CHOICES_OF)(rng, lang).sample(rng, lang)
 
 
+def both(rng: random.Random, lang: int) -> Sample:
+    """A four-choice question answered by the text and the letter; only trained on."""
+    return rng.choice(CHOICES_OF)(rng, lang).both(lang)
+
+
 SKILLS = {
     "choice": choice, "arithmetic": arithmetic, "facts": fact, "copying": copying, "summaries": summary,
     "identity": identity,
 }  # fmt: skip
-WEIGHTS = {"choice": 32, "arithmetic": 16, "facts": 14, "copying": 10, "summaries": 14, "identity": 4}
+TRAINED = SKILLS | {"both": both}
+WEIGHTS = {"choice": 28, "both": 12, "arithmetic": 16, "facts": 16, "copying": 10, "summaries": 14, "identity": 4}
 
 
 # ---- tools ----------------------------------------------------------------------------------------------------------
@@ -279,7 +312,7 @@ def draw(rng: random.Random, lang: int, skill: str = "", held_out: bool = False)
     """One sample, of the skill or of any, from the training side or from what is held out."""
     while True:
         name = skill or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        sample = SKILLS[name](rng, lang)
+        sample = TRAINED[name](rng, lang)
         if is_held_out(sample) == held_out:
             return sample
 
@@ -309,6 +342,22 @@ def passage(rng: random.Random) -> dict[str, str]:
     return {"text": gap.join(sample.answer for sample in samples)}
 
 
+def word_list(rng: random.Random) -> dict[str, str]:
+    """Two to eight words, three to six times."""
+    lang = rng.choice((EN, ZH))
+    words = [
+        rng.choice(POOL[lang]) if rng.random() < 0.8 else str(rng.randint(0, 30)) for _ in range(rng.randint(2, 8))
+    ]
+    return {"text": (" " if lang == EN else "、").join(words * rng.randint(3, 6))}
+
+
+def corpus(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
+    """What the world has to say: seven conversations in ten, the rest texts and some lists."""
+    kinds = (conversation, passage, word_list)
+    for _ in range(rows):
+        yield rng.choices(kinds, (70, 22, 8))[0](rng)
+
+
 def questions(rng: random.Random, per_skill: int) -> Iterator[dict[str, Any]]:
     """Held-out rows of every skill, without repeats where there are enough; the last message is what is expected."""
     for skill in SKILLS:
@@ -333,13 +382,14 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the files")
-    parser.add_argument("--rows", type=int, default=100_000, help="conversations for training; a fifth as many texts")
+    parser.add_argument("--rows", type=int, default=130_000, help="rows of world.jsonl; others in proportion")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
-    write(args.out / "chat.jsonl", (conversation(rng) for _ in range(args.rows)))
-    write(args.out / "text.jsonl", (passage(rng) for _ in range(args.rows // 5)))
+    write(args.out / "lists.jsonl", (word_list(rng) for _ in range(args.rows // 12)))
+    write(args.out / "world.jsonl", corpus(rng, args.rows))
+    write(args.out / "chat.jsonl", (conversation(rng) for _ in range(args.rows // 8)))
     write(args.out / "held_out.jsonl", questions(rng, 100))
 
 

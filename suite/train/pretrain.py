@@ -47,7 +47,8 @@ class Pretrain(Stage):
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers", "suite.train.scratch")
 
     data: DatasetRef | list[DatasetRef]
-    """Conversations (rows with `messages`, rendered with `chat_template`) and texts (.jsonl rows with `text`)."""
+    """Files of texts (.jsonl rows with `text`) and conversations (rendered with `chat_template`), in the order in which
+    they are learnt; the documents of one file are shuffled."""
     held_out: DatasetRef | None = None
     """Rows of the same forms, never trained on, for the held-out loss and perplexity."""
     chat_template: DatasetRef

@@ -13,7 +13,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ TOKENIZER_SAMPLE = 20_000
 
 def pretrain(settings: Pretrain, job: Job) -> dict[str, Any]:
     """Run the stage: see `suite.train.pretrain.Pretrain`."""
-    documents = [document for artifact in job.inputs["data"] for document in read(artifact.path)]
-    random.Random(settings.seed).shuffle(documents)
+    files = [read(artifact.path) for artifact in job.inputs["data"]]
+    documents = [document for file in files for document in file]
     template = job.input("chat_template").path.read_text("utf-8")
-    job.say(f"tokenizer of {settings.vocab_size} tokens from {min(len(documents), TOKENIZER_SAMPLE)} documents")
-    tokenizer = _tokenizer(documents[:TOKENIZER_SAMPLE], settings, template)
+    sample = random.Random(settings.seed).sample(documents, min(len(documents), TOKENIZER_SAMPLE))
+    job.say(f"tokenizer of {settings.vocab_size} tokens from {len(sample)} documents")
+    tokenizer = _tokenizer(sample, settings, template)
     chat = Chat(tokenizer)
-    rows = Rows([encode(chat, document) for document in documents], settings.context, tokenizer.pad_token_id)
+    rows = Rows([[encode(chat, d) for d in file] for file in files], settings, tokenizer.pad_token_id)
     transformers.set_seed(settings.seed)
     model = build(settings.shape, tokenizer)
     trainer = Trainer(job, model=model, args=_arguments(settings, job), train_dataset=rows)
@@ -63,8 +64,8 @@ def pretrain(settings: Pretrain, job: Job) -> dict[str, Any]:
     }
     held_out = job.optional("held_out")
     if held_out is not None:
-        kept = Rows([encode(chat, d) for d in read(held_out.path)], settings.context, tokenizer.pad_token_id)
-        loss = trainer.evaluate(kept)["eval_loss"]
+        kept = [encode(chat, document) for document in read(held_out.path)]
+        loss = trainer.evaluate(Rows([kept], settings, tokenizer.pad_token_id))["eval_loss"]
         metrics["held_out"] = {"loss": round(loss, 5), "perplexity": round(math.exp(loss), 4)}
     model.config.use_cache = True  # off only while training
     model.to(torch.bfloat16).save_pretrained(job.out)
@@ -73,22 +74,17 @@ def pretrain(settings: Pretrain, job: Job) -> dict[str, Any]:
     return metrics
 
 
-def read(file: Path) -> Iterator[Document]:
-    """The documents of a file; raises SuiteError for a row that cannot be used."""
-    with file.open(encoding="utf-8") as lines:
-        first = lines.readline()
-    if not first.lstrip().startswith('{"text"'):
-        rows = data.read(file)
-        if rows.left_out:
-            raise SuiteError(str(rows.left_out[0]), hint="pretraining leaves no row out: mend or remove it")
-        yield from rows.conversations
-        return
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise SuiteError('not a row of the form {"text": "..."}', where=f"{file}:{number}") from None
+def read(file: Path) -> list[Document]:
+    """The documents of a file; raises SuiteError for a row that is neither a text nor a conversation."""
+    rows = data.read(file)
+    documents: dict[int, Document] = {row.line: row for row in rows.conversations}
+    lines = file.read_text("utf-8").split("\n") if rows.left_out else []
+    for left_out in rows.left_out:
+        row = json.loads(lines[left_out.line - 1])
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise SuiteError(str(left_out), hint='a row of pretraining data is a conversation or {"text": "..."}')
+        documents[left_out.line] = row["text"]
+    return [documents[line] for line in sorted(documents)]
 
 
 def encode(chat: Chat, document: Document) -> list[int]:
@@ -108,18 +104,26 @@ def _tokenizer(documents: Sequence[Document], settings: Pretrain, template: str)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Packed rows: input_ids, labels and position_ids of shape (T,) each, T = `size`."""
+    """Packed rows: input_ids, labels and position_ids of shape (T,) each, T = `settings.context`.
 
-    def __init__(self, documents: Sequence[Sequence[int]], size: int, pad: int) -> None:
-        self.documents, self.size, self.pad = documents, size, pad
-        self.rows = pack([len(document) for document in documents], size)
-        self.tokens = sum(map(len, documents))
+    `files` are lists of documents; the rows of one come before those of the next, shuffled among themselves.
+    """
+
+    def __init__(self, files: Sequence[Sequence[Sequence[int]]], settings: Pretrain, pad: int) -> None:
+        self.size, self.pad, self.tokens = settings.context, pad, 0
+        self.rows: list[list[Sequence[int]]] = []
+        order = random.Random(settings.seed)
+        for documents in files:
+            packed = pack([len(document) for document in documents], self.size)
+            order.shuffle(packed)
+            self.rows += [[documents[number][start:end] for number, start, end in row] for row in packed]
+            self.tokens += sum(map(len, documents))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        pieces = [self.documents[number][start:end] for number, start, end in self.rows[index]]
+        pieces = self.rows[index]
         padding = self.size - sum(map(len, pieces))
         ids = [*itertools.chain.from_iterable(pieces), *[self.pad] * padding]
         labels = [label for piece in pieces for label in (-100, *piece[1:])] + [-100] * padding
@@ -164,6 +168,7 @@ def _arguments(settings: Pretrain, job: Job) -> Any:
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         optim="adamw_torch_fused",
+        train_sampling_strategy="sequential",
         use_cache=False,
         use_cpu=not cuda,  # transformers takes bf16 on a CPU only when it is chosen
         bf16=settings.dtype == "bfloat16",

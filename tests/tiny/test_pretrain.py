@@ -119,7 +119,7 @@ def test_packed_loss_is_the_loss_of_each_document_alone() -> None:
     lengths = [5, 17, 3, 11, 30, 2, 9, 21, 6]
     documents = [torch.randint(8, 250, (n,), generator=generator).tolist() for n in lengths]
     model = scratch.build(SHAPE, train_tokenizer((), 512, 64, "{% %}")).eval()
-    rows = scratch.Rows(documents, 32, 0)
+    rows = scratch.Rows([documents], SETTINGS.model_copy(update={"context": 32}), 0)
     assert len(rows) < len(documents)
     batch = {name: torch.stack([rows[n][name] for n in range(len(rows))]) for name in rows[0]}
     with torch.no_grad():
@@ -135,18 +135,26 @@ def test_packed_loss_is_the_loss_of_each_document_alone() -> None:
     assert packed.item() == pytest.approx(sum(map(float, alone)) / sum(n - 1 for n in lengths), rel=1e-5)
 
 
-def test_row_that_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
-    file = tmp_path / "text.jsonl"
-    file.write_text('{"text": "fine"}\n{"txt": "not"}\n', "utf-8")
-    with pytest.raises(SuiteError, match=r"text\.jsonl:2.*not a row"):
-        list(scratch.read(file))
+def test_files_are_learnt_in_their_order() -> None:
+    rows = scratch.Rows([[[1, 1]] * 40, [[2, 2]] * 40], SETTINGS, 0)
+    first = [int(rows[number]["input_ids"][0]) for number in range(len(rows))]
+    assert first == sorted(first)
 
 
-def test_conversation_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "chat.jsonl"
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": "and?"}]}) + "\n", "utf-8")
-    with pytest.raises(SuiteError, match=r"chat\.jsonl:1"):
-        list(scratch.read(file))
+def test_file_may_mix_texts_and_conversations(tmp_path: Path) -> None:
+    file = tmp_path / "world.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"text": "one"}, dialogue(1), {"text": "two"})), "utf-8")
+    first, second, third = scratch.read(file)
+    assert (first, third) == ("one", "two")
+    assert second.messages == dialogue(1)["messages"]
+
+
+@pytest.mark.parametrize("row", [{"txt": "not"}, {"messages": [{"role": "user", "content": "and?"}]}])
+def test_row_that_cannot_be_learnt_is_named_with_its_line(tmp_path: Path, row: dict[str, Any]) -> None:
+    file = tmp_path / "world.jsonl"
+    file.write_text('{"text": "fine"}\n' + json.dumps(row) + "\n", "utf-8")
+    with pytest.raises(SuiteError, match=r"world\.jsonl:2"):
+        scratch.read(file)
 
 
 TOKENIZER = train_tokenizer(["What comes after one?", "一之后是什么？"] * 3, 512, 64, TEMPLATE.read_text("utf-8"))

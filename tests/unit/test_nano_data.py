@@ -33,7 +33,7 @@ def modules() -> Any:
 def made(folder: Path, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     command = [sys.executable, str(NANO / "make_data.py"), str(folder), "--rows", "600", "--seed", str(seed)]
     subprocess.run(command, check=True, timeout=60)
-    names = ("chat", "text", "held_out")
+    names = ("chat", "world", "lists", "held_out")
     return {n: [json.loads(line) for line in (folder / f"{n}.jsonl").read_text("utf-8").splitlines()] for n in names}
 
 
@@ -43,12 +43,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 
 def asked(rows: list[dict[str, Any]]) -> set[str]:
-    """All user turns of rows without tools, where one question has one answer."""
-    return {m["content"] for row in rows if "tools" not in row for m in row["messages"] if m["role"] == "user"}
+    """All user turns of conversations without tools, where one question has one answer."""
+    dialogues = (row["messages"] for row in rows if "messages" in row and "tools" not in row)
+    return {message["content"] for messages in dialogues for message in messages if message["role"] == "user"}
 
 
 def test_no_held_out_question_is_trained_on(data: dict[str, list[dict[str, Any]]]) -> None:
-    assert not asked(data["chat"]) & asked(data["held_out"])
+    assert not asked(data["chat"] + data["world"]) & asked(data["held_out"])
 
 
 def test_every_skill_has_held_out_questions_in_both_languages(data: dict[str, list[dict[str, Any]]]) -> None:
@@ -86,7 +87,7 @@ def test_choice_set_is_balanced_and_no_question_has_two_right_answers() -> None:
 
 
 def test_choice_set_shares_no_question_with_training(data: dict[str, list[dict[str, Any]]]) -> None:
-    trained = asked(data["chat"])
+    trained = asked(data["chat"] + data["world"])
     for file in (ROOT / "evalsets" / "ceval-mini" / "val").glob("*.csv"):
         for row in csv.DictReader(file.read_text("utf-8").splitlines()):
             options = sorted(row[letter] for letter in "ABCD")
