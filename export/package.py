@@ -131,7 +131,7 @@ class Export(Stage):
         )
 
     def _name(self, model: Artifact) -> str:
-        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", model.name) or "model"
+        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-") or "model"
 
 
 def _check_ollama(model: Artifact) -> None:
