@@ -46,7 +46,7 @@ class Evaluate(Stage):
     backend: str = "torch"
     """Engine that serves the artifact."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the served weights; auto is what the artifact says."""
+    """Precision of the served weights; auto is float32 on a CPU and what the artifact says on a GPU."""
     concurrency: Annotated[int, Launch()] = Field(default=16, ge=1)
     """Requests at the same time."""
     timeout: Annotated[float, Launch()] = Field(default=120.0, gt=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ def command(verb: str, arguments: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
     from serve.backends import BACKENDS
     from serve.command import parse_loras
+
+    # threads of torch that spin while they wait take the cores from the ones that work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     parser = Parser(f"suite {verb}", "Serve a model and its LoRA adapters; the request's `model` picks one.")
     parser.add_argument("--model", default="nano", help="model folder [nano, the model that comes with the suite]")
