@@ -12,7 +12,7 @@ from export.adapter import Edit, Lora
 from export.tensors import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ROWS_SIZE = 1 << 18
+ROWS_SIZE = 1 << 19
 """Elements changed at once: small enough to stay in the cache of a core."""
 
 
