@@ -39,6 +39,11 @@ class Launch:
     """Marks a field that says how to run, not what to make: it stays out of the cache key."""
 
 
+@dataclass(frozen=True)
+class Names:
+    """Marks a list of names among which a path, told by its slash, is relative to the pipeline file."""
+
+
 ModelRef = Annotated[str, Takes("model")]
 AdapterRef = Annotated[str, Takes("adapter")]
 DatasetRef = Annotated[str, Takes("dataset")]

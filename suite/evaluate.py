@@ -17,7 +17,7 @@ from pydantic import Field
 
 from evalsets import sets as question_sets
 from evalsets.compare import compare
-from suite.config import ArtifactType, Launch, ModelRef, Takes
+from suite.config import ArtifactType, Launch, ModelRef, Names, Takes
 from suite.errors import StageFailed, SuiteError
 from suite.stages import Artifact, Job, Stage
 
@@ -39,7 +39,7 @@ class Evaluate(Stage):
     """What to evaluate; an adapter is served on its base and asked by its own name."""
     base: ModelRef | None = None
     """The model under an adapter; the one it was trained on when left out."""
-    sets: list[str] = DEFAULT_SETS
+    sets: Annotated[list[str], Names()] = DEFAULT_SETS
     """Question sets: names of shipped ones, or paths of folders with a set.toml."""
     limit: int | None = Field(default=None, ge=1)
     """Questions of each set, for a quick look; all when left out."""

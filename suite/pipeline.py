@@ -17,7 +17,7 @@ from pydantic import Field
 
 from suite import gate as gates
 from suite import runs, store, toml
-from suite.config import ArtifactType, Config, Takes, Where, parse
+from suite.config import ArtifactType, Config, Names, Takes, Where, marker, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
 from suite.references import External, external
@@ -181,7 +181,7 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     own = {k: v for k, v in table.items() if k not in Wiring.model_fields}
     wiring = parse(Wiring, {k: v for k, v in table.items() if k in Wiring.model_fields}, where)
     values = merged(merged(data.get("defaults", {}).get(use, {}), own), cell.values)
-    stage = parse(stage_class, values, cell_places(where, table))
+    stage = _placed(parse(stage_class, values, cell_places(where, table)), where.file.parent)
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
         takes = stage.accepts()[field]
@@ -191,6 +191,13 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
         n[1:] for i, need in enumerate(wiring.needs) for n in tables.expand(need, where(("needs", i)), only_stages=True)
     )
     return Node(base + cell.label, stage, inputs, needs, _gates(wiring, where), where)
+
+
+def _placed(stage: Stage, folder: Path) -> Stage:
+    """The stage with paths among its names made absolute."""
+    fields = [name for name, info in type(stage).model_fields.items() if marker(info, Names)]
+    placed = {n: [str((folder / v).resolve()) if "/" in v else v for v in getattr(stage, n)] for n in fields}
+    return stage.model_copy(update=placed)
 
 
 def _kind(name: str, where: str) -> type[Stage]:

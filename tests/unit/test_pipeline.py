@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+import evalsets
 from suite import pipeline
 from suite.errors import SuiteError
 from tests.unit.kinds import pipeline_file
@@ -157,6 +159,14 @@ matrix.base = ["@m[*]"]
 def test_the_order_is_the_files_order_where_references_allow(tmp_path: Path) -> None:
     text = '[stage.z]\nuse = "tune"\nbase = "@y"\n[stage.y]\nuse = "make"\n[stage.x]\nuse = "make"\nneeds = ["@z"]\n'
     assert list(pipeline.read(pipeline_file(tmp_path, text)).nodes) == ["y", "z", "x"]
+
+
+def test_a_set_of_ones_own_is_looked_for_beside_the_pipeline(tmp_path: Path) -> None:
+    text = '[stage.eval]\nmodel = "nano"\nsets = ["sets/own", "ceval-mini"]\n'
+    assert "sets/own" in mistake(tmp_path, text)
+    shutil.copytree(Path(evalsets.__file__).parent / "perplexity", tmp_path / "sets" / "own")
+    (node,) = pipeline.read(tmp_path / "pipeline.toml").nodes.values()
+    assert node.stage.model_dump()["sets"] == [str(tmp_path / "sets" / "own"), "ceval-mini"]
 
 
 def test_serve_is_checked_with_the_rest(tmp_path: Path) -> None:
