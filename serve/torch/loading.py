@@ -38,6 +38,9 @@ def load_model(folder: ModelFolder, dtype: str) -> Any:
         device_map="auto" if on_gpu else "cpu",
         local_files_only=True,
     )
+    if getattr(model.config, "quantization_config", None) is not None:
+        # GPTQModel's kernels in torch would be compiled anew, for seconds, with every shape of a batch
+        torch.compiler.set_stance("force_eager")
     return model.eval()
 
 
