@@ -66,9 +66,15 @@ class Merge(Stage):
         if is_zero(edits):
             job.warn("the adapter changes nothing: all its B matrices are zero")
         metrics = merge(base.path, adapter.path, job.out, parse_size(self.max_shard_size), job.progress)
+        dtype = parity.precision(base.path)
+        if dtype is None:
+            job.warn(
+                "not measured: merging takes little memory, but comparing runs the whole model, and it does not fit"
+            )
+            return metrics
         metrics["parity"] = parity.measure(
-            lambda: parity.load(base.path, adapter.path),
-            lambda: parity.load(job.out),
+            lambda: parity.load(base.path, adapter.path, dtype),
+            lambda: parity.load(job.out, dtype=dtype),
             parity.probes(job.out),
             job.progress,
         )

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from export.folder import eos_ids
+from export.folder import eos_ids, read_config
 from export.probes import TEXTS, dialogues
 from suite.chat import Chat, Message, load_tokenizer
 from suite.errors import SuiteError
@@ -33,6 +34,8 @@ LONGEST = 256
 """Tokens of a probe that are used, at most."""
 NAME = 80
 """Characters of a probe's text that name it."""
+FILLED = 0.8
+"""Share of the free memory that weights may take; the rest is for activations and logits."""
 ANSWER = 16
 """Tokens of a greedy answer."""
 
@@ -134,6 +137,22 @@ def load(folder: Path, adapter: Path | None = None, dtype: Any = torch.float32) 
 
         model = PeftModel.from_pretrained(model, str(adapter))
     return model.eval()
+
+
+def precision(folder: Path, free: int | None = None) -> Any | None:
+    """The dtype in which the model in `folder` fits into memory: float32, else its own; None where neither does.
+
+    `free` is in bytes, by default what the GPU or else the machine has left.
+    """
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    config = read_config(folder)
+    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    if free is None:
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    room = free * FILLED
+    if weights * torch.float32.itemsize / stored.itemsize <= room:
+        return torch.float32
+    return stored if weights <= room else None
 
 
 @torch.inference_mode()

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import tiny_adapter, tiny_model
 
 from evalsets import sets
 from suite.config import ArtifactType
 from suite.errors import StageFailed
 from suite.evaluate import Evaluate, compare
 from suite.stages import Artifact, Job
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 FILES = ("report.json", "report.md", "answers/ceval-mini.jsonl", "answers/summaries.jsonl", "answers/perplexity.jsonl")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_model, tiny_tokenizer
 
 from export.gguf import interleave, verify, write
 from suite.errors import SuiteError
+from tests.tiny.tiny_models import tiny_model, tiny_tokenizer
 
 ARCHITECTURES = {
     "llama": "llama",

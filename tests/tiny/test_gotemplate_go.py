@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 from export import gotemplate, ollama
 from suite.chat import Chat
+from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 GO = shutil.which("go")
 pytestmark = pytest.mark.skipif(GO is None, reason="Go is not installed (Debian: apt-get install golang-go)")

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from export_jobs import run
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import tiny_adapter, tiny_model
 from transformers import AutoModelForCausalLM
 
 from export.merge import Merge, merge
 from export.tensors import read_checkpoint
 from suite.stages import Artifact
+from tests.tiny.export_jobs import run
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 IDS = torch.arange(3, 60).unsqueeze(0)
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from export_jobs import run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_models import tiny_adapter, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export import gotemplate
@@ -21,6 +19,8 @@ from export.package import Export
 from suite.chat import Chat
 from suite.errors import SuiteError
 from suite.stages import Artifact
+from tests.tiny.export_jobs import run
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 IDS = torch.arange(3, 40).unsqueeze(0)
 LLAMA3 = {

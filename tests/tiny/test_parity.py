@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
 
 from export import parity
 from export.parity import Probe
 from suite.errors import SuiteError
+from tests.tiny.tiny_models import tiny_model
 
 VOCAB = 11
 
@@ -126,3 +126,12 @@ def test_a_model_without_template_or_system_role_still_has_probes(tmp_path: Path
     )
     strict = parity.probes(tiny_model(tmp_path / "strict", hidden=64, template=template))
     assert sum(p.asks for p in strict) == len(parity.dialogues())
+
+
+def test_the_widest_dtype_that_fits(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64, dtype="bfloat16")
+    weights = (folder / "model.safetensors").stat().st_size
+    assert parity.precision(folder) == torch.float32
+    assert parity.precision(folder, free=10 * weights) == torch.float32
+    assert parity.precision(folder, free=2 * weights) == torch.bfloat16
+    assert parity.precision(folder, free=weights) is None

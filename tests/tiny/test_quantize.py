@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from export_jobs import run
-from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 # its import decides the workers of GPTQModel, which peft imports on first use
@@ -19,6 +17,8 @@ from export.awq import best_clip
 from export.folder import TOKENIZER
 from export.quantize import Quantize
 from suite.errors import SuiteError
+from tests.tiny.export_jobs import run
+from tests.tiny.tiny_models import tiny_model
 
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 64},
