@@ -2,13 +2,15 @@
 
 A model that answers right and then runs on into the next question is right; one that names no option, or weighs two
 without deciding, gave no answer. Three readings are tried in turn: the reply begins with a letter; an announcement
-("the answer is", "答案：", "故选") is followed by one; one capital letter alone is named and not denied.
+("the answer is", "答案：", "故选") is followed by one; one capital letter alone is named and not denied. A reply
+without a letter is read for the words of an option: those with which it ends, or the only ones that it has.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 
 THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -49,6 +51,32 @@ def letter(reply: str, letters: str = "ABCD") -> str | None:
     text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply)).strip()
     one = re.compile(f"{OPEN}([{letters}]){END}", re.IGNORECASE)
     return _leading(text, one) or _announced(text, one) or _only(text, letters)
+
+
+def named(reply: str, options: Mapping[str, str]) -> str | None:
+    """The letter of the option whose words the reply gives, or None where none or several fit.
+
+    >>> named("The opposite of dirty is clean.", {"A": "dirty", "B": "clean"})
+    'B'
+    """
+    text = _plain(THINKING.sub(" ", reply))
+    found = [
+        (len(words), letter) for letter, option in options.items() if (words := _plain(option)) and _has(text, words)
+    ]
+    last = [(size, letter) for size, letter in found if text.endswith(_plain(options[letter]))]
+    if last:  # "ninety nine" ends with "nine" too: the longest is meant
+        return max(last)[1]
+    return found[0][1] if len(found) == 1 else None
+
+
+def _plain(text: str) -> str:
+    """Small letters of one width, without the marks at both ends."""
+    return unicodedata.normalize("NFKC", text).lower().strip(" \t\n.。!！?？,，;；:：\"'“”‘’*`()（）")
+
+
+def _has(text: str, words: str) -> bool:
+    """Whether `words` stand in `text`, not as a part of longer words or numbers."""
+    return bool(re.search(rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])", text))
 
 
 def _leading(text: str, one: re.Pattern[str]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from evalsets import metrics
 from evalsets.ask import Reply, Request
-from evalsets.extract import letter
+from evalsets.extract import letter, named
 from evalsets.sets import EvalSet, Question
 from evalsets.statistics import bootstrap, wilson
 
@@ -70,7 +70,8 @@ def _common(question: Question, reply: Reply) -> Row:
 
 
 def _choice(_: EvalSet, question: Question, reply: Reply) -> Row:
-    chosen = letter(reply.text, question.letters)
+    options = dict(zip(question.letters, question.options, strict=True))
+    chosen = letter(reply.text, question.letters) or named(reply.text, options)
     return {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
 
 

@@ -80,7 +80,7 @@ class SetFile(Config):
 class Question:
     """One thing to ask. `messages` is the chat to complete, or empty for a perplexity `text`.
 
-    `expected` is the right letter or the reference; `letters` are the options there are, e.g. "ABCD".
+    `expected` is the right letter or the reference; `letters` are those of the `options`, e.g. "ABCD".
     """
 
     id: str
@@ -90,6 +90,7 @@ class Question:
     text: str = ""
     expected: str = ""
     letters: str = ""
+    options: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -165,6 +166,7 @@ class EvalSet:
             yield Question(
                 f"{subject}/{row.get('id') or line}", subject, language, messages,
                 expected=choice.answer, letters=LETTERS[: len(choice.options)],
+                options=tuple(choice.options),
             )  # fmt: skip
 
     def _solved(self, subject: str) -> tuple[dict[str, str], ...]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalsets.extract import letter
+from evalsets.extract import letter, named
 
 HARD = {
     # bare letters, marks, cases, widths
@@ -80,3 +80,34 @@ def test_no_letter_no_answer(reply: str) -> None:
 @given(st.text())
 def test_any_reply_gives_an_option_or_nothing(reply: str) -> None:
     assert letter(reply) in {None, *"ABCD"}
+
+
+WORDS = {"A": "dirty", "B": "clean", "C": "nine", "D": "ninety nine"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "chosen"),
+    [
+        ("clean", "B"),
+        ("The opposite of dirty is clean.", "B"),
+        ("The opposite of CLEAN is “Dirty”!", "A"),
+        ("It is ninety nine.", "D"),
+        ("It is ninety nine, I think", None),
+        ("dirty or clean, hard to say", None),
+        ("unclean", None),
+        ("", None),
+    ],
+)
+def test_the_words_of_an_option(reply: str, chosen: str | None) -> None:
+    assert named(reply, WORDS) == chosen
+
+
+def test_the_words_of_an_option_in_chinese() -> None:
+    options = {"A": "一月", "B": "十一月", "C": "五", "D": "十五"}
+    assert named("十月之后是十一月。", options) == "B"
+    assert named("三乘五等于十五", options) == "D"
+
+
+@given(st.sampled_from("ABCD"), st.text(alphabet="xyz ", max_size=5))
+def test_a_reply_that_ends_with_an_option_chooses_it(letter_: str, before: str) -> None:
+    assert named(f"{before} {WORDS[letter_]}.", WORDS) == letter_
