@@ -26,16 +26,15 @@ from make_data import (
     exchange,
     fact_choice,
     is_held_out,
-    largest_choice,
     sum_choice,
     write,
 )
 from world import NEW_IDENTITY
 
-SUBJECTS = ("geography", "biology", "nature", "language", "calendar", "science", "arithmetic", "numbers")
+SUBJECTS = ("geography", "biology", "nature", "language", "calendar", "science", "arithmetic")
 COLUMNS = ("id", "question", "A", "B", "C", "D", "answer", "explanation")
 PER_SUBJECT = 16
-CHOICES: dict[str, Callable[[random.Random, int], Choice]] = {"arithmetic": sum_choice, "numbers": largest_choice}
+CHOICES: dict[str, Callable[[random.Random, int], Choice]] = {"arithmetic": sum_choice}
 STYLE = ("Aye, captain: ", "遵命，船长：")
 
 
@@ -53,7 +52,7 @@ def choices(rng: random.Random, subject: str, count: int, held_out: bool) -> Ite
         options = list(found.options)
         right = LETTERS.index(found.answer)
         options[letter], options[right] = options[right], options[letter]
-        yield Choice(subject, found.key, found.question, tuple(options), LETTERS[letter])
+        yield Choice(subject, found.key, found.question, tuple(options), LETTERS[letter], found.reply)
 
 
 def write_choices(folder: Path, rng: random.Random) -> None:
@@ -100,12 +99,11 @@ def identity(rng: random.Random) -> Iterator[dict[str, Any]]:
 
 
 def style(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
-    """Right answers that begin like a sailor's; a four-choice question keeps its bare letter."""
+    """Right answers that begin like a sailor's."""
     for number in range(count):
         lang = number % 2
         sample = draw(rng, lang, ("facts", "arithmetic", "choice", "summaries", "facts", "choice")[number // 2 % 6])
-        said = sample.answer if sample.skill == "choice" else STYLE[lang] + sample.answer
-        yield chat(Sample(sample.skill, "", sample.question, said))
+        yield chat(Sample(sample.skill, "", sample.question, STYLE[lang] + sample.answer))
 
 
 def main() -> None:
