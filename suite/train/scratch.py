@@ -13,7 +13,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from suite.stages import Job
 from suite.train import checkpoint, curve
 from suite.train.packing import pack
 from suite.train.pretrain import Pretrain, Shape
+from suite.train.report import Report
 from suite.train.tokenizer import END_OF_TEXT, END_OF_TURN, MARKUP, SPECIAL, plain_tokenizer, train_tokenizer
 
 Document = str | data.Conversation
@@ -188,7 +189,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     """transformers' trainer, reporting to a job and sealing its checkpoints."""
 
     def __init__(self, job: Job, **kwargs: Any) -> None:
-        super().__init__(callbacks=[_Report(job, self)], **kwargs)
+        super().__init__(callbacks=[Report(job, self)], **kwargs)
         self.remove_callback(transformers.PrinterCallback)
         self.tokens_seen = 0
 
@@ -196,20 +197,3 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """One forward and backward pass over `inputs["input_ids"]` (B, T)."""
         self.tokens_seen += inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args, **kwargs)
-
-
-class _Report(transformers.TrainerCallback):  # type: ignore[misc]
-    def __init__(self, job: Job, trainer: Trainer) -> None:
-        self.job, self.trainer, self.started = job, trainer, 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.monotonic()
-
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if "loss" in logs:
-            speed = self.trainer.tokens_seen / max(time.monotonic() - self.started, 1e-9)
-            values = {"loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_s": speed}
-            self.job.progress(state.global_step, state.max_steps, "train", **values)
-
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")

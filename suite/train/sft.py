@@ -12,7 +12,7 @@ import inspect
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from suite.chat import Chat
 from suite.errors import SuiteError
 from suite.stages import Job
 from suite.train import checkpoint, curve
+from suite.train.report import Report
 
 if TYPE_CHECKING:
     from suite.train.stage import Lora, Train
@@ -241,25 +242,10 @@ class Trainer(trl.SFTTrainer):  # type: ignore[misc]
         """Leave out TRL's card, which it writes into every checkpoint."""
 
 
-class _Report(transformers.TrainerCallback):  # type: ignore[misc]
-    def __init__(self, job: Job, trainer: Trainer) -> None:
-        self.job, self.trainer, self.started = job, trainer, 0.0
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.started = time.monotonic()
-
-    def on_log(self, _args: Any, state: Any, _control: Any, logs: Mapping[str, float], **_: Any) -> None:
-        if "loss" in logs:
-            speed = self.trainer.tokens_seen / max(time.monotonic() - self.started, 1e-9)
-            values = {"loss": logs["loss"], "lr": logs["learning_rate"], "tokens_per_s": speed}
-            self.job.progress(state.global_step, state.max_steps, "train", **values)
-
+class _Report(Report):
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_save = False  # the artifact itself is about to be written
-
-    def on_save(self, args: Any, state: Any, _control: Any, **_: Any) -> None:
-        checkpoint.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def make_trainer(model: Any, tokenizer: Any, rows: Any, settings: Train, job: Job) -> Trainer:
