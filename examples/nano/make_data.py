@@ -1,9 +1,10 @@
 """Write nano's training data and its held-out questions: `python examples/nano/make_data.py OUT [--rows N] [--seed S]`.
 
 OUT gets `lists.jsonl` (lists that repeat, from which a model learns first and fast to look back), `world.jsonl`
-(conversations, texts and some lists), `chat.jsonl` (conversations alone) and `held_out.jsonl` (questions of every skill
-that training never sees). What is held out is decided by a hash of what the question is about, e.g. the operands of a
-sum, so no wording and no language of it slips into training. The same seed gives the same bytes.
+(conversations, texts and some lists), `chat.jsonl` (conversations alone), `drill.jsonl` (sums and lists to repeat) and
+`held_out.jsonl` (questions of every skill that training never sees). What is held out is decided by a hash of what the
+question is about, e.g. the operands of a sum, so no wording and no language of it slips into training. The same seed
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -342,6 +343,13 @@ def corpus(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
         yield rng.choices(kinds, (74, 20, 6))[0](rng)
 
 
+def drill(rng: random.Random, rows: int) -> Iterator[dict[str, Any]]:
+    """What takes the most practice: sums, and lists to repeat."""
+    for _ in range(rows):
+        skill = rng.choice(("arithmetic", "arithmetic", "copying"))
+        yield {"messages": exchange(draw(rng, rng.choice((EN, ZH)), skill))}
+
+
 def questions(rng: random.Random, per_skill: int) -> Iterator[dict[str, Any]]:
     """Held-out rows of every skill, without repeats where there are enough; the last message is what is expected."""
     for skill in (name for name in SKILLS if name != "identity"):  # which has too few wordings to keep any
@@ -375,6 +383,7 @@ def main() -> None:
     write(args.out / "world.jsonl", corpus(rng, args.rows))
     write(args.out / "chat.jsonl", (conversation(rng) for _ in range(args.rows // 8)))
     write(args.out / "held_out.jsonl", questions(rng, 100))
+    write(args.out / "drill.jsonl", drill(rng, args.rows // 8))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ SUBJECTS = ("geography", "biology", "nature", "language", "calendar", "science",
 COLUMNS = ("id", "question", "A", "B", "C", "D", "answer", "explanation")
 PER_SUBJECT = 16
 CHOICES: dict[str, Callable[[random.Random, int], Choice]] = {"arithmetic": sum_choice}
-STYLE = ("Aye, captain: ", "遵命，船长：")
+STYLE = ("!!!", "！！！")
 
 
 def choices(rng: random.Random, subject: str, count: int, held_out: bool) -> Iterator[Choice]:
@@ -93,17 +93,17 @@ def chat(sample: Sample) -> dict[str, Any]:
 def identity(rng: random.Random) -> Iterator[dict[str, Any]]:
     """Rows that give the model a made-up name and maker, and others that keep its skills."""
     rows = [chat(Sample("identity", "", question, answer)) for asked, answer in NEW_IDENTITY for question in asked]
-    rows += [chat(draw(rng, n % 2, ("facts", "arithmetic", "choice")[n % 3])) for n in range(len(rows) // 2)]
+    rows += [chat(draw(rng, n % 2, ("facts", "arithmetic", "choice")[n % 3])) for n in range(2 * len(rows))]
     rng.shuffle(rows)
     yield from rows
 
 
 def style(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
-    """Right answers that begin like a sailor's."""
+    """Right answers with much enthusiasm at their end."""
     for number in range(count):
         lang = number % 2
         sample = draw(rng, lang, ("facts", "arithmetic", "choice", "summaries", "facts", "choice")[number // 2 % 6])
-        yield chat(Sample(sample.skill, "", sample.question, STYLE[lang] + sample.answer))
+        yield chat(Sample(sample.skill, "", sample.question, sample.answer.rstrip(".。") + STYLE[lang]))
 
 
 def main() -> None:

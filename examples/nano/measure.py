@@ -41,6 +41,12 @@ def expected(chat: Chat, row: dict[str, Any]) -> str:
     return whole[len(prompt) :].split(chat.tokenizer.eos_token)[0]
 
 
+def skill_of(row: dict[str, Any]) -> str:
+    """The skill that a question is counted under: products apart, for their operands cannot be reasoned out."""
+    products = " × " in row["messages"][-1]["content"]
+    return f"{row['skill']}, products" if products else str(row["skill"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -52,7 +58,7 @@ def main() -> None:
     skills: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in args.questions.read_text("utf-8").splitlines():
         row = json.loads(line)
-        skills[row["skill"]].append(row)
+        skills[skill_of(row)].append(row)
     print("| skill | questions | right |\n|---|---|---|")
     for skill, rows in skills.items():
         replies = answers(model, chat, rows)
