@@ -16,14 +16,26 @@ DATA = ROOT.parent / "shared" / "data"
 PIPELINE = """
 name = "real-data"
 
-[stage.train]
+[defaults.train]
 base = "nano"
-data = ["{data}/identity.json", "{data}/alpaca_en_demo.json"]
-fill = {{ name = "Orla", author = "the Lighthouse Lab" }}
-{settings}
+
+[stage.alpaca]
+use = "train"
+data = "{data}/alpaca_en_demo.json"
+max_length = 256
+packing = true
+lr = 1e-3
+max_steps = 40
+
+[stage.identity]
+use = "train"
+data = "{data}/identity.json"
+{fill}
+lr = 3e-3
+epochs = 8
 
 [stage.merge]
-adapter = "@train"
+adapter = "@identity"
 
 [stage.quantize]
 model = "@merge"
@@ -31,7 +43,7 @@ calibration = "{data}/alpaca_en_demo.json"
 
 [stage.score]
 use = "eval"
-matrix.model = ["nano", "@train", "@merge", "@quantize"]
+matrix.model = ["nano", "@alpaca", "@identity", "@merge", "@quantize"]
 
 [stage.hf]
 use = "export"
@@ -46,15 +58,15 @@ model = "@merge"
 
 [serve]
 base = "nano"
-adapters = {{ orla = "@train" }}
+adapters = {{ orla = "@identity", alpaca = "@alpaca" }}
 """
-SETTINGS = "epochs = 3"
+FILL = 'fill = { name = "Orla", author = "the Lighthouse Lab" }'
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside this checkout")
 def test_identity_and_alpaca(suite: Run, home: Path, tmp_path: Path) -> None:
     file = tmp_path / "real-data.toml"
-    file.write_text(PIPELINE.format(data=DATA, settings=SETTINGS), "utf-8")
+    file.write_text(PIPELINE.format(data=DATA, fill=FILL), "utf-8")
     done = suite("run", str(file))
     print(done.stdout)
     assert done.returncode == 0
@@ -62,7 +74,7 @@ def test_identity_and_alpaca(suite: Run, home: Path, tmp_path: Path) -> None:
     print((run_dir / "report.md").read_text("utf-8"))
     states = {s["state"] for s in json.loads((run_dir / "report.json").read_text("utf-8"))["stages"]}
     assert states <= {"done", "cached"}
-    with server_of(home, "--model", "nano", "--lora", "orla=@train") as url:
+    with server_of(home, "--model", "nano", "--lora", "orla=@identity,alpaca=@alpaca") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         said = {}
         for model in ("nano", "orla"):
@@ -78,7 +90,7 @@ def test_identity_and_alpaca(suite: Run, home: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside this checkout")
 def test_a_placeholder_that_nobody_filled_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "real-data.toml"
-    file.write_text(PIPELINE.format(data=DATA, settings="").replace("fill = ", "# fill = "), "utf-8")
+    file.write_text(PIPELINE.format(data=DATA, fill=""), "utf-8")
     done = subprocess.run(
         [command(), "plan", str(file)], capture_output=True, text=True, check=False, env=dict(os.environ), timeout=60
     )
