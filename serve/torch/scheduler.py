@@ -102,6 +102,9 @@ class Scheduler:
         return ready
 
     def _prefill(self) -> Step:
+        # rows that were freed brought younger ones to the front; the oldest is always read
+        oldest = min(range(self.decoding, len(self.running)), key=lambda i: self.running[i].arrival)
+        self._swap(oldest, self.decoding)
         rows: list[Generation] = []
         width = 0
         for generation in self.running[self.decoding :]:

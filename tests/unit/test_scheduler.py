@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.generation import Generation, Request
@@ -122,6 +122,7 @@ def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], cel
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(lengths, min_size=2, max_size=20), st.integers(64, 200))
+@example([(1, 1), (1, 2), (6, 1), (1, 1), (1, 2)], 64)
 def test_the_oldest_is_never_put_back(requests: list[tuple[int, int]], cells: int) -> None:
     run = machine(rows=8, cells=cells)
     for request in requests:
