@@ -17,7 +17,7 @@ BLEU_TOKENIZERS = {"en": "13a", "zh": "zh"}
 
 
 def rouge(language: str, reply: str, reference: str) -> dict[str, float]:
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L; all 0 for a reply without words."""
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L; all 0 where a side has no words."""
     if language == "zh":
         return _rouge_chinese(reply, reference)
     scores = _english().score(reference, reply)
@@ -25,10 +25,10 @@ def rouge(language: str, reply: str, reference: str) -> dict[str, float]:
 
 
 def _rouge_chinese(reply: str, reference: str) -> dict[str, float]:
-    words = words_chinese(reply)
-    if not words:
+    words, expected = words_chinese(reply), words_chinese(reference)
+    if not words or not expected:
         return dict.fromkeys(ROUGE, 0.0)
-    (scores,) = _chinese().get_scores(" ".join(words), " ".join(words_chinese(reference)))
+    (scores,) = _chinese().get_scores(" ".join(words), " ".join(expected))
     return {name: float(scores[key]["f"]) for name, key in zip(ROUGE, ("rouge-1", "rouge-2", "rouge-l"), strict=True)}
 
 
