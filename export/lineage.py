@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def walk(artifact: Artifact, label: str = "") -> list[Step]:
     found: dict[tuple[str, str], Step] = {}
     _visit(artifact, label or artifact.name, found)
     return list(found.values())
+
+
+def root(steps: Sequence[Step]) -> str:
+    """The name of the model that everything began with; empty where the artifact itself was made by no stage."""
+    return next((step.name for step in steps[:-1] if step.type == "model" and not step.kind), "")
 
 
 def _visit(artifact: Artifact, label: str, found: dict[tuple[str, str], Step]) -> None:

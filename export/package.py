@@ -59,7 +59,7 @@ class Export(Stage):
     license: str = ""
     """Its licence, as hubs name it: "apache-2.0", "mit", "other"."""
     base_model: str = ""
-    """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"."""
+    """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"; left out: the name of its folder."""
     description: str = ""
     """A paragraph for the model card."""
     languages: list[str] = Field(default_factory=list)
@@ -123,7 +123,7 @@ class Export(Stage):
             steps=steps,
             use=use.format(name=name),
             license=self.license,
-            base_model=self.base_model,
+            base_model=self.base_model or lineage.root(steps),
             description=self.description,
             languages=self.languages,
             tags=["gguf", "ollama"] if self.to == "ollama" else [],
