@@ -78,8 +78,10 @@ def parse(model: type[C], values: Mapping[str, Any], where: Where) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        errors = [_explain(model, e, where) for e in error.errors(include_url=False)]
-        # a union reports one error a branch; the first names the value as well as any
+        found = error.errors(include_url=False)
+        # a union reports each branch: that a table is not `false` explains nothing, and one message a value is enough
+        telling = [e for e in found if not (e["type"] == "literal_error" and isinstance(e["input"], dict))]
+        errors = [_explain(model, e, where) for e in telling or found]
         unique = list({(e.where, e.message): e for e in errors}.values())
         if len(unique) == 1:
             raise unique[0] from None

@@ -363,10 +363,13 @@ def on_command_line(reference: str, takes: Takes, folder: Path) -> External | Su
     if not reference.startswith("@"):
         return external(reference, takes, folder)
     try:
-        found = external(str(runs.newest(store.home(), reference[1:])), takes, folder)
+        path = runs.newest(store.home(), reference[1:])
     except SuiteError as error:
         return error
-    return External(reference, found.artifact) if isinstance(found, External) else found
+    found = external(str(path), takes, folder)
+    if isinstance(found, SuiteError):
+        return SuiteError(found.message.replace(str(path), reference), hint=found.hint)
+    return External(reference, found.artifact)
 
 
 class Flags(Lines):

@@ -16,7 +16,7 @@ from rich.tree import Tree
 from suite import store
 from suite.commands.flags import Parser
 from suite.errors import SuiteError, near
-from suite.runs import all_runs
+from suite.runs import all_runs, newest
 from suite.stages import Artifact
 
 
@@ -52,7 +52,7 @@ def show(verb: str, arguments: list[str]) -> int:
     """Show a run's report, or an artifact with its lineage and what was measured."""
     parser = Parser(
         f"suite {verb}",
-        "Show a run (name, or part of it) or an artifact (key, or its beginning); the newest run by default.",
+        "Show a run (name, or part of it) or an artifact (@stage, or its key's beginning); the newest run by default.",
     )
     parser.add_argument("what", nargs="?", help="a run or an artifact")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
@@ -62,7 +62,7 @@ def show(verb: str, arguments: list[str]) -> int:
     chosen = [r for r in known if not given.what or given.what in f"{r.parent.name}/{r.name}" or Path(given.what) == r]
     if chosen:
         return _show_run(chosen[-1], given.json)
-    artifacts = at.find(given.what) if given.what else []
+    artifacts = _named(at, given.what) if given.what else []
     if len(artifacts) > 1:
         raise SuiteError(f"'{given.what}' begins the keys of {len(artifacts)} artifacts", hint="give more of the key")
     if not artifacts:
@@ -72,6 +72,12 @@ def show(verb: str, arguments: list[str]) -> int:
             hint=near(str(given.what or ""), names),
         )
     return _show_artifact(artifacts[0], given.json)
+
+
+def _named(at: store.Store, what: str) -> list[Artifact]:
+    if what.startswith("@"):
+        return at.find(newest(at.root, what[1:]).name)
+    return at.find(what)
 
 
 def _show_run(run_dir: Path, as_json: bool) -> int:

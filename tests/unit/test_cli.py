@@ -97,8 +97,9 @@ def test_runs_and_artifacts_are_shown(tmp_path: Path, suite_home: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["verdict"] == "ok"
     assert main(["show"]) == 0
     assert "Stages" in capsys.readouterr().out
-    assert main(["show", planned[1]["key"][:10]]) == 0
-    assert "base: start (model" in capsys.readouterr().out
+    for name in (planned[1]["key"][:10], "@t"):
+        assert main(["show", name]) == 0
+        assert "base: start (model" in capsys.readouterr().out
 
 
 def test_a_store_without_write_permission(

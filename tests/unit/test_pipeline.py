@@ -87,6 +87,13 @@ def test_a_cycle_is_drawn(tmp_path: Path) -> None:
     assert "a -> b -> a" in message or "b -> a -> b" in message
 
 
+def test_of_a_union_only_the_branch_that_was_meant_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text("{}")
+    message = mistake(tmp_path, '[stage.train]\nbase = "nano"\ndata = "d.jsonl"\nlora.rank = 0\n')
+    assert message.startswith("pipeline.toml:4: lora.rank: input should be greater than")
+    assert "False" not in message
+
+
 def test_several_mistakes_come_together(tmp_path: Path) -> None:
     message = mistake(tmp_path, '[stage.a]\nuse = "make"\ntext = 1\nscore = "high"')
     assert "pipeline.toml:3: text" in message
