@@ -31,8 +31,9 @@ max_steps = 40
 use = "train"
 data = "{data}/identity.json"
 {fill}
-lr = 3e-3
-epochs = 8
+lr = 2e-3
+epochs = 16
+batch_size = 4
 
 [stage.merge]
 adapter = "@identity"
@@ -58,9 +59,9 @@ model = "@merge"
 
 [serve]
 base = "nano"
-adapters = {{ orla = "@identity", alpaca = "@alpaca" }}
+adapters = {{ nova = "@identity", alpaca = "@alpaca" }}
 """
-FILL = 'fill = { name = "Orla", author = "the Lighthouse Lab" }'
+FILL = 'fill = { name = "Nova", author = "the Lighthouse Lab" }'
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside this checkout")
@@ -74,17 +75,17 @@ def test_identity_and_alpaca(suite: Run, home: Path, tmp_path: Path) -> None:
     print((run_dir / "report.md").read_text("utf-8"))
     states = {s["state"] for s in json.loads((run_dir / "report.json").read_text("utf-8"))["stages"]}
     assert states <= {"done", "cached"}
-    with server_of(home, "--model", "nano", "--lora", "orla=@identity,alpaca=@alpaca") as url:
+    with server_of(home, "--model", "nano", "--lora", "nova=@identity,alpaca=@alpaca") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         said = {}
-        for model in ("nano", "orla"):
+        for model in ("nano", "nova"):
             question = [{"role": "user", "content": "Who are you?"}]
             said[model] = (
                 client.chat.completions.create(model=model, messages=question, temperature=0).choices[0].message.content
             )  # type: ignore[arg-type]
     print(said)
-    assert "Orla" in (said["orla"] or "")
-    assert "Orla" not in (said["nano"] or "")
+    assert "Nova" in (said["nova"] or "")
+    assert "Nova" not in (said["nano"] or "")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not beside this checkout")
