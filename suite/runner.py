@@ -248,7 +248,8 @@ class Runner:
     def _state(self, outcome: Outcome, state: State) -> None:
         outcome.state = state
         key = outcome.key if state in ("cached", "done") else None
-        self._emit(outcome.name, {"event": "state", "state": state, "key": key, "seconds": round(outcome.seconds, 3)})
+        seconds = 0.0 if state == "running" else round(outcome.seconds, 3)  # until its end it holds when it began
+        self._emit(outcome.name, {"event": "state", "state": state, "key": key, "seconds": seconds})
 
     def _emit(self, stage: str, event: Mapping[str, Any]) -> None:
         if event["event"] == "warn":

@@ -37,6 +37,7 @@ limit = 4
 [stage.export]
 to = "ollama"
 model = "@merge"
+needs = ["@eval"]
 """
 STAGES = ["train", "merge", "quantize", "eval", "export"]
 
