@@ -139,7 +139,7 @@ def row(measure: str, ours: float, theirs: float, unit: str, goal: float) -> dic
         "theirs": round(theirs, 3),
         "unit": unit,
         "ratio": round(ratio, 3),
-        "goal": f"<= {goal:.2f}",
+        "goal": round(goal, 2),
         "met": ratio <= goal,
     }
 
