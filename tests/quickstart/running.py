@@ -60,13 +60,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@contextlib.contextmanager
-def server_of(home: Path, *arguments: str) -> Iterator[str]:
-    """`suite serve` with these arguments, ready; on leaving it must end cleanly within 30 s of SIGTERM."""
+def server_of(home: Path, *arguments: str) -> contextlib.AbstractContextManager[str]:
+    """The URL of `suite serve` with these arguments."""
     port = free_port()
+    return serving(home, port, "serve", *arguments, "--port", str(port))
+
+
+@contextlib.contextmanager
+def serving(home: Path, port: int, *arguments: str) -> Iterator[str]:
+    """`suite` with these arguments serves at `port`; on leaving it must end cleanly within 30 s of SIGTERM."""
     environment = {**os.environ, "SUITE_HOME": str(home)}
-    started = [command(), "serve", *arguments, "--port", str(port)]
-    with subprocess.Popen(started, cwd=ROOT, env=environment) as process:
+    with subprocess.Popen([command(), *arguments], cwd=ROOT, env=environment) as process:
         try:
             deadline = time.monotonic() + 120
             while (

@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.quickstart.running import ROOT, Quickstart, Run, run_quickstart, server_of
+from tests.quickstart.running import ROOT, Quickstart, Run, free_port, run_quickstart, server_of, serving
 
 ARTIFACTS = ["nano", "identity", "style", "merged", "small[gptq]", "small[awq]", "small[bnb]"]
 PARENTS = {
@@ -139,3 +139,10 @@ def test_eval_and_chat_talk_to_the_server(server: str, suite: Run) -> None:
     assert done.returncode == 0
     assert done.stdout.count("5") >= 1
     assert math.isfinite(scores["ceval-mini"]["acc"])
+
+
+def test_a_run_serves_what_its_serve_table_names(quickstart: Quickstart, home: Path) -> None:
+    port = free_port()
+    with serving(home, port, "run", "examples/quickstart.toml", "--serve", "--set", f"serve.port={port}") as url:
+        models = openai.OpenAI(base_url=f"{url}/v1", api_key="-").models.list().data
+    assert [m.id for m in models] == ["nano", "identity", "style"]

@@ -104,6 +104,30 @@ class Fold(Stage):
         return {"parity": {"kl": 0.0}}
 
 
+class Meet(Stage):
+    """Ends only when another stage of this kind runs at the same time."""
+
+    place: str
+    """A directory of both."""
+    name: str
+    """What this one is called."""
+    other: str
+    """What the other is called."""
+
+    def makes(self) -> ArtifactType:
+        return "model"
+
+    def run(self, job: Job) -> dict[str, Any]:
+        Path(self.place, self.name).touch()
+        deadline = time.monotonic() + 20
+        while not Path(self.place, self.other).exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.other} never came")
+            time.sleep(0.005)
+        (job.out / "config.json").write_text("{}")
+        return {}
+
+
 class Pack(Stage):
     """Takes any number of models."""
 
@@ -120,9 +144,9 @@ class Pack(Stage):
 
 
 def pipeline_file(folder: Path, text: str) -> Path:
-    """A pipeline file whose `make`, `tune`, `fold`, `pack` stand for the kinds above."""
+    """A pipeline file whose `make`, `tune`, `fold`, `meet`, `pack` stand for the kinds above."""
     file = folder / "pipeline.toml"
-    for name in ("make", "tune", "fold", "pack"):
+    for name in ("make", "tune", "fold", "meet", "pack"):
         text = text.replace(f'use = "{name}"', f'use = "tests.unit.kinds:{name.capitalize()}"')
         text = text.replace(f"[defaults.{name}]", f'[defaults."tests.unit.kinds:{name.capitalize()}"]')
     file.write_text(text, "utf-8")

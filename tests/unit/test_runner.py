@@ -247,3 +247,11 @@ def test_a_full_disk_is_said_and_the_run_continues_with_more(
     assert not list((tiny_disk / "home" / "artifacts").iterdir())
     subprocess.run(["mount", "-o", "remount,size=20m", str(tiny_disk)], check=True)
     assert main(["run", str(file)]) == 0
+
+
+def test_independent_stages_run_at_the_same_time(tmp_path: Path) -> None:
+    meeting = f'use = "meet"\nplace = "{tmp_path}"'
+    stages = f'[stage.one]\n{meeting}\nname = "a"\nother = "b"\n[stage.two]\n{meeting}\nname = "b"\nother = "a"\n'
+    run_dir, error = execute(pipeline.read(pipeline_file(tmp_path, stages)), jobs=2)
+    assert error is None
+    assert [s["state"] for s in report(run_dir).values()] == ["done"] * 2
