@@ -10,8 +10,8 @@ import socket
 import sys
 from pathlib import Path
 
-from serve.backends import die_with
 from serve.server import Settings, run
+from suite.processes import die_with
 
 
 def main() -> int:

@@ -7,7 +7,6 @@ starting ──/health──> ready ──SIGTERM──> draining ──> stoppe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 
 from serve.server import Settings, listen, run
 from suite.errors import SuiteError, near
+from suite.processes import die_with
 
 BACKENDS: dict[str, str] = {
     "torch": "our own engine: any machine, base and adapters mixed in one batch",
@@ -98,15 +98,6 @@ def endpoint(
         stack.callback(_stop, child)
         _await_ready(child, port, output)
         yield Endpoint(f"http://127.0.0.1:{port}", [name, *settings.adapters])
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when process `parent` ends, however that happens. Linux only."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # from linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the call
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _may_fork() -> bool:

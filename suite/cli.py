@@ -19,10 +19,12 @@ VERBS = {
     "merge": ("fold an adapter into its base", "suite.commands.stage:command"),
     "quantize": ("make a model smaller with GPTQ, AWQ or bitsandbytes", "suite.commands.stage:command"),
     "export": ("make a Hugging Face folder or an Ollama package", "suite.commands.stage:command"),
+    "push": ("upload a package to a model hub", "suite.commands.stage:command"),
     "eval": ("score an artifact, or any OpenAI endpoint (--url)", "suite.commands.evaluate:command"),
     "pretrain": ("train a small model and its tokenizer from nothing", "suite.commands.stage:command"),
     "serve": ("serve a model and its adapters over HTTP", "suite.commands.serve:command"),
     "chat": ("talk to an endpoint", "suite.commands.chat:command"),
+    "env": ("install what must live apart from the suite: llm-compressor, vLLM", "suite.commands.env:command"),
     "doctor": ("check this machine and what each part needs", "suite.commands.doctor:command"),
 }
 

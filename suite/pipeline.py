@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from suite import envs, runs, store, toml
 from suite import gate as gates
-from suite import runs, store, toml
 from suite.config import ArtifactType, Config, Names, Takes, Where, marker, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
 from suite.references import External, external
 from suite.stages import Artifact, Stage, kind
 
-TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve")
+TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve", "env")
 
 Source = str | External
 """Where an input comes from: the name of a stage of this plan, or an artifact that exists already."""
@@ -69,6 +69,7 @@ class Node:
     needs: tuple[str, ...]
     gates: tuple[gates.Gate, ...]
     where: Where
+    environment: envs.Environment | None = None
 
     @property
     def after(self) -> set[str]:
@@ -136,13 +137,29 @@ def _override(data: dict[str, Any], places: dict[toml.KeyPath, Any], text: str) 
     places[tuple(keys)] = f"--set {text}"
 
 
+def read_environments(path: Path) -> dict[str, envs.Environment]:
+    """What the `[env.NAME]` tables of a pipeline file name; nothing else in it is checked."""
+    data, lines = toml.read(path)
+    return _environments(data, lines, path)
+
+
+def _environments(
+    data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
+) -> dict[str, envs.Environment]:
+    found = {}
+    for name, table in _table(data, "env", Lines(file, lines, ((),))).items():
+        settings = parse(envs.Settings, table, Lines(file, lines, (("env", name),)))
+        found[name] = envs.get(name, settings, file)
+    return found
+
+
 def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path) -> Plan:
     """The plan of a parsed pipeline; paths in it are relative to the folder of `file`."""
     top = Lines(file, lines, ((),))
     for key in data:
         if key not in TOP_LEVEL_KEYS:
             raise SuiteError(f"unknown table '{key}'", where=top((key,)), hint=near(key, TOP_LEVEL_KEYS))
-    for key in ("stage", "defaults"):
+    for key in ("stage", "defaults", "env"):
         for name, table in _table(data, key, top).items():
             if not isinstance(table, Mapping):
                 raise SuiteError(
@@ -153,15 +170,17 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
     if not data.get("stage"):
         raise SuiteError("no stages", where=str(file), hint="add a table such as [stage.train]")
     tables = Tables(data["stage"], top)
+    environments = _environments(data, lines, file)
     nodes: dict[str, Node] = {}
     for base in data["stage"]:
         for cell in tables.cells(base):
-            node = _node(
-                base, cell, tables, data, Lines(file, lines, (("stage", base), ("defaults", tables.use(base))))
-            )
-            nodes[node.name] = node
+            where = Lines(file, lines, (("stage", base), ("defaults", tables.use(base))))
+            node = _node(base, cell, tables, data, where)
+            node = replace(node, environment=_environment(node, environments))
+            nodes |= {n.name: n for n in with_followers(node)}
     for node in nodes.values():
         _check_edges(node, nodes)
+    _check_targets(nodes)
     plan = Plan(str(data.get("name", file.stem)), file, file.read_text("utf-8"), _ordered(nodes))
     check_inputs(plan)
     return _with_serve(plan, data, Lines(file, lines, (("serve",),)))
@@ -191,6 +210,23 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
         n[1:] for i, need in enumerate(wiring.needs) for n in tables.expand(need, where(("needs", i)), only_stages=True)
     )
     return Node(base + cell.label, stage, inputs, needs, _gates(wiring, where), where)
+
+
+def _environment(node: Node, named: Mapping[str, envs.Environment]) -> envs.Environment | None:
+    """The environment that a stage's settings ask for, of the pipeline's own or built in."""
+    name = node.stage.environment()
+    try:
+        return (named.get(name) or envs.get(name)) if name else None
+    except SuiteError as error:
+        raise SuiteError(error.message, where=node.where(()), hint=error.hint) from None
+
+
+def with_followers(node: Node) -> list[Node]:
+    """A node, and those of the stages that its settings ask for; their mistakes are found in its table."""
+    found = [node]
+    for suffix, (field, stage) in node.stage.followers().items():
+        found.append(Node(f"{node.name}.{suffix}", stage, {field: [node.name]}, (), (), node.where))
+    return found
 
 
 def _placed(stage: Stage, folder: Path) -> Stage:
@@ -260,6 +296,18 @@ def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
             raise SuiteError(f"no stage '{name}'", where=where, hint=near(name, nodes))
 
 
+def _check_targets(nodes: Mapping[str, Node]) -> None:
+    """No two stages change the same thing outside the store: the second would undo the first."""
+    known: dict[str, str] = {}
+    for name, node in nodes.items():
+        target = node.stage.target()
+        if target in known:
+            hint = "give each a name or a branch of its own"
+            raise SuiteError(f"'{known[target]}' and '{name}' both write to {target}", where=node.where(()), hint=hint)
+        if target:
+            known[target] = name
+
+
 def _makers(takes: tuple[ArtifactType, ...], nodes: Mapping[str, Node]) -> str:
     fitting = ["@" + n for n, node in nodes.items() if node.stage.makes() in takes]
     return f"these fit: {', '.join(fitting)}" if fitting else f"no stage here makes {_either(takes)}"
@@ -308,9 +356,11 @@ def check_inputs(plan: Plan) -> None:
 
 
 def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None:
-    """Run one stage's own `check`; raises SuiteError with the line of the setting that it names."""
+    """Run one stage's own `check`, look for its environment; raises SuiteError with the line of what it names."""
     try:
         node.stage.check(inputs)
+        if node.environment:
+            node.environment.require()
     except SuiteError as error:
         field = error.where.split(".")
         if error.where and field[0] not in type(node.stage).model_fields:
@@ -353,7 +403,9 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
             if isinstance(source, SuiteError):
                 raise SuiteError(source.message, where=where((field,)), hint=source.hint)
         inputs[field] = [s for s in found if isinstance(s, External)]
-    plan = Plan(name, None, "", {name: Node(name, stage, inputs, (), (), where)})
+    node = Node(name, stage, inputs, (), (), where)
+    node = replace(node, environment=_environment(node, {}))
+    plan = Plan(name, None, "", {n.name: n for n in with_followers(node)})
     check_inputs(plan)
     return plan
 

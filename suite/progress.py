@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -152,3 +153,15 @@ class RichView:
 
     def tick(self) -> None:
         """Bars redraw themselves."""
+
+
+@contextlib.contextmanager
+def watching(names: Collection[str], as_json: bool) -> Iterator[JsonView | PlainView | RichView]:
+    """The view that fits where the output goes; `names` are what there is to watch."""
+    if as_json:
+        yield JsonView()
+    elif sys.stderr.isatty():
+        with RichView(Console(stderr=True), max(map(len, names))) as view:
+            yield view
+    else:
+        yield PlainView()

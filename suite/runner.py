@@ -58,7 +58,7 @@ class View(Protocol):
 
 
 def libraries(node: Node) -> dict[str, str]:
-    """Installed versions of the distributions that decide a stage's result."""
+    """Installed versions of the distributions that decide a stage's result, and what stands for its environment's."""
     found = {}
     for name in node.stage.libraries:
         try:
@@ -66,6 +66,8 @@ def libraries(node: Node) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             hint = "run 'suite doctor' to see what is missing"
             raise SuiteError(f"{node.name}: the library {name} is not installed", hint=hint) from None
+    if node.environment:
+        found[f"env.{node.environment.name}"] = node.environment.identity
     return found
 
 
@@ -104,7 +106,7 @@ def preview(plan: Plan, store: Store) -> dict[str, Outcome]:
         inputs = resolve(node, outcomes, store)
         if inputs is not None:
             outcomes[name].key = key_of(node, inputs)
-            outcomes[name].artifact = store.get(outcomes[name].key or "")
+            outcomes[name].artifact = None if node.stage.target() else store.get(outcomes[name].key or "")
             outcomes[name].state = "cached" if outcomes[name].artifact else "waiting"
     return outcomes
 
@@ -115,7 +117,8 @@ class Runner:
     def __init__(
         self, plan: Plan, store: Store, run_dir: Path, view: View, *, jobs: int = 1, force: frozenset[str] = frozenset()
     ):
-        self.plan, self.store, self.run_dir, self.view, self.jobs, self.force = plan, store, run_dir, view, jobs, force
+        self.plan, self.store, self.run_dir, self.view, self.jobs = plan, store, run_dir, view, jobs
+        self.force = force | {name for name, node in plan.nodes.items() if node.stage.target()}
         self.outcomes = {n: Outcome(n, kind_name(node.stage), node.stage.makes()) for n, node in plan.nodes.items()}
         self.processes: dict[str, Process] = {}
         self.stopping = False
@@ -205,7 +208,7 @@ class Runner:
         return {
             "name": node.name, "kind": kind_name(node.stage), "key": key, "store": str(self.store.root),
             "settings": node.stage.model_dump(mode="json"), "inputs": described, "libraries": libraries(node),
-            "force": node.name in self.force,
+            "force": node.name in self.force, "python": str(node.environment.python) if node.environment else None,
         }  # fmt: skip
 
     def _finish(self, process: Process, code: int) -> None:

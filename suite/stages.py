@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "merge": "export.merge:Merge",
     "quantize": "export.quantize:Quantize",
     "export": "export.package:Export",
+    "push": "export.push:Push",
     "eval": "suite.evaluate:Evaluate",
 }
 
@@ -75,7 +76,8 @@ class Job:
     """What a running stage is given: its inputs, a directory to fill, and a way to say how far it is.
 
     `out` may hold what an earlier attempt with the same key left there (checkpoints): continue from it.
-    `scratch` is beside it, survives a crash too, and is not part of the artifact.
+    `scratch` is beside it, survives a crash too, and is not part of the artifact. `python` is the interpreter of the
+    environment that the stage asked for.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Job:
     out: Path
     scratch: Path
     emit: Emit = field(default=lambda _: None)
+    python: Path | None = None
     _last: float = 0.0
 
     def input(self, name: str) -> Artifact:
@@ -133,6 +136,23 @@ class Stage(Config):
 
         An input is None while the stage that makes it has not run.
         """
+
+    def environment(self) -> str:
+        """The name of the environment (`suite.envs`) whose interpreter these settings need; empty: none but ours."""
+        return ""
+
+    def target(self) -> str:
+        """What this stage changes outside the store, e.g. "hf:org/name"; empty for all that only make their artifact.
+
+        The store cannot know what became of it there. So a stage with a target runs each time and must see itself what
+        is done already; and no two stages of a plan may share one.
+        """
+        return ""
+
+    def followers(self) -> dict[str, tuple[str, Stage]]:
+        """Stages that a setting of this one asks for, by suffix: `{"push": ("package", Push(...))}` becomes the stage
+        `<name>.push`, which takes this one's artifact in its field `package`."""
+        return {}
 
     @abstractmethod
     def run(self, job: Job) -> dict[str, Any]:

@@ -63,6 +63,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def locked(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock `file`; `waiting` is called once while another process has it."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @dataclass
 class Store:
     """The artifacts under one directory; raises SuiteError when that directory cannot be used."""
@@ -129,7 +144,7 @@ class Store:
         one rename, after everything in it reached the disk. `force` starts afresh and replaces what is there.
         """
         final, work = self.root / "artifacts" / key, self.root / "partial" / key
-        with self._lock(key, waiting):
+        with locked(self.root / "locks" / key, waiting):
             if final.exists() and not force:
                 yield None
                 return
@@ -143,19 +158,6 @@ class Store:
             seconds = round(time.time() - started, 3)
             self._commit(making, final, {**record, "key": key, "seconds": seconds, "metrics": making.metrics})
             shutil.rmtree(work)
-
-    @contextlib.contextmanager
-    def _lock(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
-        lock = FileLock(self.root / "locks" / key)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waiting()
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _commit(self, making: Making, final: Path, record: dict[str, Any]) -> None:
         out = making.out

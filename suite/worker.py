@@ -10,7 +10,6 @@ no thread pool and no CUDA context exists before a fork. When its parent dies, i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import gc
 import importlib
@@ -27,10 +26,9 @@ from typing import Any
 
 from suite import __version__
 from suite.errors import SuiteError
+from suite.processes import die_with
 from suite.stages import Artifact, Emit, Job, kind
 from suite.store import Store, disk_error
-
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def run_stage(file: Path, emit: Emit) -> int:
@@ -81,15 +79,10 @@ def _make(spec: dict[str, Any], emit: Emit) -> None:
             emit({"event": "say", "text": "continuing what an interrupted run left"})
         emit({"event": "began"})
         os.chdir(making.scratch)  # some libraries write logs where they stand
-        job = Job(spec["name"], inputs, making.out, making.scratch, emit)
+        python = Path(spec["python"]) if spec.get("python") else None
+        job = Job(spec["name"], inputs, making.out, making.scratch, emit, python)
         making.metrics = stage.run(job)
         emit({"event": "metrics", "metrics": making.metrics})
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class WarmServer:
@@ -143,7 +136,7 @@ class WarmServer:
         code = 1
         try:
             os.setsid()
-            die_with_parent()
+            die_with(os.getppid())
             self.connection.close()
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
@@ -202,7 +195,7 @@ def _print_event(event: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> int:
     """Entry point of `python -m suite.worker`."""
     if len(arguments) == 2 and arguments[0] == "--warm":
-        die_with_parent()
+        die_with(os.getppid())
         with socket.socket(fileno=int(arguments[1])) as connection:
             WarmServer(connection).serve()
         return 0

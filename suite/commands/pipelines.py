@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from suite import pipeline, store
 from suite.commands.flags import Parser
 from suite.errors import SuiteError, near
 from suite.pipeline import Plan
-from suite.progress import JsonView, PlainView, RichView
+from suite.progress import watching
 from suite.references import External
-from suite.runner import Outcome, Runner, View, preview, verdict_error
+from suite.runner import Outcome, Runner, preview, verdict_error
 from suite.runs import link_artifacts, new_run
 
 WIDE = 160  # columns of a table that goes to a file
@@ -122,7 +121,7 @@ def execute(
     ]
     run_dir = new_run(at, read.name, read.text, described)
     started = time.monotonic()
-    with _view(read, as_json) as view:
+    with watching(read.nodes, as_json) as view:
         runner = Runner(read, at, run_dir, view, jobs=jobs, force=force)
         try:
             runner.run()
@@ -155,14 +154,3 @@ def _summary(
         console.print("\nnext:", highlight=False)
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
-
-
-@contextlib.contextmanager
-def _view(read: Plan, as_json: bool) -> Iterator[View]:
-    if as_json:
-        yield JsonView()
-    elif sys.stderr.isatty():
-        with RichView(Console(stderr=True), max(map(len, read.nodes))) as view:
-            yield view
-    else:
-        yield PlainView()
