@@ -10,12 +10,21 @@ from typing import Any
 from export.folder import eos_ids, read_json
 from suite.errors import SuiteError
 
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""How ByteLevel splits by itself (`use_regex`)."""
+DIGIT = r"\p{N}"
 PRE_TOKENIZERS = {
+    "eeb55ba74cc544ae7067587b680d16521d9891de9e94c7ba9412c0e0e93b1c36": "gpt-2",
+    "d5d7e1b34b94ab2b4b788e47363cd60946d12cc6cd20bad41f9246f4756c3b37": "smollm",
     "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e": "qwen2",
-    "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f": "llama-bpe",
     "00431aed57e696b747435f734d1e3b9b1bfd931a121fb5cac7129e97c181e9ba": "qwen35",
+    "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f": "llama-bpe",
 }
-"""llama.cpp has the split regex of each family built in, and knows it by name; keyed by the sha256 of the regex."""
+"""llama.cpp has the splits of each family built in, and knows them by name; keyed by the sha256 of their regexes.
+
+Each is the hash of what stands in llama.cpp's llama-vocab.cpp: as the "original regex from tokenizer.json" beside the
+case of that name, or as the expressions of the case themselves (deepseek). All were seen to split as `tokenizers` does.
+"""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -25,10 +34,8 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     Byte-level BPE of a family that llama.cpp knows, and BPE with byte fallback (SentencePiece's). Raises SuiteError
     for any other.
     """
-    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer = check_tokenizer(folder)
     model = tokenizer["model"]
-    if model.get("type", "BPE") != "BPE":
-        raise SuiteError(f"a {model['type']} tokenizer cannot be written to GGUF here", where=str(folder))
     tokens, types = _tokens(tokenizer, config["vocab_size"])
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
@@ -46,25 +53,52 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     _add_special(writer, folder, tokenizer)
 
 
+def check_tokenizer(folder: Path) -> dict[str, Any]:
+    """The tokenizer.json in `folder`; raises SuiteError for one that llama.cpp has no way to follow."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    model = tokenizer["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise SuiteError(f"a {model['type']} tokenizer cannot be written to GGUF here", where=str(folder))
+    if not model.get("byte_fallback"):
+        pre_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
 def pre_tokenizer(tokenizer: dict[str, Any], folder: Path) -> str:
     """llama.cpp's name for how this tokenizer splits text before merging; raises SuiteError when it has none."""
-    pre = tokenizer.get("pre_tokenizer") or {}
-    parts = pre.get("pretokenizers", [pre])
-    splits = [p["pattern"]["Regex"] for p in parts if p.get("type") == "Split" and "Regex" in p.get("pattern", {})]
-    byte_level = [p for p in parts if p.get("type") == "ByteLevel"]
-    plain = len(splits) + len(byte_level) == len(parts) and len(byte_level) == 1
-    name = None
-    if plain and not byte_level[0].get("add_prefix_space"):
-        name = PRE_TOKENIZERS.get(hashlib.sha256("".join(splits).encode()).hexdigest())
-        if not splits and byte_level[0].get("use_regex", True):
-            name = "gpt-2"
+    splits = _splits(tokenizer.get("pre_tokenizer") or {})
+    name = PRE_TOKENIZERS.get(hashlib.sha256("".join(splits).encode()).hexdigest())
     if name is None:
         raise SuiteError(
             "llama.cpp has no such pre-tokenizer, and would split text otherwise than this model was trained",
             where=str(folder / "tokenizer.json"),
-            hint="export to hf instead; known: gpt-2, " + ", ".join(PRE_TOKENIZERS.values()),
+            hint="export to hf instead; known: " + ", ".join(PRE_TOKENIZERS.values()),
         )
     return name
+
+
+def token_texts(folder: Path) -> set[str]:
+    """All tokens of the tokenizer in `folder`, as written in its file."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    return {*tokenizer["model"]["vocab"], *(a["content"] for a in tokenizer.get("added_tokens", ()))}
+
+
+def _splits(pre: dict[str, Any]) -> list[str]:
+    """The regexes by which a byte-level pre-tokenizer splits text, in order; empty for another kind."""
+    parts = pre.get("pretokenizers", [pre])
+    splits = []
+    for part in parts[:-1]:
+        whole = (part.get("behavior"), part.get("invert")) in (("Isolated", False), ("Removed", True))
+        if part.get("type") == "Split" and whole and "Regex" in part["pattern"]:
+            splits.append(part["pattern"]["Regex"])
+        elif part.get("type") == "Digits" and part.get("individual_digits"):
+            splits.append(DIGIT)
+        else:
+            return []
+    last = parts[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return []
+    return [*splits, GPT2] if last.get("use_regex", True) else splits
 
 
 def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.gguf import interleave, verify, write
+from export.gguf import verify, write
+from export.gguf_tensors import interleave
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_model, tiny_tokenizer
 
@@ -24,6 +25,16 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "norm_topk_prob": True},
 }
 
 
@@ -33,19 +44,20 @@ def value(reader: gguf.GGUFReader, key: str) -> Any:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_tensor_arrives_in_every_architecture(tmp_path: Path, architecture: str) -> None:
-    folder = tiny_model(tmp_path / "m", architecture=architecture, hidden=64)
+    folder = tiny_model(tmp_path / "m", architecture=architecture, hidden=64, **SETTINGS.get(architecture, {}))
     file = tmp_path / "m.gguf"
     write(folder, file, "f32", "tiny")
     assert verify(folder, file) == {"max_abs": 0.0, "max_relative": 0.0}
     reader, arch = gguf.GGUFReader(file), ARCHITECTURES[architecture]
     names = {t.name for t in reader.tensors}
     assert {"token_embd.weight", "output_norm.weight", "blk.1.attn_output.weight"} <= names
-    assert "output.weight" not in names  # tied
+    assert ("output.weight" in names) == (architecture == "qwen2_moe")  # tied, but its head is not optional
     assert value(reader, "general.architecture") == arch
     assert value(reader, f"{arch}.block_count") == 2
     assert value(reader, f"{arch}.attention.head_count_kv") == 2
     parameters = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
-    assert sum(int(t.n_elements) for t in reader.tensors) == parameters
+    head = 512 * 64 if architecture == "qwen2_moe" else 0
+    assert sum(int(t.n_elements) for t in reader.tensors) == parameters + head
 
 
 @pytest.mark.parametrize(

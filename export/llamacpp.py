@@ -1,0 +1,265 @@
+"""llama.cpp, where it is installed: it quantizes GGUF files, and answers with them, which proves what they will do.
+
+It works in a process of its own (`export.llamacpp_process`): its chatter stays out of the terminal, and a crash of
+native code is an error with its last words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from export.gguf_texts import texts
+from suite.errors import SuiteError
+
+Progress = Callable[[float, float, str], None]
+Say = Callable[[str], None]
+Quant = Literal["q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"]
+
+QUANTS: tuple[str, ...] = get_args(Quant)
+HINT = 'pip install "suite[llamacpp]"'
+NOT_RUN = f"not run by llama.cpp, which is not installed; to prove tokens and answers: {HINT}"
+K_BLOCK = 256
+"""Values of one block of a k-quant; a row that is no multiple of it falls back to another type."""
+CONTEXT = 512
+"""Tokens of the longest text that is asked."""
+LIMITS: dict[str, dict[str, float]] = {
+    "f32": {"top1": 0.999, "kl": 1e-5},
+    "f16": {"top1": 0.999, "kl": 1e-4},
+    "bf16": {"top1": 0.99, "kl": 1e-3},
+    "q8_0": {"top1": 0.98, "kl": 5e-3},
+    "q6_k": {"top1": 0.96, "kl": 0.02},
+    "q5_k_m": {"top1": 0.93, "kl": 0.05},
+    "q5_k_s": {"top1": 0.93, "kl": 0.05},
+    "q5_0": {"top1": 0.93, "kl": 0.05},
+    "q4_k_m": {"top1": 0.85, "kl": 0.15},
+    "q4_k_s": {"top1": 0.85, "kl": 0.15},
+    "q4_0": {"top1": 0.85, "kl": 0.15},
+    "q3_k_l": {"top1": 0.75, "kl": 0.4},
+    "q3_k_m": {"top1": 0.75, "kl": 0.4},
+    "q3_k_s": {"top1": 0.75, "kl": 0.4},
+    "q2_k": {"top1": 0.5, "kl": 1.5},
+}
+"""What a file of each type must keep of its model: at least this top-1 agreement, at most this KL in nats."""
+
+
+def installed() -> bool:
+    """Whether llama-cpp-python is there."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def require(what: str) -> None:
+    """Raise SuiteError, with how to install it, when llama.cpp is not there to do `what`."""
+    if not installed():
+        raise SuiteError(f"{what} needs llama.cpp, which is not installed", hint=HINT)
+
+
+class LlamaCpp:
+    """A GGUF file as llama.cpp computes with it, with a LoRA adapter's GGUF on top if given.
+
+    The process starts with the first question; `close` it, or use `with`.
+    """
+
+    def __init__(self, file: Path, adapter: Path | None = None) -> None:
+        self._file, self._adapter = file, adapter
+        self._process: _Process | None = None
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process:
+            self._process.close()
+            self._process = None
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """The ids of `text` as of a prompt; `special`: special tokens in it are meant, not just spelt."""
+        return list(self._ask(do="tokenize", file=str(self._file), text=text, special=special)["ids"])
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Of the next token at each position, (T, V) float32; the cache is float32 too."""
+        if len(ids) > CONTEXT:
+            raise ValueError(f"{len(ids)} tokens; at most {CONTEXT} can be asked")
+        adapter = str(self._adapter) if self._adapter else None
+        answer = self._ask(do="logits", file=str(self._file), adapter=adapter, context=CONTEXT, ids=list(ids))
+        assert self._process
+        return self._process.read_array(answer["shape"])
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        self._process = self._process or _Process(str(self._file))
+        return self._process.ask(request)
+
+
+def quantize(source: Path, out: Path, quant: Quant, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Write the GGUF file `source` (f32, f16 or bf16) to `out` as `quant`.
+
+    Returns how many tensors have which type, and which fell back to another one than `quant` asks for, because their
+    rows are no multiple of 256. Raises SuiteError when llama.cpp cannot.
+    """
+    import gguf
+
+    require(f"a GGUF of type {quant}")
+    number = int(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])
+    process = _Process(str(source))
+    try:
+        request = {"do": "quantize", "source": str(source), "out": str(out), "file_type": number}
+        process.ask(request, lambda step, steps: progress(step, steps, "quantize"))
+    finally:
+        process.close()
+    types: dict[str, int] = {}
+    fell_back = {}
+    for tensor in gguf.GGUFReader(out).tensors:
+        name = tensor.tensor_type.name
+        types[name] = types.get(name, 0) + 1
+        if name != "F32" and "_k" in quant and int(tensor.shape[0]) % K_BLOCK:
+            fell_back[str(tensor.name)] = name
+    return {"types": dict(sorted(types.items())), "fell_back": fell_back}
+
+
+def verify(
+    folder: Path,
+    file: Path,
+    weights: str,
+    progress: Progress = lambda *_: None,
+    warn: Say = lambda _: None,
+    adapters: tuple[Path, Path] | None = None,
+) -> dict[str, Any]:
+    """Prove the GGUF `file` of type `weights` by llama.cpp against the model in `folder`.
+
+    `adapters` are a PEFT adapter of that model and the same as GGUF, put on top of both. Returns how many texts were
+    tokenized and the measured parity; {} with a warning where llama.cpp is not installed. Raises SuiteError for a text
+    that becomes other tokens, and for answers beyond the limits of the type.
+    """
+    from export import parity
+
+    if not installed():
+        warn(NOT_RUN)
+        return {}
+    source, adapter = adapters or (None, None)
+    with LlamaCpp(file, adapter) as model:
+        proved: dict[str, Any] = {"texts": same_tokens(folder, model, warn)}
+        dtype = parity.precision(folder)
+        if dtype is None:
+            warn("answers not compared: llama.cpp runs the file, but its parent does not fit into memory")
+            return proved
+        proved["parity"] = parity.measure(
+            lambda: parity.load(folder, source, dtype), lambda: model, parity.probes(folder), progress
+        )
+    parity.require(proved["parity"], LIMITS[weights])
+    return proved
+
+
+def same_tokens(folder: Path, model: LlamaCpp, warn: Say = lambda _: None) -> int:
+    """Compare the tokens of tricky texts with those of the tokenizer in `folder`; returns how many texts.
+
+    Raises SuiteError naming the first text that differs, and both ids. llama.cpp does not normalize Unicode: where the
+    tokenizer does, its texts are compared normalized, with a warning.
+    """
+    from suite.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    normalize = _normalization(tokenizer)
+    asked = texts(special[:8])
+    changed = 0
+    for text in asked:
+        plain = normalize(text)
+        changed += plain != text
+        for as_special in (True, False):
+            expected = tokenizer(plain, split_special_tokens=not as_special)["input_ids"]
+            got = model.tokenize(plain, special=as_special)
+            if got != expected:
+                raise SuiteError(
+                    f"llama.cpp tokenizes {plain!r} as {got}, the model's tokenizer as {expected}",
+                    where=str(folder / "tokenizer.json"),
+                    hint="the model would read other text than it was trained on; export to hf instead",
+                )
+    if changed:
+        warn("llama.cpp does not normalize text as this tokenizer does (NFC): combining marks become other tokens")
+    return len(asked)
+
+
+def _normalization(tokenizer: Any) -> Callable[[str], str]:
+    """What a byte-level tokenizer does to text before splitting it; SentencePiece's is llama.cpp's own."""
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    if backend.normalizer is None or state["model"].get("byte_fallback"):
+        return lambda text: text
+    return lambda text: str(backend.normalizer.normalize_str(text))
+
+
+class _Process:
+    """A running `export.llamacpp_process`."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
+        root = str(Path(__file__).parent.parent)
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "export.llamacpp_process", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+        )
+        questions, answers = self._child.stdin, self._child.stdout
+        assert questions is not None
+        assert answers is not None
+        self._questions, self._answers = questions, answers
+
+    def ask(self, request: Mapping[str, Any], step: Callable[[int, int], None] = lambda *_: None) -> dict[str, Any]:
+        """The answer to `request`; raises SuiteError for one that failed, or when the process ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._questions.write(json.dumps(request).encode() + b"\n")
+            self._questions.flush()
+        while line := self._answers.readline():
+            answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise self._failed(answer["error"])
+            if "step" not in answer:
+                return answer
+            step(answer["step"], answer["steps"])
+        code = self._child.wait()
+        raise self._failed(f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}")
+
+    def read_array(self, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The bytes that follow an answer."""
+        size = 4 * math.prod(shape)
+        data = self._answers.read(size)
+        if len(data) != size:
+            raise self._failed("ended in the middle of an answer")
+        return np.frombuffer(data, np.float32).reshape(shape)
+
+    def close(self) -> None:
+        """End the process."""
+        self._child.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._questions.close()
+        self._answers.close()
+        self._child.wait()
+        self._said.close()
+
+    def _failed(self, how: str) -> SuiteError:
+        """With llama.cpp's last words that name an error, else its very last."""
+        self._said.seek(0)
+        lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
+        telling = [line for line in lines if any(mark in line.lower() for mark in ("error", "fail", "assert"))]
+        last = (telling or lines or ["it said nothing"])[-1]
+        return SuiteError(f"llama.cpp: {how}: {last[:500]}", where=self._subject)
