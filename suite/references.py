@@ -57,6 +57,8 @@ def detect(path: Path, takes: Takes) -> ArtifactType | SuiteError:
         return SuiteError(f"this is a file, and a folder with {wanted} is expected")
     if (path / RECORD).is_file():
         found: ArtifactType = json.loads((path / RECORD).read_text("utf-8"))["type"]
+    elif takes.types == ("package",) and (path / "checksums.txt").is_file():
+        found = "package"
     elif (path / "adapter_config.json").is_file():
         found = "adapter"
     elif (path / "config.json").is_file():
@@ -67,7 +69,7 @@ def detect(path: Path, takes: Takes) -> ArtifactType | SuiteError:
     elif "report" in takes.types and (path / "report.json").is_file():
         found = "report"
     else:
-        names = {"adapter": "adapter_config.json", "report": "report.json"}
+        names = {"adapter": "adapter_config.json", "report": "report.json", "package": "checksums.txt"}
         files = " or ".join(dict.fromkeys(names.get(t, "config.json") for t in takes.types))
         return SuiteError(f"this folder has no {files}, so it holds no {wanted}", hint="give the folder that holds it")
     if found not in takes.types:

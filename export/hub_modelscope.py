@@ -1,0 +1,113 @@
+"""ModelScope's hub (MODELSCOPE_ENDPOINT), through the public API of its library `modelscope-hub`, an optional extra.
+
+Large files go by LFS, where whole files that the hub has are not sent again. The token is the library's own:
+MODELSCOPE_API_TOKEN, or what `ms-hub login` stored. A repository there is private or public from its beginning: the
+library cannot change that later.
+"""
+
+from __future__ import annotations
+
+import glob
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modelscope_hub import HubApi, HubConfig, Visibility
+from modelscope_hub.errors import (
+    AuthenticationError,
+    HubError,
+    NotExistError,
+    PermissionDeniedError,
+    StorageError,
+)
+
+from export.hf import CHECKSUMS
+from export.hub import TITLE, Changes, Remote, RemoteFile, Temporary, listed
+from suite.errors import SuiteError
+
+MODEL = "model"
+BRANCH = "master"
+LOG_IN = "export MODELSCOPE_API_TOKEN=..., or: ms-hub login"
+
+
+class ModelScope:
+    """One branch of a model repository."""
+
+    def __init__(self, repository: str, branch: str = "") -> None:
+        self.repository, self.branch = repository, branch or BRANCH
+        self.api = HubApi()
+        self.config = HubConfig()
+        self.url = f"{self.config.endpoint}/models/{repository}"
+
+    def check(self) -> None:
+        """Whether a push could begin: a token."""
+        if not self.config.token:
+            raise SuiteError("there is no token for ModelScope", hint=LOG_IN)
+
+    def look(self) -> Remote | None:
+        """What the branch holds; None without it."""
+        with explained(self.repository):
+            try:
+                info = self.api.get_repo(self.repository, MODEL)
+                found = self.api.list_repo_files(self.repository, MODEL, revision=self.branch)
+            except NotExistError:
+                return None
+            digests = {file.path: file.sha256 or "" for file in found if not file.is_dir}
+            ours = self._brought_by_us() if CHECKSUMS in digests else {}
+            files = {path: RemoteFile(digest, ours.get(path) == digest) for path, digest in digests.items()}
+            return Remote("", info.visibility != Visibility.PUBLIC, files)
+
+    def _brought_by_us(self) -> dict[str, str]:
+        """What the list of the last push says; a file that differs from it was changed by others."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.api.download_file(self.repository, MODEL, CHECKSUMS, revision=self.branch, local_dir=folder)
+            return listed(Path(folder))
+
+    def create(self, *, public: bool) -> None:
+        """The library's own default would be public, and Apache-2.0."""
+        visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
+        with explained(self.repository):
+            self.api.create_repo(self.repository, MODEL, visibility=visibility, license="other")
+
+    def send(self, folder: Path, changes: Changes, there: Remote, title: str) -> None:  # noqa: ARG002
+        """Send, then remove."""
+        with explained(self.repository):
+            self.api.upload_folder(
+                self.repository,
+                MODEL,
+                folder,
+                commit_message=TITLE + title,
+                revision=self.branch,
+                allow_patterns=[glob.escape(name) for name in changes.send],
+                use_cache=False,  # it would lie in the folder; what is there is seen by looking
+                disable_tqdm=True,
+            )
+            if changes.remove:
+                self.api.delete_files(
+                    self.repository, MODEL, changes.remove, commit_message=TITLE + title, revision=self.branch
+                )
+
+    def publish(self) -> None:
+        """Not to be had from here."""
+        raise SuiteError(
+            f"ms:{self.repository} is private, and ModelScope's library cannot open it",
+            hint="make it public on its page, or push to another name",
+        )
+
+
+@contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """Turns the library's errors into a `Temporary` or a SuiteError; none of them holds the token."""
+    try:
+        yield
+    except AuthenticationError:
+        raise SuiteError("ModelScope does not accept the token", hint=LOG_IN) from None
+    except PermissionDeniedError as error:
+        raise SuiteError(f"no permission to write to {repository}: {error.message}", hint=error.suggestion) from None
+    except (StorageError, OSError) as error:  # requests' own errors are OSErrors
+        raise Temporary(str(error).splitlines()[0]) from None
+    except HubError as error:
+        if error.retryable:
+            raise Temporary(error.message) from None
+        raise SuiteError(f"ModelScope refuses: {error.message}", where=repository, hint=error.suggestion) from None
