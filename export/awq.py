@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,32 +10,33 @@ from typing import Any
 import torch
 
 from export import calibrated
+from export.layers import pattern
+from export.recipe import Blocks, Progress, Recipe
 
 STEPS, SMALLEST = 20, 0.5
 """Clipping bounds that are tried: in steps of 1/20 of the largest weight, down to half of it."""
 
 
-def quantize(
-    source: Path,
-    out: Path,
-    blocks: Sequence[Sequence[int]],
-    progress: Callable[[float, float, str], None],
-    *,
-    bits: int,
-    group_size: int,
-) -> None:
+def quantize(source: Path, out: Path, recipe: Recipe, blocks: Blocks, progress: Progress) -> None:
     """Write the model in `source` to `out` in the AWQ format, calibrated on `blocks` (N, T) of token ids."""
     from gptqmodel import BACKEND, QuantizeConfig
     from gptqmodel.quantization import FORMAT, METHOD
 
-    # without sym=False the format has no zero points
     config = QuantizeConfig(
-        bits=bits, group_size=group_size, quant_method=METHOD.AWQ, format=FORMAT.GEMM, sym=False, **calibrated.COMMON
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        quant_method=METHOD.AWQ,
+        format=FORMAT.GEMM,
+        sym=False,  # else the format has no zero points
+        dynamic={f"-:{pattern(recipe.whole)}": {}} if recipe.whole else None,
+        **calibrated.COMMON,
     )
     # the automatic choice asks for CUDA
     backend = BACKEND.AUTO if torch.cuda.is_available() else BACKEND.AWQ_TORCH
     with _clipping_by_gram():
         calibrated.quantize(source, out, config, blocks, progress, backend=backend)
+    if recipe.whole:
+        calibrated.describe(out, modules_to_not_convert=recipe.whole)
 
 
 @contextmanager

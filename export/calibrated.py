@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,9 +9,7 @@ from typing import Any
 import torch
 
 from export.folder import copy_beside, read_config, read_json, write_json
-
-# with one worker a core, a machine of two cores has a pool of one, and GPTQModel stops; read when it is imported
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+from export.recipe import Blocks, Progress
 
 TOKENS = 4096
 """Tokens in one forward."""
@@ -25,14 +21,7 @@ COMMON: dict[str, Any] = {
 }
 
 
-def quantize(
-    source: Path,
-    out: Path,
-    config: Any,
-    blocks: Sequence[Sequence[int]],
-    progress: Callable[[float, float, str], None],
-    **options: Any,
-) -> None:
+def quantize(source: Path, out: Path, config: Any, blocks: Blocks, progress: Progress, **options: Any) -> None:
     """Quantize the model in `source` into `out`, by a GPTQModel QuantizeConfig and `blocks` (N, T) of token ids.
 
     The folder gets the parent's tokenizer, template and generation settings, byte for byte: GPTQModel changes them.
@@ -59,3 +48,11 @@ def quantize(
     settings["meta"] = {key: settings["meta"][key] for key in SETTINGS if settings["meta"].get(key) is not None}
     write_json(out / "config.json", {**read_config(source), "dtype": made["dtype"], "quantization_config": settings})
     write_json(out / "quantize_config.json", settings)
+
+
+def describe(out: Path, **settings: Any) -> None:
+    """Add what GPTQModel leaves unsaid, and other readers need, to both files that describe the quantization."""
+    config = read_config(out)
+    config["quantization_config"] |= settings
+    write_json(out / "config.json", config)
+    write_json(out / "quantize_config.json", config["quantization_config"])

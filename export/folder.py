@@ -48,6 +48,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def weight_bytes(folder: Path) -> int:
+    """The size of the weights' files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def is_tied(config: dict[str, Any], names: set[str]) -> bool:
     """Whether the head is the embedding; `names` are the tensors of the checkpoint."""
     return bool(config.get("tie_word_embeddings", "lm_head.weight" not in names))

@@ -26,6 +26,7 @@ import torch
 
 from export.folder import eos_ids, read_config
 from export.probes import TEXTS, dialogues
+from suite import quantized
 from suite.chat import Chat, Message, load_tokenizer
 from suite.errors import SuiteError
 
@@ -128,10 +129,8 @@ def probes(folder: Path, rows: Sequence[Sequence[Message]] = ()) -> list[Probe]:
 
 def load(folder: Path, adapter: Path | None = None, dtype: Any = torch.float32) -> Any:
     """The model in `folder`, with an adapter on top if given, ready to be asked; float32, so that sums add no noise."""
-    from transformers import AutoModelForCausalLM
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, device_map=device)
+    model = quantized.load(folder, dtype=dtype, device_map=device)
     if adapter:
         from peft import PeftModel
 

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from export import calibration
-from export.folder import read_config, read_json
-from suite import data
-from suite.config import ArtifactType, DatasetRef, ModelRef
+from export import calibration, layers
+from export.folder import read_config, read_json, weight_bytes
+from export.merge import parse_size
+from export.recipe import METHODS, Recipe
+from suite import data, quantized
+from suite.config import ArtifactType, Config, DatasetRef, ModelRef
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
 
-BITS: dict[str, tuple[int, ...]] = {"gptq": (2, 3, 4, 8), "awq": (4,), "bnb": (4, 8)}
 PACKED = 32
 """Quantized columns are packed into 32-bit words, so a layer's outputs must be a multiple of this."""
+MAX_KL = {8: 0.05, 4: 0.5, 3: 1.0, 2: 3.0}
+"""The KL (nats a token) at which a model of so many bits is broken rather than rounded."""
+
+
+class Search(Config):
+    """Choose method and bits for each group of layers, by measuring; exactly one limit is given."""
+
+    max_kl: float | None = Field(None, gt=0)
+    """Make the smallest model whose KL to its parent (nats a token, on the probes) is at most this."""
+    max_bytes: str | None = None
+    """Make the closest model whose weights take at most this, e.g. "2.5MB"."""
+    methods: list[Literal["gptq", "awq", "bnb"]] = Field(["gptq", "awq", "bnb"], min_length=1)
+    """The methods that may be chosen; each costs the making of one to three models."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.max_kl is None) == (self.max_bytes is None):
+            raise ValueError("give either max_kl or max_bytes")
+        if self.max_bytes is not None:
+            parse_size(self.max_bytes)
+        return self
 
 
 class Quantize(Stage):
     """Store the weights in 2 to 8 bits, and measure the result against the model it came from.
 
     GPTQ and AWQ round so that calibration data sees little difference; bnb needs none. `gptq` packs 2, 3, 4 or 8 bits,
-    `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or 8 as int8. Transformers reads all of them,
-    vLLM gptq and awq.
+    `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or fp4, or 8 as int8. `keep` gives chosen
+    layers more bits, `search` chooses for itself. Transformers reads all of them, vLLM gptq and awq.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel", "bitsandbytes")
@@ -44,6 +67,16 @@ class Quantize(Stage):
     """gptq: round the columns with the largest activations first; more exact, slower to serve."""
     sym: bool = True
     """gptq: scales symmetric about zero, which more engines read."""
+    format: Literal["nf4", "fp4"] = "nf4"
+    """bnb with 4 bits: values spaced as a normal distribution has them, or as 4-bit floats."""
+    double_quant: bool = False
+    """bnb with 4 bits: store the scales in 8 bits too, which saves 0.37 bits a weight."""
+    keep: dict[str, Literal[3, 4, 8, 16]] = Field(default_factory=dict)
+    """Layers that keep more bits, by regular expression, e.g. { "down_proj" = 8 }; 16: left as they are."""
+    search: Search | None = None
+    """Choose method and bits for each group of layers, by measuring: { max_kl = 0.02 } or { max_bytes = "2.5MB" }."""
+    max_kl: float | None = Field(None, gt=0)
+    """Fail above this KL to the parent (nats a token); by default 0.05 for 8 bits, 0.5 for 4, 1 for 3, 3 for 2."""
     calibration: DatasetRef | list[DatasetRef] | None = None
     """Chat data like that which the model will see; some of it is left aside, to measure the result on."""
     fill: dict[str, str] = Field(default_factory=dict)
@@ -61,25 +94,57 @@ class Quantize(Stage):
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         """Whether method, bits, calibration data and the model's shapes fit together."""
-        if self.bits not in BITS[self.method]:
-            known = " or ".join(map(str, BITS[self.method]))
-            raise SuiteError(f"{self.method} has no {self.bits}-bit form", where="bits", hint=f"bits = {known}")
-        if self.method != "bnb" and not self.calibration:
-            raise SuiteError(
-                f"{self.method} needs calibration data",
-                where="calibration",
-                hint='calibration = "data/chat.jsonl", e.g. the data that the model was trained on',
-            )
+        self._check_settings()
         data.check([found.path for found in inputs.get("calibration", ()) if found], self.fill)
         if model := next(iter(inputs.get("model", ())), None):
             self._check_model(model.path)
 
+    def _check_settings(self) -> None:
+        method = METHODS[self.method]
+        if self.bits not in method.bits:
+            known = " or ".join(map(str, method.bits))
+            raise SuiteError(f"{self.method} has no {self.bits}-bit form", where="bits", hint=f"bits = {known}")
+        if not self.calibration and (method.calibrated or self.search):
+            raise SuiteError(
+                f"{'search' if self.search else self.method} needs calibration data",
+                where="calibration",
+                hint='calibration = "data/chat.jsonl", e.g. the data that the model was trained on',
+            )
+        for name in ("format", "double_quant"):
+            if self._given(name) and (self.method, self.bits) != ("bnb", 4):
+                raise SuiteError(f"{name} is for bnb with 4 bits", where=name, hint="method = 'bnb', or leave it out")
+        if self.search and (chosen := [n for n in ("method", "bits", "keep", "max_kl") if self._given(n)]):
+            raise SuiteError(f"search chooses {chosen[0]} itself", where=chosen[0], hint="leave it out")
+        for rule, bits in self.keep.items():
+            if bits not in method.keep or bits <= self.bits:
+                known = " or ".join(str(b) for b in method.keep if b > self.bits)
+                raise SuiteError(
+                    f"{self.method} with {self.bits} bits keeps no layer at {bits}",
+                    where=f"keep.'{rule}'",
+                    hint=f"{known} (16: as it is)",
+                )
+
+    def _given(self, name: str) -> bool:
+        """Whether a setting differs from its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
+
     def _check_model(self, folder: Path) -> None:
         config = read_config(folder)
-        if "quantization_config" in config:
+        if quantized.settings(folder) is not None:
             raise SuiteError("the model is quantized already", where=str(folder))
-        if self.method == "bnb":
-            return
+        if self.keep or self.search:
+            found = layers.linear_layers(folder)
+            if self.search and (experts := next((name for name in found if ".experts." in name), None)):
+                raise SuiteError(f"search does not choose for single experts ({experts})", where=str(folder))
+            if len([bits for bits in layers.kept(found, self.keep).values() if bits == layers.WHOLE]) == len(found):
+                raise SuiteError("keep leaves no layer to quantize", where="keep")
+        methods = self.search.methods if self.search else [self.method]
+        if any(METHODS[method].calibrated for method in methods):
+            self._check_widths(config, folder)
+        if self.calibration:
+            _check_template(folder)
+
+    def _check_widths(self, config: dict[str, Any], folder: Path) -> None:
         for name, size in _widths(config).items():
             if self.group_size > 0 and size % self.group_size:
                 fits = [str(g) for g in (64, 32) if size % g == 0]
@@ -91,56 +156,96 @@ class Quantize(Stage):
                 raise SuiteError(
                     f"{name} = {size} is no multiple of {PACKED}", where=str(folder), hint="method = 'bnb'"
                 )
-        templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
-        if not templates[0].is_file() and "chat_template" not in (
-            read_json(templates[1]) if templates[1].is_file() else {}
-        ):
-            raise SuiteError("the model has no chat template, with which to render calibration data", where=str(folder))
 
     def run(self, job: Job) -> dict[str, Any]:
         """Quantize, then measure the result against its parent, on conversations that calibration has not seen too."""
         from export import parity
 
-        source = job.input("model").path
+        source = job.input("model")
         metrics: dict[str, Any] = {}
+        blocks: list[list[int]] = []
         held_out: list[list[dict[str, Any]]] = []
-        if files := [found.path for found in job.inputs.get("calibration", ())]:
-            drawn = calibration.draw(source, files, self.fill, self.samples, self.length, self.seed)
-            held_out = drawn.held_out
-        if self.method == "bnb":
-            from export import bnb
+        linear = layers.linear_layers(source.path)
+        if files := job.inputs.get("calibration", []):
+            drawn = calibration.draw(
+                source.path,
+                [file.path for file in files],
+                self.fill,
+                samples=self.samples,
+                length=self.length,
+                seed=self.seed,
+                widest=max(inputs for _, inputs in linear.values()) if METHODS[self.method].calibrated else 0,
+                trained_on=calibration.training_data(source),
+            )
+            for warning in drawn.warnings:
+                job.warn(warning)
+            blocks, held_out = drawn.blocks, drawn.held_out
+            metrics["calibration"] = calibration.account(drawn, files, self.length, self.seed)
+        probes = parity.probes(source.path, held_out)
 
-            bnb.quantize(source, job.out, self.bits)
+        def measure(folder: Path) -> dict[str, Any]:
+            return parity.measure(
+                lambda: parity.load(source.path, dtype=parity.precision(source.path) or "auto"),
+                lambda: parity.load(folder, dtype="auto"),  # as it will be served
+                probes,
+                job.progress,
+            )
+
+        if self.search:
+            made = self._search(job, source.path, blocks, measure)
         else:
-            if drawn.warning:
-                job.warn(drawn.warning)
-            metrics["calibration"] = {"samples": drawn.conversations, "tokens": sum(map(len, drawn.blocks))}
-            self._calibrated(source, job, drawn.blocks)
-        metrics["bytes"], metrics["parent_bytes"] = _weight_bytes(job.out), _weight_bytes(source)
-        metrics["parity"] = parity.measure(
-            lambda: parity.load(source),
-            lambda: parity.load(job.out, dtype="auto"),  # as it will be served
-            parity.probes(source, held_out),
-            job.progress,
-        )
-        return metrics
+            recipe = self._recipe(linear)
+            for name in layers.torn(linear, dict.fromkeys(linear, self.bits) | dict(recipe.widths)):
+                job.warn(f"the parts of {name} have different widths: engines that fuse them will not load this model")
+                break
+            recipe.make(source.path, job.out, blocks, job.progress)
+            made = {"parity": measure(job.out)}
+            _hold(made["parity"], self.max_kl or MAX_KL[self.bits])
+        sizes = {"bytes": weight_bytes(job.out), "parent_bytes": weight_bytes(source.path)}
+        return {**metrics, **sizes, **made}
 
-    def _calibrated(self, source: Path, job: Job, blocks: list[list[int]]) -> None:
-        from export import awq, gptq
-
-        if self.method == "awq":
-            awq.quantize(source, job.out, blocks, job.progress, bits=self.bits, group_size=self.group_size)
-            return
-        gptq.quantize(
-            source,
-            job.out,
-            blocks,
-            job.progress,
+    def _recipe(self, linear: Mapping[str, layers.Shape]) -> Recipe:
+        """These settings, with the layers that `keep` means."""
+        return Recipe(
+            method=self.method,
             bits=self.bits,
             group_size=self.group_size,
             desc_act=self.desc_act,
             sym=self.sym,
+            format=self.format,
+            double_quant=self.double_quant,
+            widths=layers.kept(linear, self.keep),
         )
+
+    def _search(self, job: Job, source: Path, blocks: list[list[int]], measure: Any) -> dict[str, Any]:
+        from export import search
+
+        assert self.search is not None
+        size = self.search.max_bytes
+        limit = search.Limit(kl=self.search.max_kl, bytes=parse_size(size) if size else None)
+        looked = search.Search(source, job.scratch, self._recipe({}), limit, blocks, measure, job.progress)
+        best, account = looked.run(self.search.methods)
+        for file in best.folder.iterdir():
+            shutil.move(file, job.out / file.name)
+        (job.out / "search.md").write_text(search.table(account), "utf-8")
+        return {"parity": best.parity, "search": account, "method": best.recipe.method}
+
+
+def _hold(parity: Mapping[str, Any], limit: float) -> None:
+    if not parity["kl"] <= limit:  # also where it is no number
+        worst = f"worst on '{parity['worst_probe']}': {parity['worst_kl']:.2g}"
+        raise SuiteError(
+            f"KL to the parent is {parity['kl']:.2g} nats a token, above max_kl = {limit:g}; {worst}",
+            hint="more bits, a smaller group_size, or keep = { ... = 16 } for some layers",
+        )
+
+
+def _check_template(folder: Path) -> None:
+    templates = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
+    if not templates[0].is_file() and "chat_template" not in (
+        read_json(templates[1]) if templates[1].is_file() else {}
+    ):
+        raise SuiteError("the model has no chat template, with which to render calibration data", where=str(folder))
 
 
 def _widths(config: dict[str, Any]) -> dict[str, int]:
@@ -154,7 +259,3 @@ def _widths(config: dict[str, Any]) -> dict[str, int]:
         "num_attention_heads * head_dim": heads * head,
     }
     return {name: size for name, size in sizes.items() if isinstance(size, int) and size}
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suite import quantized
 from suite.errors import SuiteError
 
 Shape = tuple[int, ...]
@@ -91,6 +92,8 @@ def read_model(folder: Path) -> ModelFolder:
             hint="name its base with --model, and this folder with --lora",
         )
     config = _json(folder / "config.json", "a model folder needs config.json")
+    if given := quantized.settings(folder):
+        config["quantization_config"] = given
     if config.get("is_encoder_decoder"):
         raise SuiteError("encoder-decoder models cannot be served", where=str(folder), hint="decoder-only models can")
     strange = {*config.get("layer_types", ())} - KNOWN_LAYERS

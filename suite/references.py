@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from suite import quantized
 from suite.config import ArtifactType, Takes
 from suite.errors import SuiteError
 from suite.stages import RECORD, Artifact
@@ -62,10 +63,10 @@ def detect(path: Path, takes: Takes) -> ArtifactType | SuiteError:
     elif (path / "adapter_config.json").is_file():
         found = "adapter"
     elif (path / "config.json").is_file():
-        config = _json(path / "config.json")
-        if isinstance(config, SuiteError):
-            return config
-        found = "quantized" if "quantization_config" in config else "model"
+        try:
+            found = "quantized" if quantized.settings(path) else "model"
+        except SuiteError as error:
+            return error
     elif "report" in takes.types and (path / "report.json").is_file():
         found = "report"
     else:
@@ -76,11 +77,3 @@ def detect(path: Path, takes: Takes) -> ArtifactType | SuiteError:
         hint = "merge it first (suite merge)" if found == "adapter" else ""
         return SuiteError(f"this folder holds {found}, and {wanted} is expected", hint=hint)
     return found
-
-
-def _json(path: Path) -> dict[str, object] | SuiteError:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return SuiteError(f"{path.name} is not valid JSON: {error}")
-    return value if isinstance(value, dict) else SuiteError(f"{path.name} must hold a JSON object")

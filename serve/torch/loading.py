@@ -9,6 +9,7 @@ import torch
 
 from serve.folders import ModelFolder
 from serve.torch.attention import register
+from suite import quantized
 from suite.errors import SuiteError, near
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,19 +25,14 @@ def load_model(folder: ModelFolder, dtype: str) -> Any:
     """
     if dtype not in DTYPES:
         raise SuiteError(f"unknown dtype '{dtype}'", hint=near(dtype, DTYPES))
-    # without it GPTQModel wants more worker threads than a 2-core machine gives, and dies at import
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    from transformers import AutoModelForCausalLM
-
     on_gpu = torch.cuda.is_available()
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
-    model = AutoModelForCausalLM.from_pretrained(
+    model = quantized.load(
         folder.path,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         attn_implementation=register(),
         device_map="auto" if on_gpu else "cpu",
-        local_files_only=True,
     )
     if getattr(model.config, "quantization_config", None) is not None:
         # GPTQModel's kernels in torch would be compiled anew, for seconds, with every shape of a batch

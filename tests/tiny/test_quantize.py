@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gptq 8 bits, whole rows": {"method": "gptq", "bits": 8, "group_size": -1, "sym": False},
     "awq": {"method": "awq", "group_size": 64},
     "nf4": {"method": "bnb"},
+    "fp4, scales rounded too": {"method": "bnb", "format": "fp4", "double_quant": True},
     "int8": {"method": "bnb", "bits": 8},
 }
 KL = {
@@ -34,6 +35,7 @@ KL = {
     "gptq 8 bits, whole rows": 0.002,
     "awq": 0.1,
     "nf4": 0.1,
+    "fp4, scales rounded too": 0.2,
     "int8": 0.005,
 }
 TWICE = ("gptq", "awq", "int8")
@@ -76,6 +78,9 @@ def test_a_quantized_model_is_smaller_close_and_clean(name: str, parent: Path, c
     assert metrics["bytes"] < metrics["parent_bytes"]
     assert metrics["parity"]["kl"] < KL[name]
     assert metrics["parity"]["positions"] > 100
+    assert metrics["calibration"]["samples"] == 40
+    assert len(metrics["calibration"]["blocks"]) == 64
+    assert str(tmp_path) not in json.dumps(metrics)
     assert any(e["event"] == "progress" for e in events)
     assert not [e for e in events if e["event"] == "warn"]
     assert (out / "generation_config.json").read_bytes() == (parent / "generation_config.json").read_bytes()
@@ -110,7 +115,8 @@ def test_samples_are_drawn_by_seed_and_cut_to_equal_blocks(parent: Path, chats: 
     assert len(drawn.held_out) == calibration.HELD_OUT
     assert drawn.blocks == calibration.draw(parent, [chats], {}, samples=32, length=50, seed=1).blocks
     assert drawn.blocks != calibration.draw(parent, [chats], {}, samples=32, length=50, seed=2).blocks
-    assert not drawn.warning
+    assert drawn.digest != calibration.draw(parent, [chats], {}, samples=32, length=50, seed=2).digest
+    assert not drawn.warnings
 
 
 def test_little_calibration_data_warns_and_none_is_an_error(parent: Path, chats: Path, tmp_path: Path) -> None:
@@ -118,7 +124,9 @@ def test_little_calibration_data_warns_and_none_is_an_error(parent: Path, chats:
     few.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
     drawn = calibration.draw(parent, [few], {}, samples=32, length=4000, seed=0)
     assert len(drawn.blocks) == 1
-    assert "calibrated on 3 conversations only" in drawn.warning
+    assert drawn.warnings == ["calibrated on 3 conversations only; 32 or more give steadier results"]
+    (warning,) = calibration.draw(parent, [chats], {}, samples=40, length=64, seed=0, widest=10**6).warnings
+    assert "fewer than the 1000000 inputs of the widest layer" in warning
     few.write_text('{"messages": []}\n')
     with pytest.raises(SuiteError, match="no usable conversation"):
         calibration.draw(parent, [few], {}, samples=32, length=64, seed=0)

@@ -1,0 +1,72 @@
+"""Quantized checkpoints of today and of the archived tools: what they say about themselves, and how they are loaded.
+
+    today            config.json has `quantization_config`
+    AutoGPTQ         quantize_config.json beside it; weights may be named gptq_model-4bit-128g.safetensors
+    AutoAWQ          quant_config.json beside it, with w_bit and q_group_size
+
+The bytes of the weights are the same in all of them, so nothing is converted: the settings are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from suite.errors import SuiteError
+
+# with one worker a core, a machine of two cores has a pool of one, and GPTQModel stops; read when it is imported
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
+
+OLDER = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which AutoGPTQ and AutoAWQ kept what config.json says today."""
+RENAMED = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def settings(folder: Path) -> dict[str, Any] | None:
+    """The `quantization_config` of a model folder, in today's words; None for one that is not quantized.
+
+    Raises SuiteError for a file that holds no JSON object.
+    """
+    config = folder / "config.json"
+    if config.is_file() and (found := _read(config).get("quantization_config")) is not None:
+        return dict(found)
+    for name, method in OLDER.items():
+        if (folder / name).is_file():
+            given = {RENAMED.get(key, key): value for key, value in _read(folder / name).items()}
+            given["quant_method"] = "awq" if "zero_point" in given else method
+            if "version" in given:
+                given["version"] = str(given["version"]).lower()
+            return given
+    return None
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained(folder, **options)`, for every layout, and for layers of different bits.
+
+    `options` must not hold `config`. Only files of the folder are read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if given := settings(folder):
+        if any(not rule.startswith("-:") for rule in given.get("dynamic") or ()):
+            from suite.mixed_gptq import METHOD
+
+            given["quant_method"] = METHOD
+        config.quantization_config = given
+        named = sorted(folder.glob("*.safetensors"))
+        if len(named) == 1 and named[0].name != "model.safetensors":
+            config.transformers_weights = named[0].name
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"{file.name} is not valid JSON: {error}", where=str(file.parent)) from None
+    if not isinstance(content, dict):
+        raise SuiteError(f"{file.name} must hold a JSON object", where=str(file.parent))
+    return content
