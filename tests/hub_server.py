@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -79,6 +80,7 @@ class Fault:
     after: int
     times: int
     reached: threading.Event = field(default_factory=threading.Event)
+    abandoned: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,16 @@ class Hub:
 
     def fail(
         self, method: str, path: str, act: int | str | threading.Event, *, after: int = 0, times: int = 1
-    ) -> threading.Event:
-        """Answer `times` requests that match `path` with a status, "drop" the connection half way, or wait for an event.
+    ) -> Fault:
+        """Answer `times` requests that match `path` with a status, "drop" the connection half way, do what is asked but
+        "forget" to answer, or wait for an event.
 
-        The first `after` matching requests go well. The event that is returned is set when the fault strikes.
+        The first `after` matching requests go well. The fault that is returned says when it was `reached`, and when
+        a client that waited was gone (`abandoned`).
         """
         fault = Fault(method, re.compile(path), act, after, times)
         self.faults.append(fault)
-        return fault.reached
+        return fault
 
     def struck(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -162,6 +166,8 @@ class Refusal(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
+    forgets = False
+    disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
@@ -178,10 +184,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(size) if size else self._chunked()
         if fault and isinstance(fault.act, threading.Event):
-            fault.act.wait(30)
+            while not fault.act.wait(0.02) and not self.left():
+                pass
+        if len(body) < size or self.left():
+            self.close_connection = True
+            if fault:
+                fault.abandoned.set()
+            return
         try:
             if fault and isinstance(fault.act, int):
                 raise Refusal(fault.act, "injected by a test")
+            self.forgets = bool(fault and fault.act == "forget")
             self.answer(parts.path, {k: v[0] for k, v in parse_qs(parts.query).items()}, body)
         except Refusal as refusal:
             headers = {"X-Error-Message": str(refusal), **({"X-Error-Code": refusal.code} if refusal.code else {})}
@@ -190,6 +203,15 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any  # noqa: N815
+
+    def left(self) -> bool:
+        """Whether the client has closed the connection."""
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
 
     def _chunked(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -206,6 +228,10 @@ class Handler(BaseHTTPRequestHandler):
     ) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.hub.log.append(Request(self.command, urlsplit(self.path).path, size or 0, status))
+        if self.forgets:
+            self.close_connection = True
+            self.connection.close()
+            return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), "X-Request-Id": "test", **(headers or {})}.items():
             self.send_header(name, value)
