@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -47,8 +48,10 @@ class Quantize(Stage):
     """Store the weights in 2 to 8 bits, and measure the result against the model it came from.
 
     GPTQ and AWQ round so that calibration data sees little difference; bnb needs none. `gptq` packs 2, 3, 4 or 8 bits,
-    `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or fp4, or 8 as int8. `keep` gives chosen
-    layers more bits, `search` chooses for itself. Transformers reads all of them, vLLM gptq and awq.
+    `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or fp4, or 8 as int8. `w4a16`, `w8a8` (int8
+    activations too) and `fp8` are compressed-tensors, made by llm-compressor in an environment of its own: `suite env
+    install llmcompressor`. `keep` gives chosen layers more bits, `search` chooses for itself. Transformers reads all
+    of them, vLLM all but bnb.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel", "bitsandbytes")
@@ -57,12 +60,12 @@ class Quantize(Stage):
 
     model: ModelRef
     """The model to quantize, e.g. "@merge"."""
-    method: Literal["gptq", "awq", "bnb"] = "gptq"
-    """How: gptq, awq (both need `calibration`) or bnb."""
+    method: Literal["gptq", "awq", "bnb", "w4a16", "w8a8", "fp8"] = "gptq"
+    """How; gptq, awq, w4a16 and w8a8 need `calibration`."""
     bits: Literal[2, 3, 4, 8] = 4
-    """Bits a weight."""
+    """Bits a weight; w8a8 and fp8 have 8."""
     group_size: Literal[-1, 32, 64, 128] = 128
-    """Weights that share one scale (gptq, awq); smaller is more exact and larger on disk; -1: a whole row."""
+    """Weights that share one scale (gptq, awq, w4a16); smaller is more exact and larger on disk; -1: a whole row."""
     desc_act: bool = False
     """gptq: round the columns with the largest activations first; more exact, slower to serve."""
     sym: bool = True
@@ -88,9 +91,23 @@ class Quantize(Stage):
     seed: int = 0
     """Decides which conversations are drawn."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_width(cls, values: Any) -> Any:
+        """A method without the default width needs no `bits`."""
+        method = METHODS.get(values.get("method", "")) if isinstance(values, dict) else None
+        default = cls.model_fields["bits"].default
+        if method is None or "bits" in values or default in method.bits:
+            return values
+        return {**values, "bits": method.bits[0]}
+
     def makes(self) -> ArtifactType:
         """A quantized model folder."""
         return "quantized"
+
+    def environment(self) -> str:
+        """llm-compressor's for compressed-tensors."""
+        return METHODS[self.method].environment
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         """Whether method, bits, calibration data and the model's shapes fit together."""
@@ -139,7 +156,7 @@ class Quantize(Stage):
             if len([bits for bits in layers.kept(found, self.keep).values() if bits == layers.WHOLE]) == len(found):
                 raise SuiteError("keep leaves no layer to quantize", where="keep")
         methods = self.search.methods if self.search else [self.method]
-        if any(METHODS[method].calibrated for method in methods):
+        if any(METHODS[method].grouped for method in methods):
             self._check_widths(config, folder)
         if self.calibration:
             _check_template(folder)
@@ -194,7 +211,7 @@ class Quantize(Stage):
         if self.search:
             made = self._search(job, source.path, blocks, measure)
         else:
-            recipe = self._recipe(linear)
+            recipe = replace(self._recipe(linear), python=job.python)
             for name in layers.torn(linear, dict.fromkeys(linear, self.bits) | dict(recipe.widths)):
                 job.warn(f"the parts of {name} have different widths: engines that fuse them will not load this model")
                 break

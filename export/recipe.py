@@ -18,25 +18,34 @@ Blocks = Sequence[Sequence[int]]
 class Method:
     """What a method can do: the `bits` of its layers, those that a layer may `keep`, and which module does it.
 
-    The module has `quantize(source, out, recipe, blocks, progress)`.
+    The module has `quantize(source, out, recipe, blocks, progress)`. `grouped`: weights share scales by `group_size`;
+    `environment`: the one (`suite.envs`) whose interpreter the module needs.
     """
 
     module: str
     bits: tuple[int, ...]
     keep: tuple[int, ...] = (WHOLE,)
     calibrated: bool = True
+    grouped: bool = True
+    environment: str = ""
 
 
 METHODS: dict[str, Method] = {
     "gptq": Method("export.gptq", (2, 3, 4, 8), (3, 4, 8, WHOLE)),
     "awq": Method("export.awq", (4,)),
-    "bnb": Method("export.bnb", (4, 8), calibrated=False),
+    "bnb": Method("export.bnb", (4, 8), calibrated=False, grouped=False),
+    "w4a16": Method("export.compressed", (4,), (8, WHOLE), environment="llmcompressor"),
+    "w8a8": Method("export.compressed", (8,), grouped=False, environment="llmcompressor"),
+    "fp8": Method("export.compressed", (8,), calibrated=False, grouped=False, environment="llmcompressor"),
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one quantized model; `widths` holds the bits of the layers that differ from `bits`, by name."""
+    """The settings of one quantized model; `widths` holds the bits of the layers that differ from `bits`, by name.
+
+    `python` is the interpreter of the method's environment, where it has one.
+    """
 
     method: str
     bits: int
@@ -46,6 +55,7 @@ class Recipe:
     format: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = False
     widths: Mapping[str, int] = field(default_factory=dict)
+    python: Path | None = None
 
     @property
     def whole(self) -> list[str]:

@@ -156,7 +156,8 @@ class Environment:
         if self.definition is None:
             return (Step(self.requirements),)
         torch = tuple(r for r in self.requirements if r.startswith("torch=="))
-        return Step(torch, (*WHEELS, "--constraint", "{pins}")), Step(self.requirements, (*WHEELS, "--no-deps"))
+        first = [Step(torch, (*WHEELS, "--constraint", "{pins}"))] if torch else []
+        return (*first, Step(self.requirements, (*WHEELS, "--no-deps")))
 
     @cached_property
     def identity(self) -> str:
@@ -281,6 +282,8 @@ def get(name: str, settings: Settings | None = None, pipeline: Path | None = Non
 
     Raises SuiteError for a name, or a platform, for which there are no pins.
     """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise SuiteError(f"'{name}' cannot name an environment", hint="letters, digits, _ and -")
     root = store.home() / "envs"
     if settings and settings.python:
         folder = pipeline.parent if pipeline else Path.cwd()
