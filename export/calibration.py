@@ -124,14 +124,15 @@ def scripts(texts: Iterable[str]) -> dict[str, float]:
 
 def _language(chat: Chat, drawn: Sequence[data.Conversation], trained_on: Sequence[Path]) -> str:
     """A warning where the samples are in other languages than the model: by its training data, and its tokenizer."""
-    text = "\n".join(_texts(drawn))
-    spelt = len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) / max(1, len(text.encode()))
+    texts = list(_texts(drawn))
+    tokens = sum(map(len, chat.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    spelt = tokens / max(1, len("".join(texts).encode()))
     if spelt > SPELT:
         return (
             f"the tokenizer spells the calibration data out ({spelt:.2f} tokens a byte), as it does with languages "
             f"that it was not made for: calibrate on what the model will read"
         )
-    learnt, seen = scripts(_texts(_training_rows(trained_on))), scripts([text])
+    learnt, seen = scripts(_texts(_training_rows(trained_on))), scripts(texts)
     for name, share in learnt.items():
         if share >= PART and seen.get(name, 0) < TRACE * share:
             return (

@@ -1,38 +1,56 @@
-"""The `merge` stage: a base and a LoRA adapter become one model, tensor by tensor, without loading either."""
+"""The `merge` stage: a base and LoRA adapters become one model, tensor by tensor, without loading any of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from export.adapter import Adapter, Edit
-from export.folder import copy_beside, copy_tokenizer, is_tied, read_config, write_json
-from export.tensors import Tensor, copy, read_checkpoint, write_checkpoint
-from suite.config import AdapterRef, ArtifactType, ModelRef
+from export.adapter import Adapter
+from export.fit import ALONE, Combination, Edit, Method, fit
+from export.folder import copy_beside, copy_tokenizer, read_config, write_json
+from export.tensors import Tensor, is_pickled, read_checkpoint
+from export.writer import Block, Source, write_checkpoint
+from suite.config import AdapterRef, ArtifactType, Takes
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+ROUNDED = "the base is quantized: its weights are rounded, and a merge would round them once more"
+INSTEAD = "merge into the model that it was quantized from, and quantize the result; give it as base"
+THREADS = 4
+"""More than these wait for each other: the pages of a file are handed out one by one."""
+Progress = Callable[[float, float, str], None]
 
 
 class Merge(Stage):
-    """Add a LoRA adapter to its base's weights, and prove that the result answers as base and adapter do together.
+    """Add LoRA adapters to their base's weights, and prove that the result answers as base and adapter do together.
 
     Reads and writes a few rows at a time, so memory does not grow with the model; sums in float32, writes the type of
     the base.
     """
 
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft")
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft")
 
-    adapter: AdapterRef
-    """The LoRA adapter to merge, e.g. "@train"."""
-    base: ModelRef | None = None
-    """The model it was trained on; left out: the one that its training recorded."""
+    adapter: AdapterRef | list[AdapterRef]
+    """The LoRA adapter to merge, e.g. "@train"; or several of one base, e.g. ["@poet", "@coder"]."""
+    base: Annotated[str, Takes("model", "quantized")] | None = None
+    """The model it was trained on; left out: the one that its training recorded. Of a quantized model, the model that
+    it was made from is taken."""
+    weights: list[float] = Field(default_factory=list)
+    """How much of each adapter's change to add, e.g. [0.7, 0.3]; left out: all of each."""
+    combine: Method = "sum"
+    """How the changes become one: "sum" adds them, "ties" averages those that agree in sign, after dropping the small
+    entries of each, "dare" drops entries at random and enlarges the rest."""
+    density: float = Field(0.5, gt=0, le=1)
+    """The share of each adapter's change that "ties" and "dare" keep."""
+    seed: int = 0
+    """What "dare" drops depends on it."""
     max_shard_size: str = "5GB"
     """The largest weights file, e.g. "500MB" or "5GB"; a larger model is split."""
 
@@ -47,105 +65,151 @@ class Merge(Stage):
         return "model"
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
-        """Whether the adapter fits the base, from the headers of their files."""
-        adapter = next(iter(inputs.get("adapter", ())), None)
+        """Whether the adapters fit the base, from the headers of their files."""
+        found = inputs.get("adapter", [])
+        how = self._how(len(found)) if found else ALONE
+        adapters = [a for a in found if a]
         base = next(iter(inputs.get("base", ())), None)
-        if adapter and (base or self.base is None):
-            plan(_base_of(adapter, base).path, adapter.path)
+        if adapters and (base or self.base is None):
+            folder = base_of(adapters, base).path
+            if not is_pickled(folder):
+                plan(folder, [a.path for a in adapters], how)
         elif base:
-            read_config(base.path)
+            read_config(unquantized(base).path)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Merge, then measure the merged model against base and adapter."""
-        from export import parity
         from export.lora import is_zero
 
-        adapter = job.input("adapter")
-        base = _base_of(adapter, job.optional("base"))
-        edits, _ = plan(base.path, adapter.path)
+        given = job.optional("base") or job.input("adapter").input("base")
+        base = base_of(job.inputs["adapter"], job.optional("base"))
+        if given and given.path != base.path:
+            job.say(f"merging into '{base.name}', the model that '{given.name}' was quantized from")
+        adapters = [a.path for a in job.inputs["adapter"]]
+        how = self._how(len(adapters))
+        edits, _ = plan(base.path, adapters, how)
         if is_zero(edits):
             job.warn("the adapter changes nothing: all its B matrices are zero")
-        metrics = merge(base.path, adapter.path, job.out, parse_size(self.max_shard_size), job.progress)
-        dtype = parity.precision(base.path)
-        if dtype is None:
-            job.warn(
-                "not measured: merging takes little memory, but comparing runs the whole model, and it does not fit"
-            )
-            return metrics
-        metrics["parity"] = parity.measure(
-            lambda: parity.load(base.path, adapter.path, dtype),
-            lambda: parity.load(job.out, dtype=dtype),
-            parity.probes(job.out),
-            job.progress,
-        )
+        metrics = merge(base.path, adapters, job.out, parse_size(self.max_shard_size), job.progress, how)
+        if how.single:
+            metrics["parity"] = prove(base.path, adapters[0], job)
+        else:
+            job.say("not compared with a parent: base and adapters give this model only by the merge itself")
         return metrics
 
+    def _how(self, adapters: int) -> Combination:
+        weights = tuple(self.weights) or (1.0,) * adapters
+        if len(weights) != adapters:
+            raise SuiteError(f"{len(weights)} weights for {adapters} adapters", where="weights", hint="one each")
+        if self.combine == "ties" and min(weights) <= 0:
+            raise SuiteError("ties averages by weight: each must be above 0", where="weights")
+        return Combination(weights, self.combine, self.density, self.seed)
 
-def plan(base: Path, adapter: Path) -> tuple[list[Edit], dict[str, Any]]:
+
+def plan(base: Path, adapters: Sequence[Path], how: Combination = ALONE) -> tuple[list[Edit], dict[str, Any]]:
     """What every tensor of the merged model is made of, and its configuration; reads headers only.
 
     Raises SuiteError for a folder that is none, and for an adapter of another base.
     """
     config = read_config(base)
     if "quantization_config" in config:
-        raise SuiteError(
-            "the base is quantized: a merge would be rounded twice",
-            where=str(base),
-            hint="merge into the model that it was quantized from, then quantize the result",
-        )
-    tensors = read_checkpoint(base)
-    edits, tied = Adapter.read(adapter).fit(tensors, is_tied(config, set(tensors)))
-    return edits, {**config, "tie_word_embeddings": tied}
+        raise SuiteError(ROUNDED, where=str(base), hint=INSTEAD)
+    return fit(read_checkpoint(base), config, [Adapter.read(a) for a in adapters], how)
 
 
 def merge(
-    base: Path, adapter: Path, out: Path, max_shard_size: int, progress: Callable[[float, float, str], None]
+    base: Path,
+    adapters: Sequence[Path],
+    out: Path,
+    max_shard_size: int,
+    progress: Progress = lambda *_: None,
+    how: Combination = ALONE,
 ) -> dict[str, Any]:
-    """Write the merged model folder to `out`; returns how many tensors it has and how many were changed."""
-    from export import lora
+    """Write the merged model folder to `out`; returns how many tensors it has and how many were changed.
 
-    edits, config = plan(base, adapter)
-    by_name = {e.target.name: e for e in edits}
-    total, done = sum(t.target.size for t in edits), 0
+    The configuration is written last: what an interruption leaves is no model folder.
+    """
+    import torch
 
-    def fill(tensor: Tensor, stream: IO[bytes]) -> None:
-        nonlocal done
-        edit = by_name[tensor.name]
-        if edit.copied:
-            copy(edit.source, stream)
-        else:
-            lora.write(edit, stream)
-        done += tensor.size
-        progress(done, total, "merge")
+    from export.blocks import Merger
+    from export.lora import one_thread
 
+    edits, config = plan(base, adapters, how)
+    total, done = sum(e.target.size for e in edits), 0
+    threads = min(THREADS, torch.get_num_threads())
     out.mkdir(parents=True, exist_ok=True)
+    with Source() as source, one_thread():
+        merger = Merger(edits, how, source)
+
+        def blocks(target: Tensor) -> Iterator[Block]:
+            nonlocal done
+            progress(done, total, "merge")
+            yield from merger.blocks(target)
+            done += target.size
+
+        size = write_checkpoint(out, [e.target for e in edits], blocks, max_shard_size, threads)
+    progress(total, total, "merge")
     copy_beside(base, out)
-    copy_tokenizer(adapter, out)
+    copy_tokenizer(adapters[0], out)
     write_json(out / "config.json", config)
-    with lora.one_thread():
-        size = write_checkpoint(out, [e.target for e in edits], fill, max_shard_size)
-    changed = sum(e.lora is not None or e.source is not e.target for e in edits)
-    return {"tensors": len(edits), "changed": changed, "bytes": size}
+    return {"tensors": len(edits), "changed": sum(e.changed for e in edits), "bytes": size}
+
+
+def prove(base: Path, adapter: Path, job: Job) -> dict[str, Any]:
+    """Compare the merged model in the job's folder with base plus adapter."""
+    from export import parity
+
+    dtype = parity.precision(base)
+    if dtype is None:
+        job.warn("not measured: merging takes little memory, but comparing runs the whole model, and it does not fit")
+        return {}
+    return parity.measure(
+        lambda: parity.load(base, adapter, dtype),
+        lambda: parity.load(job.out, dtype=dtype),
+        parity.probes(job.out),
+        job.progress,
+    )
 
 
 def parse_size(text: str) -> int:
     """Bytes in a size such as "5GB"; raises ValueError.
 
-    >>> parse_size("500MB")
-    500000000
+    >>> parse_size("2.5MB")
+    2500000
     """
-    match = re.fullmatch(r"(\d+) ?(KB|MB|GB)", text.strip())
-    if not match or not int(match[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text.strip())
+    if not match or not float(match[1]):
         raise ValueError("expected a size such as '500MB' or '5GB'")
-    return int(match[1]) * UNITS[match[2]]
+    return int(float(match[1]) * UNITS[match[2]])
 
 
-def _base_of(adapter: Artifact, base: Artifact | None) -> Artifact:
-    found = base or adapter.input("base")
+def base_of(adapters: Sequence[Artifact], base: Artifact | None) -> Artifact:
+    """The unquantized model that the adapters belong to: the given one, else what their training recorded."""
+    if base:
+        return unquantized(base)
+    recorded = [a.input("base") for a in adapters]
+    found = recorded[0]
     if found is None:
         raise SuiteError(
             "the adapter's folder does not record where its base is",
-            where=str(adapter.path),
+            where=str(adapters[0].path),
             hint='give it: base = "path/of/the/model"',
         )
-    return found
+    for adapter, other in zip(adapters, recorded, strict=True):
+        if other and other.digest != found.digest:
+            raise SuiteError(
+                f"'{adapters[0].name}' was trained on '{found.name}', '{adapter.name}' on '{other.name}'",
+                where="adapter",
+                hint="only changes of the same weights can be combined",
+            )
+    return unquantized(found)
+
+
+def unquantized(model: Artifact) -> Artifact:
+    """`model`, or what it was quantized from; raises SuiteError for a quantized model that does not record that."""
+    if model.type != "quantized":
+        return model
+    parent = model.input("model")
+    if parent is None:
+        raise SuiteError(ROUNDED, where=str(model.path), hint=INSTEAD)
+    return unquantized(parent)

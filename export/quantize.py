@@ -202,7 +202,7 @@ class Quantize(Stage):
 
         def measure(folder: Path) -> dict[str, Any]:
             return parity.measure(
-                lambda: parity.load(source.path, dtype=parity.precision(source.path) or "auto"),
+                lambda: parity.load(source.path),
                 lambda: parity.load(folder, dtype="auto"),  # as it will be served
                 probes,
                 job.progress,

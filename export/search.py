@@ -113,7 +113,7 @@ class Search:
         tried: list[Made] = []
         best: Made | None = None
         for method, front in fronts:
-            for made in self._attempts(method, front):
+            for made in self._attempts(method, front, best):
                 tried.append(made)
                 if self.limit.excess(made) <= 0 and (best is None or self.limit.order(made) < self.limit.order(best)):
                     kept = self.scratch / "best"
@@ -159,13 +159,18 @@ class Search:
         found = mixes.front([[option(name, bits) for bits in widths] for name in self.groups])
         return [mix for mix in found if {*mix.bits} != {WHOLE}]
 
-    def _attempts(self, method: str, front: Sequence[Mix]) -> Iterator[Made]:
-        """Make and measure what is predicted to be best, until that has been made; at most ATTEMPTS models."""
+    def _attempts(self, method: str, front: Sequence[Mix], best: Made | None) -> Iterator[Made]:
+        """Make and measure what is predicted to be best, until that has been made; at most ATTEMPTS models.
+
+        Under a limit of loss, what would be larger than `best` of the methods before is not worth making.
+        """
         factor, extra = 1.0, self.rest
         seen: set[tuple[int, ...]] = set()
         for _ in range(ATTEMPTS):
             mix = self.limit.choose(front, factor, extra)
             if mix is None or mix.bits in seen:
+                return
+            if best and self.limit.bytes is None and mix.bytes + extra >= best.bytes:
                 return
             seen.add(mix.bits)
             recipe = self._recipe(method, mix)
@@ -209,7 +214,7 @@ def sensitivity(
 ) -> dict[tuple[str, int], float]:
     """KL(model || model with one group rounded) in nats a token on the first of `blocks`, by group and width."""
     rows = [torch.tensor([block]) for block in blocks[: max(1, SEEN // len(blocks[0]))]]
-    model = parity.load(source, dtype=parity.precision(source) or "auto")
+    model = parity.load(source)
     tokens, total = sum(row.numel() for row in rows), len(groups) * len(widths)
     found: dict[tuple[str, int], float] = {}
 
