@@ -95,7 +95,7 @@ class Quantize(Stage):
     @classmethod
     def _only_width(cls, values: Any) -> Any:
         """A method without the default width needs no `bits`."""
-        method = METHODS.get(values.get("method", "")) if isinstance(values, dict) else None
+        method = METHODS.get(str(values.get("method"))) if isinstance(values, dict) else None
         default = cls.model_fields["bits"].default
         if method is None or "bits" in values or default in method.bits:
             return values

@@ -90,7 +90,7 @@ def test_a_folder_without_its_marker_is_not_installed() -> None:
     found.python.parent.mkdir(parents=True)
     found.python.touch()
     assert not found.installed
-    with pytest.raises(SuiteError, match="suite env install llmcompressor .*GB") as refused:
+    with pytest.raises(SuiteError, match=r"suite env install llmcompressor .*GB") as refused:
         found.require()
     assert refused.value.exit_code == 2
     (found.folder / envs.MARKER).write_text("{}")

@@ -1,0 +1,153 @@
+"""Installing environments for real, from a wheel made here: with pip, venv, kills and two installers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from suite import envs
+from suite.cli import main
+from suite.envs import Definition, Environment
+from suite.errors import SuiteError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one wheel, `tinywheel` 1.0, and a pip that knows nothing else."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    info = "tinywheel-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tinywheel.py", "HERE = 'tiny'\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def pipeline_file(tmp_path: Path) -> Path:
+    file = tmp_path / "p.toml"
+    file.write_text('[env.tiny]\nrequirements = ["tinywheel==1.0"]\n')
+    return file
+
+
+def command(file: Path, action: str = "install") -> list[str]:
+    return [sys.executable, "-m", "suite.cli", "env", action, "tiny", "--pipeline", str(file)]
+
+
+def test_pins_are_installed_with_progress_checked_and_removed(
+    wheels: Path, suite_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lock.txt").write_text("# all of it\ntinywheel==1.0\n")
+    definition = Definition("lock.txt", ("tinywheel",), aliases=(("teeny", "2.0+x"),))
+    monkeypatch.setattr(envs, "LOCKS", tmp_path)
+    monkeypatch.setattr(envs, "BUILT_IN", {"tiny": {envs.device(): definition}})
+    found = envs.get("tiny")
+    seen: list[tuple[float, float, str]] = []
+    found.install(lambda *step: seen.append(step))
+    assert found.installed
+    assert found.folder.parent == suite_home / "envs"
+    assert {what for *_, what in seen} == {"venv", "packages"}
+    assert all(step <= total for step, total, _ in seen)
+    ran = subprocess.run(
+        [found.python, "-I", "-c", "import tinywheel; print(tinywheel.HERE)"], capture_output=True, text=True
+    )
+    assert ran.stdout == "tiny\n"
+    checked = found.check()
+    assert checked["problems"] == []
+    assert checked["versions"]["tinywheel"] == "1.0"
+    assert checked["versions"]["teeny"] == "2.0+x"
+    record = found.record()
+    assert record["requirements"] == ["tinywheel==1.0"]
+    assert record["bytes"] > 1e6
+
+    assert main(["env", "install", "tiny"]) == 0
+    assert "installed already" in capsys.readouterr().out
+    (module,) = found.folder.glob("lib/python*/site-packages/tinywheel.py")
+    module.write_text("raise OSError('torn')\n")
+    assert main(["env", "check", "tiny"]) == 1
+    assert "problem: import tinywheel: OSError: torn" in capsys.readouterr().out
+    stale = found.root / f"tiny-{'0' * 16}"
+    stale.mkdir()
+    assert main(["env", "remove", "tiny"]) == 0
+    assert not found.folder.exists()
+    assert not stale.exists()
+    assert not found.log.exists()
+
+
+def test_what_pip_cannot_find_is_an_error_with_its_last_lines(wheels: Path) -> None:
+    missing = Environment("tiny", envs.store.home() / "envs", ("tinywheel==3.0",))
+    with pytest.raises(SuiteError, match=r"(?s)'tiny' could not be installed.*tinywheel==3.0") as failed:
+        missing.install()
+    assert "no such release" in failed.value.hint
+    assert str(missing.log) in failed.value.hint
+    assert "No matching distribution" in missing.log.read_text()
+    assert not missing.folder.exists()
+
+
+def test_a_killed_install_leaves_nothing_that_is_used(wheels: Path, suite_home: Path, pipeline_file: Path) -> None:
+    def folders() -> list[Path]:
+        return [p for p in (suite_home / "envs").glob("tiny-*") if p.is_dir()]
+
+    with subprocess.Popen(command(pipeline_file), cwd=ROOT, stderr=subprocess.DEVNULL) as installer:
+        while not any((folder / "bin" / "python").exists() for folder in folders()):
+            time.sleep(0.005)
+        os.kill(installer.pid, signal.SIGKILL)
+    (folder,) = folders()
+    assert not (folder / envs.MARKER).exists()
+    (folder / "half").touch()
+    listed = subprocess.run([*command(pipeline_file, "check")], cwd=ROOT, capture_output=True, text=True)
+    assert listed.returncode == 2
+    assert "is not installed" in listed.stderr
+    deadline = time.monotonic() + 10
+    while (left := users(folder)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert left == []
+
+    again = subprocess.run(command(pipeline_file), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (folder / envs.MARKER).is_file()
+    assert not (folder / "half").exists()
+
+
+def users(folder: Path) -> list[str]:
+    """Processes that still work on `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if str(folder) in line:
+            found.append(line)
+    return found
+
+
+def test_of_two_installers_one_waits(wheels: Path, pipeline_file: Path) -> None:
+    both: list[Any] = [
+        subprocess.Popen(
+            [*command(pipeline_file), "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("waiting" in out for out, _ in said) == 1
+    ends = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    assert ends[0] == ends[1]
+    assert re.fullmatch(r".*/envs/tiny-[0-9a-f]{16}/bin/python", ends[0]["python"])
