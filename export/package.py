@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from export import gguf, hf, lineage, ollama
-from export.card import Card
+from export import card, gguf, hf, hub, lineage, ollama
 from export.folder import read_config, read_json, write_json
 from export.gguf_tokenizer import pre_tokenizer
-from suite.config import ArtifactType, Takes
+from export.push import Push
+from suite.config import ArtifactType, Launch, Takes
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
 
@@ -58,14 +58,26 @@ class Export(Stage):
     """What to call it; left out: the artifact's name."""
     license: str = ""
     """Its licence, as hubs name it: "apache-2.0", "mit", "other"."""
+    license_name: str = ""
+    """The name of an "other" licence, e.g. "qwen-research"."""
+    license_link: str = ""
+    """Where an "other" licence can be read: an https:// address, or LICENSE for the file in the model's folder."""
     base_model: str = ""
-    """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"; left out: the name of its folder."""
+    """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"; left out: the name of its folder, in the text only."""
     description: str = ""
     """A paragraph for the model card."""
     languages: list[str] = Field(default_factory=list)
     """Languages, as codes: ["en", "zh"]."""
+    datasets: list[str] = Field(default_factory=list)
+    """Names on the hub of the datasets that it was tuned on, for the card's metadata."""
     reports: list[Annotated[str, Takes("report")]] = Field(default_factory=list)
     """Evaluations whose scores go into the model card, e.g. ["@eval"]."""
+    sbom: bool = False
+    """Add a bill of materials (CycloneDX): the files, and the data, models and libraries that made them."""
+    push: str = Field("", pattern=rf"{hub.ADDRESS}|^$")
+    """Upload it afterwards: "hf:org/name" or "ms:org/name", "@branch" behind it if it is not the main one."""
+    public: Annotated[bool, Launch()] = False
+    """push: let everybody see it; otherwise a new repository is private, and a public one is refused."""
 
     def makes(self) -> ArtifactType:
         """A package."""
@@ -77,7 +89,22 @@ class Export(Stage):
         return {**self.takes(), **narrowed}
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
-        """Whether the artifact can be exported so, from its configuration and tokenizer."""
+        """Whether the artifact can be exported so, from its configuration and tokenizer; the card; the push."""
+        card.check(
+            license=self.license,
+            license_name=self.license_name,
+            license_link=self.license_link,
+            base_model=self.base_model,
+            languages=self.languages,
+            datasets=self.datasets,
+        )
+        if self.sbom and not lineage.installed(["cyclonedx-python-lib"]):
+            raise SuiteError("cyclonedx-python-lib is not installed", where="sbom", hint='pip install "suite[sbom]"')
+        if self.push:
+            try:
+                self._push().check({})
+            except SuiteError as error:
+                raise SuiteError(error.message, where="push", hint=error.hint) from None
         model = next(iter(inputs.get("model", ())), None)
         if model is None:
             return
@@ -87,6 +114,13 @@ class Export(Stage):
             read_json(model.path / "adapter_config.json")
         else:
             read_config(model.path)
+
+    def followers(self) -> dict[str, tuple[str, Stage]]:
+        """The push, if one is wanted: a stage of its own, for it must run also when the package is made already."""
+        return {"push": ("package", self._push())} if self.push else {}
+
+    def _push(self) -> Push:
+        return Push(package="@", to=self.push, public=self.public)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Write the folder; returns sizes and what was proved."""
@@ -98,9 +132,7 @@ class Export(Stage):
             metrics = hf.write_adapter(model.path, job.out, self.base_model, job.progress)
         else:
             metrics = hf.write_model(model.path, job.out, job.progress)
-        steps = lineage.walk(model)
-        write_json(job.out / "lineage.json", {"artifacts": [step.as_json() for step in steps]})
-        (job.out / "README.md").write_text(self._card(job, model, steps).text(), "utf-8")
+        self._describe(job, model)
         hf.write_checksums(job.out)
         return metrics
 
@@ -114,24 +146,43 @@ class Export(Stage):
         proved = {"dialogues": len(ollama.dialogues())} if template is not None else {}
         return {"bytes": file.stat().st_size, "weights": gguf.verify(model.path, file), "template": proved}
 
-    def _card(self, job: Job, model: Artifact, steps: list[lineage.Step]) -> Card:
-        name = self._name(model)
-        use = OLLAMA_USE if self.to == "ollama" else ADAPTER_USE if model.type == "adapter" else HF_USE
-        return Card(
+    def _describe(self, job: Job, model: Artifact) -> None:
+        """Lineage, model card, and the bill of materials if one is wanted."""
+        steps, name = lineage.walk(model), self._name(model)
+        used = lineage.installed((*self.libraries, "suite"))
+        described = {"artifacts": [step.as_json() for step in steps], "exported_with": used}
+        write_json(job.out / "lineage.json", described)
+        ollama_, adapter = self.to == "ollama", model.type == "adapter"
+        use = OLLAMA_USE if ollama_ else ADAPTER_USE if adapter else HF_USE
+        text = card.Card(
             name=name,
             subject=model,
             steps=steps,
             use=use.format(name=name),
+            library="gguf" if ollama_ else "peft" if adapter else "transformers",
             license=self.license,
-            base_model=self.base_model or lineage.root(steps),
+            license_name=self.license_name,
+            license_link=self.license_link,
+            base_model=self.base_model,
+            root=lineage.root(steps),
+            quantized=model.type == "quantized" or (ollama_ and self.weights not in ("f32", "f16", "bf16")),
             description=self.description,
             languages=self.languages,
-            tags=["gguf", "ollama"] if self.to == "ollama" else [],
+            datasets=self.datasets,
+            tags=["gguf", "ollama"] if ollama_ else [],
             reports=job.inputs.get("reports", []),
-        )
+        ).text()
+        (job.out / "README.md").write_text(text, "utf-8")
+        if self.sbom:
+            from export import sbom
+
+            files = {file.name: hf.sha256(file) for file in job.out.iterdir() if file.is_file()}
+            sbom.write(job.out, name, self.license, steps, files, used)
 
     def _name(self, model: Artifact) -> str:
-        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-") or "model"
+        return (
+            self.name or hub.parts(self.push)[1] or re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip("-") or "model"
+        )
 
 
 def _check_ollama(model: Artifact) -> None:
