@@ -33,6 +33,8 @@ from suite.errors import SuiteError
 
 SEEN = 2048
 """Calibration tokens on which groups are measured."""
+DESCRIBED = 512
+"""Bytes that the header of a file takes for the parts of a quantized layer, about."""
 ATTEMPTS = 3
 """Models that are made of one family of widths, at most."""
 FAMILIES: dict[str, tuple[tuple[int, ...], ...]] = {
@@ -139,9 +141,10 @@ class Search:
 
     @cached_property
     def rest(self) -> int:
-        """Bytes of what is not quantized: embeddings, norms, biases, head."""
+        """Bytes of what is not quantized: embeddings, norms, biases, head; and about those of the files' headers."""
         tensors = read_checkpoint(self.source).items()
-        return sum(t.size for name, t in tensors if name.removesuffix(".weight") not in self.layers)
+        weights = sum(t.size for name, t in tensors if name.removesuffix(".weight") not in self.layers)
+        return weights + DESCRIBED * len(self.layers)
 
     def _front(self, method: str, widths: Sequence[int], losses: Mapping[tuple[str, int], float]) -> list[Mix]:
         """The mixes of these widths worth making; one that rounds nothing is none."""
@@ -214,7 +217,7 @@ def sensitivity(
 ) -> dict[tuple[str, int], float]:
     """KL(model || model with one group rounded) in nats a token on the first of `blocks`, by group and width."""
     rows = [torch.tensor([block]) for block in blocks[: max(1, SEEN // len(blocks[0]))]]
-    model = parity.load(source)
+    model = parity.load(source, streamed=False)
     tokens, total = sum(row.numel() for row in rows), len(groups) * len(widths)
     found: dict[tuple[str, int], float] = {}
 
