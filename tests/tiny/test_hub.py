@@ -19,8 +19,10 @@ from huggingface_hub import constants
 
 from export import hf
 from export.push import Push
+from suite import pipeline
+from suite.config import ArtifactType
 from suite.errors import SuiteError
-from suite.stages import Artifact, Job
+from suite.stages import Artifact, Job, Stage
 from tests.hub_server import TOKEN, Hub
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +290,48 @@ def test_killed_half_way_the_same_command_continues(hub: Hub, tmp_path: Path, su
     assert json.loads(shown)["metrics"]["pushed"]["commit"] == hub.repos["org/tiny"].branches["main"]
     everything = said + "".join(f.read_text(errors="replace") for f in suite_home.rglob("*") if f.is_file())
     assert TOKEN not in everything
+
+
+class Pack(Stage):
+    """A stage that makes a package and, as the export does, asks for its push."""
+
+    push: str = ""
+
+    def makes(self) -> ArtifactType:
+        return "package"
+
+    def followers(self) -> dict[str, tuple[str, Stage]]:
+        return {"push": ("package", Push(package="@", to=self.push))} if self.push else {}
+
+    def run(self, job: Job) -> dict[str, Any]:
+        job.out.rmdir()
+        packaged(job.out)
+        return {}
+
+
+def test_a_cached_package_is_pushed_when_the_hub_lacks_it(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text('[stage.pack]\nuse = "tests.tiny.test_hub:Pack"\npush = "hf:org/tiny"\n')
+
+    def states() -> dict[str, str]:
+        said = command("run", "p.toml", "--json", cwd=tmp_path).communicate(timeout=60)[0]
+        events = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+        return {e["stage"]: e["state"] for e in events if e["event"] == "state"}
+
+    assert states() == {"pack": "done", "pack.push": "done"}
+    first = hub.repos["org/tiny"].branches["main"]
+    assert states() == {"pack": "cached", "pack.push": "done"}
+    assert hub.repos["org/tiny"].branches["main"] == first  # nothing was sent
+    del hub.repos["org/tiny"]
+    assert states() == {"pack": "cached", "pack.push": "done"}
+    assert set(hub.repos["org/tiny"].files()) == OURS | {".gitattributes"}
+
+
+def test_two_stages_may_not_push_to_one_place(hub: Hub, tmp_path: Path) -> None:
+    stage = 'use = "tests.tiny.test_hub:Pack"\npush = "hf:org/tiny"\n'
+    (tmp_path / "p.toml").write_text(f"[stage.a]\n{stage}[stage.b]\n{stage}")
+    with pytest.raises(SuiteError, match=r"'a\.push' and 'b\.push' both write to hf:org/tiny") as error:
+        pipeline.read(tmp_path / "p.toml")
+    assert error.value.where.endswith("p.toml:4")
 
 
 def test_the_default_transfer_works_too(hub: Hub, package: Path, tmp_path: Path) -> None:
