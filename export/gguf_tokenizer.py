@@ -19,11 +19,18 @@ PRE_TOKENIZERS = {
     "1ff7f41064896984db5d1bb6ff64fa4bc29007d08c1b439e505b7392777a319e": "qwen2",
     "00431aed57e696b747435f734d1e3b9b1bfd931a121fb5cac7129e97c181e9ba": "qwen35",
     "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f": "llama-bpe",
+    "a97b42cdd6d6cfbaa59644826415cb6d1ebbedce0227f6e17af75a3228616c2b": "deepseek-llm",
+    "d1e24733e9bebb22db6737f4301ecd337492bddede5c04872e13487874f96533": "deepseek-coder",
+    "3e41884740914736a01647a8d1d6426e0e5aed47b7fdb19dfb81d31e3653a502": "deepseek-v3",
+    "042d2f5ff6a14c7f0b8c343dfea08171906342d12bbcfee0dff9fa8f81cecdc2": "seed-coder",
 }
 """llama.cpp has the splits of each family built in, and knows them by name; keyed by the sha256 of their regexes.
 
-Each is the hash of what stands in llama.cpp's llama-vocab.cpp: as the "original regex from tokenizer.json" beside the
-case of that name, or as the expressions of the case themselves (deepseek). All were seen to split as `tokenizers` does.
+Each is the hash of what llama.cpp's llama-vocab.cpp has under that name: the "original regex from tokenizer.json" in a
+comment (qwen2, qwen35, llama-bpe, seed-coder), the expressions themselves (deepseek; its digits one by one), or those
+of ByteLevel (gpt-2; smollm after digits one by one). For each, tokenizers trained with those splits gave the same
+tokens in llama.cpp on thousands of random texts. Not so for tekken and gpt-4o: there llama.cpp splits before combining
+marks, as in Hindi and Thai, and the original does not. So they are not here.
 """
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
