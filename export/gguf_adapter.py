@@ -14,6 +14,7 @@ import numpy as np
 
 from export import llamacpp
 from export.adapter import HEAD, Adapter, Lora
+from export.fit import ALONE, fit
 from export.folder import is_tied
 from export.gguf import Progress, compare, write_tensors
 from export.gguf_model import Model
@@ -65,7 +66,7 @@ def _read(adapter: Path, base: Path) -> tuple[Model, Adapter]:
     model, found = Model.read(base), Adapter.read(adapter)
     checkpoint = read_checkpoint(base)
     tied = is_tied(model.config, set(checkpoint))
-    found.fit(checkpoint, tied)
+    fit(checkpoint, model.config, [found], ALONE)
     name_of = names(model)
     for name, lora in found.loras.items():
         new = name_of(name)
@@ -78,6 +79,9 @@ def _read(adapter: Path, base: Path) -> tuple[Model, Adapter]:
     for name, tensor in found.whole.items():
         if name not in checkpoint or not _same(tensor, checkpoint[name]):  # PEFT saves some that were never trained
             raise _no_place(adapter, f"'{name}', which was trained whole")
+    for name, patch in found.patches.items():
+        if patch.bias or patch.tokens:
+            raise _no_place(adapter, f"a change of '{name}' that is not LoRA's")
     if not found.loras:
         raise SuiteError("the adapter changes no weight", where=str(adapter))
     return model, found

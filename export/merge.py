@@ -88,8 +88,9 @@ class Merge(Stage):
         adapters = [a.path for a in job.inputs["adapter"]]
         how = self._how(len(adapters))
         edits, _ = plan(base.path, adapters, how)
-        if is_zero(edits):
-            job.warn("the adapter changes nothing: all its B matrices are zero")
+        with Source() as source:
+            if is_zero(edits, source):
+                job.warn("the adapter changes nothing: all its B matrices are zero")
         metrics = merge(base.path, adapters, job.out, parse_size(self.max_shard_size), job.progress, how)
         if how.single:
             metrics["parity"] = prove(base.path, adapters[0], job)
@@ -159,13 +160,9 @@ def prove(base: Path, adapter: Path, job: Job) -> dict[str, Any]:
     """Compare the merged model in the job's folder with base plus adapter."""
     from export import parity
 
-    dtype = parity.precision(base)
-    if dtype is None:
-        job.warn("not measured: merging takes little memory, but comparing runs the whole model, and it does not fit")
-        return {}
     return parity.measure(
-        lambda: parity.load(base, adapter, dtype),
-        lambda: parity.load(job.out, dtype=dtype),
+        lambda: parity.load(base, adapter),
+        lambda: parity.load(job.out),
         parity.probes(job.out),
         job.progress,
     )

@@ -1,18 +1,17 @@
-"""Safetensors as a stream: headers read without torch, tensors written front to back, one at a time.
+"""Checkpoints as places in files: which tensor lies where; no tensor is loaded, and safetensors need no torch.
 
-A file is `u64 length | JSON header | bytes`; the header says for every tensor its type, shape and place in the bytes.
-So a checkpoint of any size is described by a few kilobytes, and a new one can be written without holding it.
+A safetensors file is `u64 length | JSON header | bytes`; the header says for every tensor its type, shape and place in
+the bytes. So a checkpoint of any size is described by a few kilobytes. `export.writer` writes such files.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
 
 from suite.errors import SuiteError
 
@@ -24,6 +23,8 @@ ITEM = {
 }
 """Bytes of one element, by the type names of the format."""
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin.index.json"
+AGAIN = "copy or download the folder again"
 BLOCK = 4 << 20
 
 
@@ -64,92 +65,62 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        found = [
-            Tensor(name, spec["dtype"], tuple(spec["shape"]), file, 8 + length + spec["data_offsets"][0])
-            for name, spec in header.items()
-        ]
+        found = []
+        for name, spec in header.items():
+            first, last = spec["data_offsets"]
+            found.append(Tensor(name, spec["dtype"], tuple(spec["shape"]), file, 8 + length + first))
+            if found[-1].size != last - first:
+                raise ValueError(f"the bytes of '{name}' do not fit its shape")
         end = max((t.start + t.size for t in found), default=8 + length)
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise SuiteError(f"not a readable safetensors file: {error}", where=str(file)) from None
     if end > size:
-        raise SuiteError(f"cut off: {end - size} bytes are missing", where=str(file), hint="copy or download it again")
+        raise SuiteError(f"cut off: {end - size} bytes are missing", where=str(file), hint=AGAIN)
     return {t.name: t for t in sorted(found, key=lambda t: t.start)}
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder, over all shards; raises SuiteError when a shard or a tensor is missing."""
-    index = folder / INDEX
-    if index.is_file():
-        shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(shards.values()))]
-    else:
-        shards = {}
-        files = sorted(folder.glob("model*.safetensors"))
+    """All tensors of a model folder, over all shards; raises SuiteError when a shard or a tensor is missing.
+
+    Weights that PyTorch pickled are read where there are no others; that imports torch.
+    """
+    if is_pickled(folder):
+        from export.torchbin import read_bin
+
+        return _read(folder, PICKLED, "pytorch_model*.bin", read_bin)
+    return _read(folder, INDEX, "model*.safetensors", read_header)
+
+
+def is_pickled(folder: Path) -> bool:
+    """Whether the only weights of a model folder are PyTorch's pickled ones."""
+    return not any(folder.glob("model*.safetensors")) and any(folder.glob("pytorch_model*.bin"))
+
+
+def _read(folder: Path, index_name: str, pattern: str, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    index = folder / index_name
+    shards = _weight_map(index) if index.is_file() else {}
+    files = [folder / name for name in sorted(set(shards.values()))] or sorted(folder.glob(pattern))
     if not files:
         raise SuiteError(
-            "the folder has no model*.safetensors", where=str(folder), hint="weights must be in the safetensors format"
+            "the folder has no model*.safetensors",
+            where=str(folder),
+            hint="weights must be in the safetensors format, or in PyTorch's pytorch_model.bin",
         )
-    tensors = {name: t for file in files for name, t in read_header(file).items()}
+    if gone := next((file for file in files if not file.is_file()), None):
+        raise SuiteError(f"the index names '{gone.name}', which is not there", where=str(index), hint=AGAIN)
+    tensors = {name: t for file in files for name, t in read(file).items()}
     if lost := sorted(shards.keys() - tensors.keys()):
-        raise SuiteError(f"'{lost[0]}' is in the index and in no shard", where=str(index))
+        raise SuiteError(f"'{lost[0]}' is in the index and in no shard", where=str(index), hint=AGAIN)
+    if shards and (more := sorted(tensors.keys() - shards.keys())):
+        raise SuiteError(f"'{more[0]}' is in a shard and not in the index", where=str(index), hint=AGAIN)
     return tensors
 
 
-Fill = Callable[[Tensor, IO[bytes]], None]
-"""Writes the bytes of the tensor it is given, all of them, in order."""
-
-
-def copy(tensor: Tensor, out: IO[bytes]) -> None:
-    """Write the bytes of `tensor` to `out` as they are."""
-    for block in tensor.blocks():
-        out.write(block)
-
-
-def write_checkpoint(folder: Path, tensors: Iterable[Tensor], fill: Fill, max_shard_size: int) -> int:
-    """Write `tensors` (their name, type and shape) to `folder` in shards of at most `max_shard_size` bytes.
-
-    `fill` is called once for each, in order, and its bytes go straight to the file. A tensor larger than a shard gets
-    one of its own. Returns the bytes of all tensors. Files are named as Hugging Face names them.
-    """
-    shards = list(_shards(tensors, max_shard_size))
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        weight_map.update(dict.fromkeys((t.name for t in shard), name))
-        write_file(folder / name, shard, fill)
-    total = sum(t.size for shard in shards for t in shard)
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    return total
-
-
-def write_file(path: Path, tensors: Sequence[Tensor], fill: Fill) -> None:
-    """Write one safetensors file; the wider types first, so that every tensor is aligned to its element."""
-    ordered = sorted(tensors, key=lambda t: -ITEM[t.dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for t in ordered:
-        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.size]}
-        offset += t.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for t in ordered:
-            end = out.tell() + t.size
-            fill(t, out)
-            if out.tell() != end:
-                raise AssertionError(f"{t.name}: {out.tell() - end:+} bytes")
-
-
-def _shards(tensors: Iterable[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    shard: list[Tensor] = []
-    size = 0
-    for t in tensors:
-        if shard and size + t.size > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(t)
-        size += t.size
-    yield shard
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        if not all(isinstance(name, str) and Path(name).name == name for name in found.values()):
+            raise ValueError("its weight_map must name files of the same folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SuiteError(f"not a readable index of shards: {error}", where=str(index), hint=AGAIN) from None
+    return found

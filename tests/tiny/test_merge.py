@@ -54,7 +54,7 @@ def test_merged_logits_are_those_of_base_and_adapter(tmp_path: Path, kind: str) 
     if "whole" in kind:
         move_saved(adapter)
     out = tmp_path / "merged"
-    merge(base, adapter, out, 10**9, lambda *_: None)
+    merge(base, [adapter], out, 10**9)
     expected = logits(base, adapter)
     assert (expected - logits(base)).abs().max() > 0.1  # the adapter does something
     torch.testing.assert_close(logits(out), expected, rtol=1e-4, atol=2e-4)
@@ -76,7 +76,7 @@ def test_every_architecture_merges_as_in_peft(tmp_path: Path, architecture: str)
     base = tiny_model(tmp_path / "base", architecture=architecture, hidden=64, dtype="bfloat16")
     adapter = tiny_adapter(base, tmp_path / "adapter")
     out = tmp_path / "merged"
-    merge(base, adapter, out, 10**9, lambda *_: None)
+    merge(base, [adapter], out, 10**9)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(tmp_path / "peft")
     ours, theirs = weights(out), weights(tmp_path / "peft")
@@ -120,7 +120,7 @@ def test_the_same_merge_gives_the_same_bytes_whatever_the_shards_of_the_base(tmp
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="100KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     for source, out in ((base, "one"), (base, "two"), (sharded, "three")):
-        merge(source, adapter, tmp_path / out, 10**9, lambda *_: None)
+        merge(source, [adapter], tmp_path / out, 10**9)
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     for file in one.iterdir():
         assert file.read_bytes() == (two / file.name).read_bytes()
@@ -132,7 +132,7 @@ def test_the_same_merge_gives_the_same_bytes_whatever_the_shards_of_the_base(tmp
 def test_untying_is_written_into_the_config(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", hidden=64)
     adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
-    merge(base, adapter, tmp_path / "out", 10**9, lambda *_: None)
+    merge(base, [adapter], tmp_path / "out", 10**9)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(
         weights(tmp_path / "out")["model.embed_tokens.weight"], weights(base)["model.embed_tokens.weight"]
@@ -158,6 +158,6 @@ def test_the_base_is_only_read(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", hidden=64)
     adapter = tiny_adapter(base, tmp_path / "adapter")
     before = {file: file.read_bytes() for folder in (base, adapter) for file in folder.iterdir()}
-    merge(base, adapter, tmp_path / "out", 10**9, lambda *_: None)
+    merge(base, [adapter], tmp_path / "out", 10**9)
     assert {file: file.read_bytes() for folder in (base, adapter) for file in folder.iterdir()} == before
     assert Artifact(tmp_path / "out", "model").record == {}
