@@ -36,8 +36,8 @@ class ModelScope:
 
     def __init__(self, repository: str, branch: str = "") -> None:
         self.repository, self.branch = repository, branch or BRANCH
-        self.api = HubApi()
         self.config = HubConfig()
+        self.api = HubApi(self.config)
         self.url = f"{self.config.endpoint}/models/{repository}"
 
     def check(self) -> None:

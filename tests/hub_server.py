@@ -94,8 +94,8 @@ class Request:
 class Hub:
     """The server's state, and what tests say to it."""
 
-    def __init__(self, part_size: int = 0) -> None:
-        self.part_size = part_size
+    def __init__(self, part_size: int = 0, handler: type[Handler] | None = None) -> None:
+        self.part_size, self.handler = part_size, handler or Handler
         self.repos: dict[str, Repo] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.log: list[Request] = []
@@ -141,7 +141,7 @@ class Hub:
     @contextmanager
     def serving(self) -> Iterator[Hub]:
         """Answer requests at `url` until the block ends."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (self.handler,), {"hub": self}))
         server.daemon_threads = True
         self.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
@@ -156,6 +156,10 @@ class Hub:
             server.server_close()
 
 
+Page = tuple[str, str, bool, Callable[..., None]]
+"""Method, path, whether it needs no token, and who answers."""
+
+
 class Refusal(Exception):
     """An answer with an error status and the headers by which huggingface_hub tells errors apart."""
 
@@ -166,6 +170,7 @@ class Refusal(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
+    routes: tuple[Page, ...] = ()
     forgets = False
     disable_nagle_algorithm = True
     protocol_version = "HTTP/1.1"
@@ -240,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def answer(self, path: str, query: dict[str, str], body: bytes) -> None:
-        for method, pattern, open_to_all, route in ROUTES:
+        for method, pattern, open_to_all, route in self.routes:
             match = re.fullmatch(pattern, path)
             if match and method in (self.command, "GET" if self.command == "HEAD" else ""):
                 if not open_to_all:
@@ -473,9 +478,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
-Route = Callable[..., None]
-# method, path, whether it needs no token, and who answers
-ROUTES: tuple[tuple[str, str, bool, Route], ...] = (
+Handler.routes = (
     ("GET", "/api/whoami-v2", False, Handler.whoami),
     ("POST", "/api/validate-yaml", True, Handler.validate_yaml),
     ("POST", "/api/repos/create", False, Handler.create),
