@@ -256,6 +256,8 @@ class _Process:
         """With llama.cpp's last words that name an error, else its very last."""
         self._said.seek(0)
         lines = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in lines if any(mark in line.lower() for mark in ("error", "fail", "assert"))]
-        last = (telling or lines or ["it said nothing"])[-1]
-        return SuiteError(f"llama.cpp: {how}: {last[:500]}", where=self._subject)
+        for mark in ("error", "fail", ""):
+            if telling := [line for line in lines if mark in line.lower()]:
+                how += f": {telling[-1][:500]}"
+                break
+        return SuiteError(f"llama.cpp: {how}", where=self._subject)

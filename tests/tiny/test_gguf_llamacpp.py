@@ -1,0 +1,227 @@
+"""llama.cpp reads our GGUF files and answers as transformers does; skipped where llama-cpp-python is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export import gguf, llamacpp, parity
+from export.gguf_texts import TEXTS
+from suite.chat import load_tokenizer
+from suite.errors import SuiteError
+from tests.tiny.test_gguf import ARCHITECTURES, SETTINGS
+from tests.tiny.tiny_models import tiny_model
+
+pytest.importorskip("llama_cpp", reason="llama.cpp is not installed")
+
+NANO = Path(__file__).parents[2] / "examples/nano/model"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = LLAMA3.replace("{1,3}", "")
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+def split(*regexes: str) -> list[dict[str, Any]]:
+    return [{"type": "Split", "pattern": {"Regex": r}, "behavior": "Isolated", "invert": False} for r in regexes]
+
+
+def byte_level(use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+PRE_TOKENIZERS = {
+    "smollm": [DIGITS, byte_level(True)],
+    "qwen2": [*split(QWEN2), byte_level(False)],
+    "llama-bpe": [*split(LLAMA3), byte_level(False)],
+    "deepseek-coder": [
+        *split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"),
+        DIGITS,
+        byte_level(False),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model's GGUF files, by type: as it is, float16 and q4_k_m."""
+    folder = tmp_path_factory.mktemp("nano")
+    gguf.write(NANO, folder / "bf16.gguf", gguf.lossless(NANO), "nano")
+    gguf.write(NANO, folder / "f16.gguf", "f16", "nano")
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_answers_as_transformers_does(tmp_path: Path, architecture: str) -> None:
+    settings = SETTINGS.get(architecture, {})
+    folder = tiny_model(tmp_path / "m", architecture=architecture, hidden=64, tie_word_embeddings=True, **settings)
+    gguf.write(folder, tmp_path / "m.gguf", "f32", "tiny")
+    ids = load_tokenizer(folder)(TEXTS[13])["input_ids"]
+    with torch.inference_mode():
+        expected = parity.load(folder)(input_ids=torch.tensor([ids])).logits[0]
+    with llamacpp.LlamaCpp(tmp_path / "m.gguf") as model:
+        found = torch.from_numpy(model.logits(ids))
+        assert llamacpp.same_tokens(folder, model) > len(TEXTS)
+    bound = 1e-2 if architecture.startswith("gemma") else 1e-4  # llama.cpp looks GELU up in a float16 table
+    assert (found - expected).abs().max() < bound
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"),
+    [
+        ("qwen3", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        ("llama", {"rope_type": "linear", "factor": 2.0}),
+        (
+            "llama",
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ],
+)
+def test_scaled_positions_are_those_of_transformers(tmp_path: Path, architecture: str, rope: dict[str, Any]) -> None:
+    parameters = {"rope_theta": 10000.0, **rope}
+    folder = tiny_model(tmp_path / "m", architecture=architecture, hidden=64, rope_parameters=parameters)
+    gguf.write(folder, tmp_path / "m.gguf", "f32", "tiny")
+    ids = [random.Random(0).randrange(512) for _ in range(200)]
+    with torch.inference_mode():
+        expected = parity.load(folder)(input_ids=torch.tensor([ids])).logits[0]
+    with llamacpp.LlamaCpp(tmp_path / "m.gguf") as model:
+        assert (torch.from_numpy(model.logits(ids)) - expected).abs().max() < 2e-4
+
+
+def test_a_trained_model_is_proved_by_tokens_and_answers(nano: Path) -> None:
+    warned: list[str] = []
+    proved = llamacpp.verify(NANO, nano / "f16.gguf", "f16", warn=warned.append)
+    assert proved["parity"]["top1"] >= 0.999
+    assert proved["parity"]["greedy"] == 1
+    assert proved["texts"] > len(TEXTS)
+    assert len(warned) == 1
+    assert "NFC" in warned[0]
+
+
+def test_quantized_types_stay_within_their_limits(nano: Path, tmp_path: Path) -> None:
+    steps: list[tuple[float, float, str]] = []
+    source = nano / "bf16.gguf"
+    for name in ("a", "b"):
+        made = llamacpp.quantize(source, tmp_path / f"{name}.gguf", "q4_k_m", lambda *step: steps.append(step))
+        assert made["types"] == {"F32": 17, "Q4_K": 24, "Q6_K": 5}
+        assert made["fell_back"] == {}
+    assert steps[-1] == (46, 46, "quantize")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert llamacpp.verify(NANO, tmp_path / "a.gguf", "q4_k_m")["parity"]["kl"] > 0
+    with pytest.raises(SuiteError, match=r"KL.*above|prefer the same") as caught:
+        llamacpp.verify(NANO, tmp_path / "a.gguf", "q8_0")
+    assert "wider" in caught.value.hint
+
+
+def test_rows_that_are_no_multiple_of_256_fall_back_and_it_says_which(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    gguf.write(folder, tmp_path / "m.gguf", "f16", "tiny")
+    made = llamacpp.quantize(tmp_path / "m.gguf", tmp_path / "q.gguf", "q4_k_m")
+    assert made["fell_back"]["blk.0.attn_k.weight"] == "Q5_0"
+    assert "blk.0.attn_norm.weight" not in made["fell_back"]
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_known_pre_tokenizers_split_as_llama_cpp_does(tmp_path: Path, name: str) -> None:
+    folder = pre_tokenized(tmp_path / "m", PRE_TOKENIZERS[name])
+    gguf.write(folder, tmp_path / "m.gguf", "f16", "tiny")
+    tokenizer, draw = load_tokenizer(folder), random.Random(0)
+    letters = [c for text in TEXTS for c in text] + list(" \n\t'0123456789aAéßñ你!?.,-_\r") * 3
+    with llamacpp.LlamaCpp(tmp_path / "m.gguf") as model:
+        for _ in range(300):
+            text = "".join(draw.choices(letters, k=draw.randint(1, 40)))
+            assert model.tokenize(text) == tokenizer(text)["input_ids"], repr(text)
+
+
+def pre_tokenized(folder: Path, parts: list[dict[str, Any]]) -> Path:
+    """A tiny model whose tokenizer was trained with these splits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tiny_model(folder, hidden=64, vocab=1000)
+    file = folder / "tokenizer.json"
+    state = json.loads(Tokenizer(models.BPE()).to_str())
+    bpe = Tokenizer.from_str(json.dumps({**state, "pre_tokenizer": {"type": "Sequence", "pretokenizers": parts}}))
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=900, special_tokens=special, initial_alphabet=alphabet)
+    )
+    trained = json.loads(bpe.to_str())
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **trained}), "utf-8")
+    return folder
+
+
+def test_other_tokens_fail_naming_the_text_and_both_ids(nano: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(NANO, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text("utf-8"))
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:50]
+    file.write_text(json.dumps(tokenizer), "utf-8")
+    with (
+        llamacpp.LlamaCpp(nano / "f16.gguf") as model,
+        pytest.raises(SuiteError, match=r"llama.cpp tokenizes '.+' as \[.+\], the model's tokenizer as \[.+\]"),
+    ):
+        llamacpp.same_tokens(folder, model)
+
+
+def test_a_damaged_file_is_an_error_and_the_terminal_stays_clean(
+    nano: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "m.gguf"
+    damaged.write_bytes((nano / "f16.gguf").read_bytes()[:-5000])
+    with llamacpp.LlamaCpp(damaged) as model, pytest.raises(SuiteError, match=r"llama.cpp: .*not within the file"):
+        model.logits([1, 2, 3])
+    with pytest.raises(SuiteError, match="llama_model_quantize failed"):
+        llamacpp.quantize(damaged, tmp_path / "q.gguf", "q4_0")
+    with llamacpp.LlamaCpp(nano / "f16.gguf") as model:
+        assert model.logits([1, 2, 3]).shape == (3, 2048)
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_a_crash_of_native_code_is_an_error(nano: Path) -> None:
+    with llamacpp.LlamaCpp(nano / "f16.gguf") as model:
+        model.tokenize("hello")
+        os.kill(children(os.getpid())[-1], signal.SIGFPE)
+        with pytest.raises(SuiteError, match="ended by SIGFPE"):
+            model.logits([1, 2, 3])
+
+
+def test_llama_cpp_ends_with_the_process_that_started_it(nano: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from export.llamacpp import LlamaCpp\n"
+        "model = LlamaCpp(Path(sys.argv[1])); model.tokenize('x'); print('ready', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(nano / "f16.gguf")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=NANO.parents[2]) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == b"ready\n"
+        (child,) = children(parent.pid)
+        parent.kill()
+    gone = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "zombie" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < gone
+        time.sleep(0.01)
+
+
+def children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children()]
