@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 # its import decides the workers of GPTQModel, which peft imports on first use
 from export import calibrated, calibration
 from export.awq import best_clip
 from export.folder import TOKENIZER
 from export.quantize import Quantize
+from suite import quantized
 from suite.errors import SuiteError
 from tests.tiny.export_jobs import run
 from tests.tiny.tiny_models import tiny_model
 
 METHODS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq", "group_size": 64},
+    "gptq, some layers wider": {"method": "gptq", "group_size": 64, "keep": {"down_proj": 8, "o_proj": 16}},
     "gptq 2 bits, ordered": {"method": "gptq", "bits": 2, "group_size": 32, "desc_act": True},
     "gptq 8 bits, whole rows": {"method": "gptq", "bits": 8, "group_size": -1, "sym": False},
     "awq": {"method": "awq", "group_size": 64},
@@ -31,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 KL = {
     "gptq": 0.05,
+    "gptq, some layers wider": 0.05,
     "gptq 2 bits, ordered": 1.5,
     "gptq 8 bits, whole rows": 0.002,
     "awq": 0.1,
@@ -38,7 +40,7 @@ KL = {
     "fp4, scales rounded too": 0.2,
     "int8": 0.005,
 }
-TWICE = ("gptq", "awq", "int8")
+TWICE = ("gptq, some layers wider", "awq", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_a_quantized_model_is_smaller_close_and_clean(name: str, parent: Path, c
     for file in out.glob("*.json"):
         assert "/tmp" not in file.read_text()
         assert str(tmp_path) not in file.read_text()
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model = quantized.load(out)
     with torch.no_grad():
         assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
     if name in TWICE:
