@@ -121,9 +121,15 @@ def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]
     return tokens, types
 
 
+def adds_space_once(tokenizer: dict[str, Any]) -> bool:
+    """Whether a space is put before a text, but not before what follows a special token; llama.cpp has no such way."""
+    return '"prepend_scheme": "first"' in json.dumps(tokenizer.get("pre_tokenizer"))
+
+
 def _adds_space(tokenizer: dict[str, Any]) -> bool:
+    """Whether a space is put before each text, also after special tokens, as llama.cpp understands it."""
     text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
-    return any(mark in text for mark in ('"Prepend"', '"prepend_scheme": "first"', '"prepend_scheme": "always"'))
+    return '"Prepend"' in text or '"prepend_scheme": "always"' in text
 
 
 def _add_special(writer: Any, folder: Path, tokenizer: dict[str, Any]) -> None:

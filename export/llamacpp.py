@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from export.gguf_texts import texts
+from export.gguf_tokenizer import adds_space_once
 from export.limits import Limits
 from suite.errors import SuiteError
 
@@ -165,40 +167,55 @@ def verify(
 def same_tokens(folder: Path, model: LlamaCpp, warn: Say = lambda _: None) -> int:
     """Compare the tokens of tricky texts with those of the tokenizer in `folder`; returns how many texts.
 
-    Raises SuiteError naming the first text that differs, and both ids. llama.cpp does not normalize Unicode: where the
-    tokenizer does, its texts are compared normalized, with a warning.
+    Where llama.cpp is known not to do all that the tokenizer does, texts are such that both should agree, with a
+    warning. Raises SuiteError naming the first text that differs, and both ids.
     """
     from suite.chat import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    normalize = _normalization(tokenizer)
     asked = texts(special[:8])
-    changed = 0
-    for text in asked:
-        plain = normalize(text)
-        changed += plain != text
-        for as_special in (True, False):
-            expected = tokenizer(plain, split_special_tokens=not as_special)["input_ids"]
-            got = model.tokenize(plain, special=as_special)
+    known = _known_difference(tokenizer)
+    agreed = [known.change(text) for text in asked]
+    if agreed != asked:
+        warn(f"llama.cpp {known.lacks}")
+    for text in agreed:
+        for as_special in (True, False) if known.spelt else (True,):
+            expected = tokenizer(text, split_special_tokens=not as_special)["input_ids"]
+            got = model.tokenize(text, special=as_special)
             if got != expected:
                 raise SuiteError(
-                    f"llama.cpp tokenizes {plain!r} as {got}, the model's tokenizer as {expected}",
+                    f"llama.cpp tokenizes {text!r} as {got}, the model's tokenizer as {expected}",
                     where=str(folder / "tokenizer.json"),
                     hint="the model would read other text than it was trained on; export to hf instead",
                 )
-    if changed:
-        warn("llama.cpp does not normalize text as this tokenizer does (NFC): combining marks become other tokens")
     return len(asked)
 
 
-def _normalization(tokenizer: Any) -> Callable[[str], str]:
-    """What a byte-level tokenizer does to text before splitting it; SentencePiece's is llama.cpp's own."""
+@dataclass(frozen=True)
+class _Known:
+    """What llama.cpp `lacks`, and the `change` that makes a text one that it reads as the tokenizer does.
+
+    `spelt`: also where special tokens in the text are only spelt.
+    """
+
+    change: Callable[[str], str] = str
+    lacks: str = ""
+    spelt: bool = True
+
+
+def _known_difference(tokenizer: Any) -> _Known:
     backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
-    if backend.normalizer is None or state["model"].get("byte_fallback"):
-        return lambda text: text
-    return lambda text: str(backend.normalizer.normalize_str(text))
+    if not state["model"].get("byte_fallback"):
+        if backend.normalizer is None:
+            return _Known()
+        lacks = "does not normalize text as this tokenizer does (NFC): combining marks become other tokens"
+        return _Known(backend.normalizer.normalize_str, lacks)
+    if adds_space_once(state) and tokenizer.bos_token:
+        lacks = f"adds no space before a text that does not begin with {tokenizer.bos_token}, as chats do"
+        return _Known(lambda text: f"{tokenizer.bos_token}{text}", lacks, spelt=False)
+    return _Known()
 
 
 class _Process:
