@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from export import older
 from export.folder import copy_beside, copy_tokenizer, eos_ids, read_config, read_json, write_json
 from export.gguf_tokenizer import chat_template
 from suite.chat import Chat
@@ -26,7 +27,7 @@ def write_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
     copied = _copy_weights(source, out, progress)
     config = read_config(source)
     config = {key: value for key, value in config.items() if key != "_name_or_path"}
-    write_json(out / "config.json", {**config, **_legacy_rope(config)})
+    write_json(out / "config.json", older.config(config))
     _complete_tokenizer(source, out)
     _complete_generation(source, out)
     return copied
@@ -46,8 +47,7 @@ def write_adapter(source: Path, out: Path, base_model: str, progress: Progress) 
             hint='give its name on the hub: base_model = "organisation/name"',
         )
     write_json(out / "adapter_config.json", config)
-    if chat_template(source):
-        _complete_tokenizer(source, out)
+    _complete_tokenizer(source, out)
     return copied
 
 
@@ -76,22 +76,14 @@ def _copy_weights(source: Path, out: Path, progress: Progress) -> dict[str, Any]
     return {"bytes": sum(file.stat().st_size for file in files), "equal_files": len(files)}
 
 
-def _legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The keys of transformers 4, which other readers know, beside `rope_parameters`, which only 5 does."""
-    parameters = config.get("rope_parameters")
-    if not parameters or "rope_theta" not in parameters:
-        return {}
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    scaled = scaling.get("rope_type", "default") != "default"
-    return {"rope_theta": parameters["rope_theta"], "rope_scaling": scaling if scaled else None}
-
-
 def _complete_tokenizer(source: Path, out: Path) -> None:
-    """Put the chat template into tokenizer_config.json too, where older readers look, and into a file of its own."""
-    if template := chat_template(source):
+    """Say in tokenizer_config.json what older readers look for there; the template is in a file of its own too."""
+    template = chat_template(source) or ""
+    if template:
         (out / "chat_template.jinja").write_text(template, "utf-8")
-        file = out / "tokenizer_config.json"
-        write_json(file, {**read_json(file), "chat_template": template})
+    file = out / "tokenizer_config.json"
+    if file.is_file():
+        write_json(file, older.tokenizer_config(read_json(file), template))
 
 
 def _complete_generation(source: Path, out: Path) -> None:
