@@ -1,15 +1,18 @@
-"""Merging a LoRA adapter: time against copying the files and against peft, and the memory that each needs.
+"""Merging a LoRA adapter: time against copying the files, peft and other tools, and the memory that each needs.
 
-    python benchmarks/merge.py [--quick] [--json]
+    python benchmarks/merge.py [--quick] [--swift COMMAND] [--llamafactory COMMAND] [--json]
 
-Every way runs in a process of its own, alternating, on the same random model and disk. Memory is the peak of the
-process (Linux) over its peak after the imports. `--quick`: a model of 256 MiB instead of 1 GiB.
+On a random model of 1 GiB and one of 4 GiB (`--quick`: of 256 MiB), in bfloat16. Every way runs in a process of its
+own, alternating, on the same disk. Against cp and peft, time and memory are those of the merge, without imports (memory
+is the peak over that after them, on Linux); against ms-swift and LLaMA-Factory, which are given by their commands
+(`.../bin/swift`, `.../bin/llamafactory-cli`), those of the whole command, ours with its imports too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -20,14 +23,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-HIDDEN, LAYER = 1024, 14.5 * (1 << 20)  # bytes of a layer in bfloat16, about
+MIB = 1 << 20
 RANK = 16
+SHAPES = {256: (1024, 8192), 1024: (2048, 16384), 4096: (4096, 16384)}
+"""Hidden size and vocabulary by the size of the model in MiB."""
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 OURS = """
 from pathlib import Path
-from export import lora
+from export import blocks
 from export.merge import merge
-measure(lambda: merge(Path(base), Path(adapter), Path(out), 5 * 10**9, lambda *_: None))
+measure(lambda: merge(Path(base), [Path(adapter)], Path(out), 5 * 10**9))
 """
 PEFT = """
 import torch, transformers
@@ -41,6 +47,10 @@ COPY = """
 import shutil
 measure(lambda: shutil.copytree(base, out))
 """
+MAKE = """
+import pathlib, benchmarks.merge
+benchmarks.merge.make(pathlib.Path(base).parent, int(out))
+"""
 PRELUDE = """
 import json, re, sys, time
 base, adapter, out = sys.argv[1:]
@@ -53,34 +63,39 @@ def measure(work):
 """
 
 
-def make(folder: Path, mib: int) -> tuple[Path, Path]:
-    """A random model of about `mib` MiB in bfloat16, and an adapter for all its linear layers."""
+def make(folder: Path, mib: int) -> None:
+    """A random Llama of about `mib` MiB in bfloat16 with a tokenizer, and an adapter for all its linear layers."""
     import torch
     from safetensors.torch import save_file
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    from export.folder import copy_tokenizer
+    from suite.references import nano
+
+    hidden, vocabulary = SHAPES[mib]
+    layer = 2 * (2 * hidden * hidden + hidden * hidden + 3 * hidden * 2 * hidden)  # bytes: q, o, k, v, and the MLP
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=8192,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=max(1, round((mib - 16) * (1 << 20) / LAYER)),
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=HIDDEN // 8,
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=round((mib * MIB - 2 * vocabulary * hidden) / layer),
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 256,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
     )
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     state = {n: torch.empty(t.shape, dtype=torch.bfloat16).normal_(std=0.02) for n, t in model.state_dict().items()}
     state.pop("lm_head.weight")
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
     adapter.mkdir()
     save_file(state, base / "model.safetensors", {"format": "pt"})
-    config.tie_word_embeddings = True
-    config.architectures = ["Qwen3ForCausalLM"]
-    config.dtype = torch.bfloat16
     config.save_pretrained(base)
+    copy_tokenizer(nano(), base)
     pairs = {}
     for name, weight in state.items():
         if name.endswith("proj.weight"):
@@ -89,45 +104,100 @@ def make(folder: Path, mib: int) -> tuple[Path, Path]:
             pairs[f"{module}.lora_B.weight"] = 0.02 * torch.randn(weight.shape[0], RANK)
     save_file(pairs, adapter / "adapter_model.safetensors")
     targets = sorted({name.split(".")[-3] for name in pairs})
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets}
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "task_type": "CAUSAL_LM"}), "utf-8")
-    return base, adapter
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    settings |= {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": targets}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings), "utf-8")
 
 
-def run(way: str, base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    """Seconds and MiB of one way, in a fresh process, into a fresh folder."""
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-W", "ignore", "-c", PRELUDE + way, str(base), str(adapter), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class Bench:
+    """Runs ways of merging one model, each in a process of its own, into a fresh folder."""
+
+    def __init__(self, folder: Path, mib: int, swift: str, llamafactory: str) -> None:
+        self.base, self.adapter, self.out = folder / "base", folder / "adapter", folder / "out"
+        self.folder = folder
+        self.python(MAKE, str(mib))
+        self.peers = {}
+        if swift:
+            self.peers["ms-swift"] = self._swift(swift)
+        if llamafactory:
+            self.peers["LLaMA-Factory"] = self._llamafactory(llamafactory)
+
+    def _swift(self, command: str) -> list[str]:
+        model = ["--model", str(self.base), "--model_type", "llama", "--template", "chatml"]
+        return [command, "export", *model, "--adapters", str(self.adapter), "--merge_lora", "true",
+                "--output_dir", str(self.out)]  # fmt: skip
+
+    def _llamafactory(self, command: str) -> list[str]:
+        settings = {
+            "model_name_or_path": str(self.base), "adapter_name_or_path": str(self.adapter), "template": "chatml",
+            "export_dir": str(self.out), "export_size": 5, "export_device": "cpu", "export_legacy_format": False,
+        }  # fmt: skip
+        file = self.folder / "export.yaml"
+        file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()), "utf-8")
+        return [command, "export", str(file)]
+
+    def python(self, way: str, out: str = "") -> dict[str, float]:
+        """Seconds and MiB of a merge, and those of its whole process."""
+        program = [sys.executable, "-W", "ignore", "-c", PRELUDE + way]
+        return self.command([*program, str(self.base), str(self.adapter), out or str(self.out)])
+
+    def command(self, command: list[str]) -> dict[str, float]:
+        """Seconds and MiB of a whole command, and what it says of itself in its last line."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        start = time.perf_counter()
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env={**os.environ, **OFFLINE})
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            seconds = time.perf_counter() - start
+            said.seek(0)
+            lines = said.read().decode(errors="replace").splitlines()
+        if process.returncode:
+            raise RuntimeError("\n".join([f"{command[0]} failed", *lines[-20:]]))
+        told = [line for line in lines if line.startswith('{"seconds"')]
+        return {"whole": seconds, "whole_mib": usage.ru_maxrss / 1024, **(json.loads(told[-1]) if told else {})}
 
 
-def rows(mib: int, rounds: int) -> list[dict[str, Any]]:
-    """The measurements, each with its goal."""
+def rows(mib: int, rounds: int, swift: str, llamafactory: str) -> list[dict[str, Any]]:
+    """The measurements of one size, each with its goal."""
     with tempfile.TemporaryDirectory() as scratch:
-        base, adapter = make(Path(scratch), mib)
-        largest = max(t["bytes"] for t in tensors(base)) / (1 << 20)
-        found: dict[str, list[dict[str, float]]] = {OURS: [], COPY: [], PEFT: []}
-        for _ in range(rounds):
-            for way in (COPY, OURS):
-                found[way].append(run(way, base, adapter, Path(scratch) / "out"))
-        found[PEFT].append(run(PEFT, base, adapter, Path(scratch) / "out"))
-    seconds = {way: statistics.median(r["seconds"] for r in runs) for way, runs in found.items()}
-    memory = {way: max(r["mib"] for r in runs) for way, runs in found.items()}
-    bound = 150 + largest
-    return [
-        row(f"merge {mib} MiB, time, theirs is cp", seconds[OURS], seconds[COPY], "s", 1.3),
-        row(f"merge {mib} MiB, time, theirs is peft", seconds[OURS], seconds[PEFT], "s", 1.0),
-        row(f"merge {mib} MiB, peak memory, theirs is peft", memory[OURS], memory[PEFT], "MiB", bound / memory[PEFT]),
+        bench = Bench(Path(scratch), mib, swift, llamafactory)
+        largest = largest_tensor(bench.base)
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", "cp", "peft", *bench.peers)}
+        for i in range(rounds):
+            found["cp"].append(bench.python(COPY))
+            found["ours"].append(bench.python(OURS))
+            if i % 3 == 0:
+                found["peft"].append(bench.python(PEFT))
+                for name, command in bench.peers.items():
+                    found[name].append(bench.command(command))
+
+    def median(way: str, value: str) -> float:
+        return statistics.median(r[value] for r in found[way])
+
+    def most(way: str, value: str) -> float:
+        return max(r[value] for r in found[way])
+
+    what, bound = f"merge {mib} MiB", 150 + largest
+    result = [
+        row(f"{what}, time, theirs is cp", median("ours", "seconds"), median("cp", "seconds"), "s", 1.3),
+        row(f"{what}, time, theirs is peft", median("ours", "seconds"), median("peft", "seconds"), "s", 1.0),
+        row(f"{what}, memory over imports, theirs is the limit", most("ours", "mib"), bound, "MiB", 1.0),
+        row(f"{what}, memory over imports, theirs is peft", most("ours", "mib"), most("peft", "mib"), "MiB", 1.0),
     ]
+    for name in bench.peers:
+        whole = f"{what}, whole command"
+        result.append(row(f"{whole}, time, theirs is {name}", median("ours", "whole"), median(name, "whole"), "s", 1.0))
+        pair = most("ours", "whole_mib"), most(name, "whole_mib")
+        result.append(row(f"{whole}, memory, theirs is {name}", *pair, "MiB", 1.0))
+    return result
 
 
-def tensors(base: Path) -> list[dict[str, int]]:
-    """The sizes of a model's tensors."""
+def largest_tensor(base: Path) -> float:
+    """MiB of a model's largest tensor."""
     from export.tensors import read_checkpoint
 
-    return [{"bytes": t.size} for t in read_checkpoint(base).values()]
+    return max(t.size for t in read_checkpoint(base).values()) / MIB
 
 
 def row(measure: str, ours: float, theirs: float, unit: str, goal: float) -> dict[str, Any]:
@@ -147,18 +217,22 @@ def row(measure: str, ours: float, theirs: float, unit: str, goal: float) -> dic
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small model; under 50 s")
+    parser.add_argument("--quick", action="store_true", help="a small model only; about a minute")
+    parser.add_argument("--swift", default="", help="the command of an installed ms-swift")
+    parser.add_argument("--llamafactory", default="", help="the command of an installed LLaMA-Factory")
     parser.add_argument("--json", action="store_true", help="one JSON line a row")
     options = parser.parse_args()
     start = time.perf_counter()
-    for found in rows(256 if options.quick else 1024, 3 if options.quick else 5):
-        if options.json:
-            print(json.dumps(found), flush=True)
-        else:
+    for mib, rounds in ((256, 5),) if options.quick else ((1024, 7), (4096, 3)):
+        for found in rows(mib, rounds, options.swift, options.llamafactory):
+            if options.json:
+                print(json.dumps(found), flush=True)
+                continue
             met = "met" if found["met"] else "missed"
             print(
-                f"{found['measure']:45} {found['ours']:9.2f} {found['theirs']:9.2f} {found['unit']:4} "
-                f"ratio {found['ratio']:5.2f}  goal {found['goal']} {met}"
+                f"{found['measure']:65} {found['ours']:9.2f} {found['theirs']:9.2f} {found['unit']:4} "
+                f"ratio {found['ratio']:5.2f}  goal {found['goal']} {met}",
+                flush=True,
             )
     if not options.json:
         print(f"{time.perf_counter() - start:.0f} s")

@@ -112,6 +112,8 @@ class Adapter:
         patches: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, tensor in _weights(folder).items():
             name = key.removeprefix("base_model.model.")
+            if ".original_module." in name:  # what modules_to_save replaces; peft saves it of a resized embedding
+                continue
             if match := KEY.match(name):
                 parts[match["module"]][match["part"] + (".bias" if match["kind"] == ".bias" else "")] = tensor
             elif name.endswith(TOKENS):
