@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export import gotemplate
+from export import gotemplate, hf
 from export.package import Export
 from suite.chat import Chat
 from suite.errors import SuiteError
@@ -22,6 +25,7 @@ from suite.stages import Artifact
 from tests.tiny.export_jobs import run
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
+SBOM = importlib.util.find_spec("cyclonedx") is not None
 IDS = torch.arange(3, 40).unsqueeze(0)
 LLAMA3 = {
     "rope_type": "llama3",
@@ -52,14 +56,15 @@ def package(tmp_path: Path) -> Path:
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     data = {"path": str(tmp_path / "rows.json"), "type": "dataset", "digest": "digest-of-rows", "name": "rows.json"}
     parity = {"kl": 1e-6, "top1": 1.0, "max_dlogit": 0.01, "ppl_parent": 2.5, "ppl_child": 2.51}
-    recorded(model, "train", {"parity": parity}, {"data": [data]}, lr=0.25, data=str(tmp_path / "rows.json"))
+    measured = {"parity": parity, "rows": 12, "speed": {"seconds": 3.25}}
+    recorded(model, "train", measured, {"data": [data]}, lr=0.25, seed=7, data=str(tmp_path / "rows.json"))
     report = tmp_path / "report"
     report.mkdir()
     scores = {"ceval-mini": {"acc": 0.8125, "low": 0.7, "high": 0.9}, "summaries": {"rougeL": 0.5}}
     recorded(report, "eval", scores, {})
     stage = Export(
         model="m", to="hf", name="org/tiny", license="apache-2.0", base_model="org/base", languages=["en", "zh"],
-        description="A tiny model.", reports=["r"],
+        description="A tiny model.", reports=["r"], datasets=["org/rows"], sbom=SBOM,
     )  # fmt: skip
     run(stage, tmp_path / "out", model=model, reports=report)
     return tmp_path / "out"
@@ -94,19 +99,94 @@ def test_the_card_has_metadata_scores_and_lineage(package: Path) -> None:
     assert scores == {("ceval-mini", "accuracy"): 0.8125, ("summaries", "rougeL"): 0.5}
     for text in ("A tiny model.", "rows.json", "0.700 to 0.900", "key-of-train", "lr 0.25", "torch 2.13.0", "2.51"):
         assert text in card.text
-    lineage = json.loads((package / "lineage.json").read_text())["artifacts"]
-    assert [step["digest"] for step in lineage] == ["digest-of-rows", "digest-of-train"]
+    assert card.data.base_model_relation == "finetune"
+    assert card.data.datasets == ["org/rows"]
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+
+
+def test_the_lineage_says_what_it_would_take_to_make_it_again(package: Path) -> None:
+    lineage = json.loads((package / "lineage.json").read_text())
+    assert lineage["artifacts"] == [
+        {"name": "rows.json", "type": "dataset", "digest": "digest-of-rows"},
+        {
+            "name": "train", "type": "model", "digest": "digest-of-train", "kind": "train", "key": "key-of-train",
+            "inputs": {"data": ["digest-of-rows"]}, "settings": {"lr": 0.25, "seed": 7},
+            "libraries": {"torch": "2.13.0"},
+            "measured": {
+                "rows": 12,
+                "parity": {"kl": 1e-6, "top1": 1.0, "max_dlogit": 0.01, "ppl_parent": 2.5, "ppl_child": 2.51},
+            },
+        },
+    ]  # fmt: skip
+    assert lineage["exported_with"]["huggingface_hub"] == huggingface_hub.__version__
+
+
+def test_the_bill_of_materials_fits_its_schema(package: Path) -> None:
+    validation = pytest.importorskip("cyclonedx.validation.json", reason="the extra 'sbom' is not installed")
+    schema = pytest.importorskip("cyclonedx.schema", reason="the extra 'sbom' is not installed")
+    text = (package / "sbom.cdx.json").read_text()
+    assert validation.JsonStrictValidator(schema.SchemaVersion.V1_6).validate_str(text) is None
+    bill = json.loads(text)
+    subject = bill["metadata"]["component"]
+    assert (subject["name"], subject["type"]) == ("org/tiny", "machine-learning-model")
+    assert subject["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    hashes = {part["name"]: part["hashes"][0]["content"] for part in subject["components"]}
+    assert hashes["model.safetensors"] == hashlib.sha256((package / "model.safetensors").read_bytes()).hexdigest()
+    named = {(part["type"], part["name"], part.get("version")) for part in bill["components"]}
+    assert {("data", "rows.json", None), ("library", "torch", "2.13.0")} <= named
+    assert "timestamp" not in bill["metadata"]
 
 
 def test_checksums_are_right_and_nothing_names_this_machine(package: Path) -> None:
-    lines = (package / "checksums.txt").read_text().splitlines()
-    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
-    present = {
-        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in package.iterdir() if f.name != "checksums.txt"
-    }
-    assert listed == present
+    checked = subprocess.run(
+        ["sha256sum", "--strict", "-c", "checksums.txt"], cwd=package, capture_output=True, text=True, check=True
+    )
+    named = {line.removesuffix(": OK") for line in checked.stdout.splitlines()}
+    assert named == {f.name for f in package.iterdir()} - {"checksums.txt"}
     root = str(package.parent).encode()
     assert not [name for name, content in files(package).items() if root in content]
+
+
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "older"),
+    [
+        (
+            "gemma3_text",
+            {"rope_parameters": GEMMA3, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        ),
+        (
+            "phi3",
+            {"rope_parameters": LONG, "original_max_position_embeddings": 128, "max_position_embeddings": 512},
+            {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **{k: LONG[k] for k in ("short_factor", "long_factor")}}},
+        ),
+        ("qwen3", {"dtype": "bfloat16"}, {"rope_scaling": None, "torch_dtype": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_keys_for_older_readers_change_nothing_for_newer_ones(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], older: dict[str, Any]
+) -> None:
+    model = tiny_model(tmp_path / "m", architecture=architecture, hidden=64, **settings)
+    (tmp_path / "out").mkdir()
+    hf.write_model(model, tmp_path / "out", lambda *_: None)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written | older == written
+    with torch.no_grad():
+        given, exported = (AutoModelForCausalLM.from_pretrained(f) for f in (model, tmp_path / "out"))
+        assert exported.dtype == given.dtype
+        assert torch.equal(exported(IDS).logits, given(IDS).logits)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
+    )
+    text = "Hello 你好 <|im_end|> 123  x\n\t"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(model)(text)
 
 
 def test_the_ollama_folder_renders_as_the_model(tmp_path: Path) -> None:
@@ -174,7 +254,9 @@ def test_an_adapter_is_published_with_the_name_of_its_base(tmp_path: Path) -> No
     run(Export(model="a", base_model="org/base"), tmp_path / "out", model=subject)
     out = tmp_path / "out"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
-    assert ModelCard.load(out / "README.md").data.base_model_relation == "adapter"
+    data = ModelCard.load(out / "README.md").data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("org/base", "adapter", "peft")
+    assert data.tags == ["lora"]
     base = AutoModelForCausalLM.from_pretrained(model)
     assert PeftModel.from_pretrained(base, out).peft_config["default"].r == 4
 
@@ -182,6 +264,6 @@ def test_an_adapter_is_published_with_the_name_of_its_base(tmp_path: Path) -> No
 def test_the_same_model_gives_the_same_package(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m", hidden=64)
     for to in ("hf", "ollama"):
-        run(Export(model="m", to=to, name="x"), tmp_path / f"{to}-1", model=model)
-        run(Export(model="m", to=to, name="x"), tmp_path / f"{to}-2", model=model)
+        for number in (1, 2):
+            run(Export(model="m", to=to, name="x", sbom=SBOM), tmp_path / f"{to}-{number}", model=model)
         assert files(tmp_path / f"{to}-1") == files(tmp_path / f"{to}-2")
