@@ -1,13 +1,17 @@
 """The proof that an artifact equals the one it came from: both answer the same probes, and their logits are compared.
 
-Parent and child are in memory one after the other, never both; the parent's logits wait on disk. Reported, over all
-positions of all probes:
+Parent and child are in memory one after the other, never both; the parent's logits wait on disk. A model that does not
+fit is never in memory whole either (`export.streaming`). Reported, over all positions of all probes:
 
     max_dlogit, mean_dlogit   |child - parent| of the logits
     kl                        mean KL(parent || child) per token, in nats
     top1                      share of positions where both prefer the same next token
     ppl_parent, ppl_child     exp of the mean negative log likelihood of the next token
-    greedy                    share of the parent's greedy answers that the child gives too, up to where they part
+    greedy, greedy_tokens     how far the child goes along with the parent's greedy answers, until they part: as a
+                              share of their tokens, and in tokens of an answer
+    vocabulary_*              rows of each model's head; the common ones are compared
+    prompts                   share of probes that the child's own tokenizer and chat template make into the same ids
+    worst_probe, worst_kl     where the difference is largest
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,12 @@ import numpy as np
 import psutil
 import torch
 
-from export.folder import eos_ids, read_config
+from export.answering import Answering, answering
+from export.folder import eos_ids
+from export.limits import Limits
 from export.probes import TEXTS, dialogues
+from export.streaming import Streamed
+from export.tensors import read_checkpoint
 from suite import quantized
 from suite.chat import Chat, Message, load_tokenizer
 from suite.errors import SuiteError
@@ -37,19 +46,23 @@ NAME = 80
 """Characters of a probe's text that name it."""
 FILLED = 0.8
 """Share of the free memory that weights may take; the rest is for activations and logits."""
-ANSWER = 16
-"""Tokens of a greedy answer."""
+AT_ONCE = 1 << 22
+"""Logits that are compared at once; a vocabulary may have 200 000 tokens."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`ids` (T,) of a text; those from `answer` on are the parent's own greedy answer to what stands before."""
+    """`ids` (T,) of a text; those from `answer` on are the parent's own greedy answer to what stands before.
+
+    `same` says whether the child's tokenizer gives these ids too; None where that was not asked.
+    """
 
     name: str
     ids: list[int]
     asks: bool = False
     stops: frozenset[int] = frozenset()
     answer: int = 0
+    same: bool | None = None
 
 
 @dataclass
@@ -64,30 +77,54 @@ class Sums:
     predicted: int = 0
     nll_parent: float = 0.0
     nll_child: float = 0.0
+    answers: int = 0
     answered: int = 0
     agreed: int = 0
-    worst: tuple[float, str] = field(default=(-1.0, ""))
+    vocabulary: tuple[int, int] = (0, 0)
+    worst: tuple[float, str] = (-1.0, "")
 
     def add(self, probe: Probe, parent: torch.Tensor, child: torch.Tensor) -> None:
-        """Add one probe's logits, both (T, V) float32."""
-        difference = (child - parent).abs()
-        p, q = parent.double().log_softmax(-1), child.double().log_softmax(-1)  # in float32 the KL of equals is not 0
-        kl = (p.exp() * (p - q)).sum(-1).clamp_min(0)  # (T,)
-        self.positions += len(kl)
-        self.max_dlogit = max(self.max_dlogit, difference.max().item())
-        self.dlogit += difference.mean(-1).sum().item()
-        self.kl += kl.sum().item()
-        self.top1 += int((parent.argmax(-1) == child.argmax(-1)).sum())
-        self.worst = max(self.worst, (kl.mean().item(), probe.name))
-        following = torch.tensor(probe.ids[1:]).unsqueeze(-1)
-        self.predicted += len(following)
-        self.nll_parent -= p[:-1].gather(-1, following).sum().item()
-        self.nll_child -= q[:-1].gather(-1, following).sum().item()
+        """Add one probe's logits, (T, V) float32 each; where one has more rows than the other, the common ones count.
+
+        Raises SuiteError when one of the two does not have a token of the probe.
+        """
+        self.vocabulary = parent.shape[1], child.shape[1]
+        common = min(self.vocabulary)
+        if max(probe.ids) >= common:
+            raise SuiteError(
+                f"parent and child have {parent.shape[1]} and {child.shape[1]} tokens in the vocabulary, and "
+                f"{probe.name!r} has token {max(probe.ids)}",
+                hint="compare a model with what was made of it",
+            )
+        rows = max(1, AT_ONCE // common)
+        kl, chosen = [], []
+        for start in range(0, len(probe.ids), rows):
+            before, after = parent[start : start + rows, :common], child[start : start + rows, :common]
+            kl.append(self._compare(before, after, torch.tensor(probe.ids[start + 1 : start + rows + 1])))
+            chosen.append(after.argmax(-1))
+            self.top1 += int((before.argmax(-1) == chosen[-1]).sum())
+        self.positions += len(probe.ids)
+        self.kl += torch.cat(kl).sum().item()
+        self.worst = max(self.worst, (torch.cat(kl).mean().item(), probe.name))
         if probe.answer:
             # one pass shows how far the child's own greedy answer would go along with the parent's
-            same = child.argmax(-1)[probe.answer - 1 : -1] == torch.tensor(probe.ids[probe.answer :])
+            same = torch.cat(chosen)[probe.answer - 1 : -1] == torch.tensor(probe.ids[probe.answer :])
+            self.answers += 1
             self.answered += len(same)
             self.agreed += int(same.int().cumprod(0).sum())
+
+    def _compare(self, parent: torch.Tensor, child: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        """KL (T,) at each position; what is no number counts as infinitely far."""
+        equal = parent == child  # also where both are -inf
+        difference = (child - parent).abs().masked_fill(equal, 0).nan_to_num(nan=math.inf)
+        self.max_dlogit = max(self.max_dlogit, difference.max().item())
+        self.dlogit += difference.mean(-1).sum().item()
+        p, q = parent.double().log_softmax(-1), child.double().log_softmax(-1)  # in float32 the KL of equals is not 0
+        self.predicted += len(following)
+        self.nll_parent -= _of(p, following)
+        self.nll_child -= _of(q, following)
+        kl = (p.exp() * (p - q)).masked_fill(p == q, 0).sum(-1)
+        return kl.clamp_min(0).nan_to_num(nan=math.inf)
 
     def result(self) -> dict[str, Any]:
         """The means, as JSON values."""
@@ -96,40 +133,73 @@ class Sums:
             "mean_dlogit": self.dlogit / self.positions,
             "kl": self.kl / self.positions,
             "top1": self.top1 / self.positions,
-            "ppl_parent": math.exp(self.nll_parent / self.predicted),
-            "ppl_child": math.exp(self.nll_child / self.predicted),
+            "ppl_parent": _exp(self.nll_parent / self.predicted),
+            "ppl_child": _exp(self.nll_child / self.predicted),
             "greedy": self.agreed / self.answered if self.answered else 1.0,
+            "greedy_tokens": self.agreed / self.answers if self.answers else 0.0,
             "positions": self.positions,
+            "vocabulary_parent": self.vocabulary[0],
+            "vocabulary_child": self.vocabulary[1],
             "worst_kl": self.worst[0],
             "worst_probe": self.worst[1],
         }
 
 
-def probes(folder: Path, rows: Sequence[Sequence[Message]] = ()) -> list[Probe]:
+def _of(log_p: torch.Tensor, ids: torch.Tensor) -> float:
+    """The sum of log probabilities that the first rows (T, V) give to `ids`."""
+    return log_p[: len(ids)].gather(-1, ids.unsqueeze(-1)).sum().item()
+
+
+def _exp(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float64).exp().item()
+
+
+def probes(folder: Path, rows: Sequence[Sequence[Message]] = (), child: Path | None = None) -> list[Probe]:
     """The fixed probes and `rows` (conversations of the user's own), with the tokenizer of the model in `folder`.
 
     Dialogues are rendered by the model's own chat template; a model without one, or whose template refuses a system
-    text, is asked what it can be asked.
+    text, is asked what it can be asked. With the folder of `child`, each says whether the child's tokenizer and
+    template make the same ids of it.
     """
+    found = _probes(folder, rows)
+    if child:
+        pairs = zip(found, _probes(child, rows), strict=True)
+        found = [replace(probe, same=probe.ids == other.ids) for probe, other in pairs]
+    return [probe for probe in found if len(probe.ids) > 1]
+
+
+def _probes(folder: Path, rows: Sequence[Sequence[Message]]) -> list[Probe]:
+    """All of them, in order; without ids what this model cannot be asked."""
     tokenizer = load_tokenizer(folder)
     stops = frozenset(eos_ids(folder))
-    found = [Probe(text, _cut(tokenizer(text)["input_ids"])) for text in TEXTS]
-    if tokenizer.chat_template:
-        chat = Chat(tokenizer)
-        for messages in dialogues():
-            asked = [m for m in messages if m["role"] != "system"]
-            ids = _ids(chat, messages, True) or _ids(chat, asked, True)
-            if ids:
-                found.append(Probe(asked[-1]["content"], _cut(ids), True, stops))
-        for row in rows:
-            if ids := _ids(chat, list(row), False):
-                found.append(Probe(str(row[0]["content"])[:NAME], _cut(ids)))
-    return [p for p in found if len(p.ids) > 1]
+    chat = Chat(tokenizer) if tokenizer.chat_template else None
+    found = [Probe(text, tokenizer(text)["input_ids"]) for text in TEXTS]
+    for messages in dialogues():
+        asked = [m for m in messages if m["role"] != "system"]
+        ids = _ids(chat, messages, True) or _ids(chat, asked, True)
+        found.append(Probe(asked[-1]["content"], ids, True, stops))
+    found += [Probe(str(row[0]["content"])[:NAME], _ids(chat, list(row), False)) for row in rows]
+    return [replace(probe, ids=list(probe.ids[:LONGEST])) for probe in found]
 
 
-def load(folder: Path, adapter: Path | None = None, dtype: Any = torch.float32) -> Any:
-    """The model in `folder`, with an adapter on top if given, ready to be asked; float32, so that sums add no noise."""
+def _ids(chat: Chat | None, messages: list[Message], generate: bool) -> list[int]:
+    try:
+        return chat.ids(messages, generate=generate) if chat else []
+    except SuiteError:
+        return []
+
+
+def load(folder: Path, adapter: Path | None = None, dtype: Any = torch.float32, streamed: bool | None = None) -> Any:
+    """The model in `folder`, with an adapter on top if given, ready to be asked; float32, so that sums add no noise.
+
+    One that does not fit into memory is `streamed`, layer by layer; a quantized one, which is small, never is. Any
+    other `dtype`, such as "auto", is for a model as it will be served: in memory.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if streamed is None:
+        streamed = dtype is torch.float32 and not quantized.settings(folder) and not fits(folder)
+    if streamed:
+        return Streamed(folder, adapter, device)
     model = quantized.load(folder, dtype=dtype, device_map=device)
     if adapter:
         from peft import PeftModel
@@ -138,84 +208,90 @@ def load(folder: Path, adapter: Path | None = None, dtype: Any = torch.float32) 
     return model.eval()
 
 
-def precision(folder: Path, free: int | None = None) -> Any | None:
-    """The dtype in which the model in `folder` fits into memory: float32, else its own; None where neither does.
+def fits(folder: Path, free: int | None = None) -> bool:
+    """Whether the model in `folder` fits into memory in float32.
 
     `free` is in bytes, by default what the GPU or else the machine has left.
     """
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    config = read_config(folder)
-    stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+    weights = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder).values()) * torch.float32.itemsize
     if free is None:
         free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    room = free * FILLED
-    if weights * torch.float32.itemsize / stored.itemsize <= room:
-        return torch.float32
-    return stored if weights <= room else None
+    return weights <= free * FILLED
 
 
-@torch.inference_mode()
 def measure(
     parent: Callable[[], Any], child: Callable[[], Any], probes: Sequence[Probe], progress: Progress = lambda *_: None
 ) -> dict[str, Any]:
     """Compare what `child()` answers to `probes` with what `parent()` does; each loads its model.
 
-    Raises SuiteError when the two do not have the same vocabulary.
+    A model is one of transformers, as `load` gives it, or any object with `logits(ids) -> (T, V)` (see
+    `export.answering`). Raises SuiteError when one of the two does not have a token that is asked.
     """
-    sums = Sums()
-    total = 2 * len(probes)
+    sums, half = Sums(), len(probes)
     # some quantized layers would compile themselves anew for every length of text
     eager = torch.compiler.set_stance("force_eager")
-    with eager, tempfile.TemporaryDirectory() as waiting:
-        answered = []
-        model = parent()
-        for i, probe in enumerate(probes):
-            answered.append(_answered(model, probe))
-            np.save(Path(waiting) / f"{i}.npy", _logits(model, answered[i].ids).numpy())
-            progress(i + 1, total, "parity")
+    with eager, tempfile.TemporaryDirectory() as folder:
+        waiting = [Path(folder) / f"{i}.npy" for i in range(half)]
+        model = answering(parent())
+        asked: list[Probe] = model.each(
+            [partial(_ask, model, probe, file) for probe, file in zip(probes, waiting, strict=True)],
+            lambda share: progress(round(share * half), 2 * half, "parity"),
+            1 + model.tokens,
+        )
         del model
         gc.collect()
-        model = child()
-        for i, probe in enumerate(answered):
-            before = torch.from_numpy(np.load(Path(waiting) / f"{i}.npy"))
-            after = _logits(model, probe.ids)
-            if before.shape != after.shape:
-                raise SuiteError(
-                    f"parent and child have {before.shape[1]} and {after.shape[1]} tokens in the vocabulary"
-                )
-            sums.add(probe, before, after)
-            progress(len(probes) + i + 1, total, "parity")
-    return sums.result()
+        model = answering(child())
+        model.each(
+            [partial(_compare, model, probe, file, sums) for probe, file in zip(asked, waiting, strict=True)],
+            lambda share: progress(half + round(share * half), 2 * half, "parity"),
+            1,
+        )
+    return sums.result() | _prompts(probes)
 
 
-def _answered(model: Any, probe: Probe) -> Probe:
-    """`probe` with the model's greedy answer after it, up to and with a stop token."""
-    if not probe.asks:
-        return probe
-    ids, past = list(probe.ids), None
-    step = torch.tensor([ids], device=model.device)
-    for _ in range(ANSWER):
-        out = model(input_ids=step, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        ids.append(int(out.logits[0, -1].argmax()))
-        if ids[-1] in probe.stops:
-            break
-        step = torch.tensor([ids[-1:]], device=model.device)
-    return replace(probe, ids=ids, answer=len(probe.ids))
+def _ask(model: Answering, probe: Probe, file: Path) -> Probe:
+    """Write the parent's logits to `file`; returns the probe with the answer, if it asks for one."""
+    if probe.asks:
+        probe = replace(probe, ids=model.answered(probe.ids, probe.stops), answer=len(probe.ids))
+    np.save(file, model.logits(probe.ids).numpy())
+    return probe
 
 
-def _logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """(T, V) float32."""
-    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
-    return logits[0].float().cpu()
+def _compare(model: Answering, probe: Probe, file: Path, sums: Sums) -> None:
+    sums.add(probe, torch.from_numpy(np.load(file)), model.logits(probe.ids))
 
 
-def _ids(chat: Chat, messages: list[Message], generate: bool) -> list[int]:
-    try:
-        return chat.ids(messages, generate=generate)
-    except SuiteError:
-        return []
+def _prompts(probes: Sequence[Probe]) -> dict[str, Any]:
+    """Whether the child's tokenizer gives the parent's ids, where that was asked."""
+    told = [probe for probe in probes if probe.same is not None]
+    if not told:
+        return {}
+    differ = [probe.name for probe in told if not probe.same]
+    return {"prompts": 1 - len(differ) / len(told), **({"other_prompt": differ[0]} if differ else {})}
 
 
-def _cut(ids: Sequence[int]) -> list[int]:
-    return list(ids[:LONGEST])
+def require(result: Mapping[str, Any], limits: Limits, where: str = "") -> None:
+    """Raise SuiteError, naming number, limit and worst probe, where `result` of `measure` is beyond `limits`.
+
+    What is no finite number, and a prompt that becomes other tokens, are beyond any.
+    """
+    if "other_prompt" in result:
+        raise SuiteError(
+            f"the child reads other tokens than its parent: {result['other_prompt']!r}",
+            where=where,
+            hint="its tokenizer or chat template changed; copy the parent's tokenizer files",
+        )
+    worst = f"worst on {result['worst_probe']!r}: KL {result['worst_kl']:.2g}"
+    for name, said in (
+        ("kl", "the mean KL to the parent is {:.2g} nats a token"),
+        ("max_dlogit", "a logit differs from the parent's by {:.2g}"),
+    ):
+        limit = getattr(limits, name)
+        if not (math.isfinite(result[name]) and result[name] <= limit):
+            beyond = f"above {limit:g}" if math.isfinite(result[name]) else "which is no number"
+            raise SuiteError(f"{said.format(result[name])}, {beyond}; {worst}", where=where, hint=limits.cure)
+    if not result["top1"] >= limits.top1:
+        message = (
+            f"parent and child prefer the same token at {result['top1']:.2%} of positions, below {limits.top1:.2%}"
+        )
+        raise SuiteError(f"{message}; {worst}", where=where, hint=limits.cure)

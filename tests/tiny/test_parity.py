@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from export import parity
+from export.answering import Answering
+from export.limits import COPY, Limits
 from export.parity import Probe
 from suite.errors import SuiteError
-from tests.tiny.tiny_models import tiny_model
+from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_model
 
 VOCAB = 11
 
@@ -44,7 +47,7 @@ def test_equal_models_are_equal() -> None:
     assert found["max_dlogit"] == found["mean_dlogit"] == found["kl"] == 0
     assert found["top1"] == found["greedy"] == 1
     assert found["ppl_parent"] == found["ppl_child"]
-    assert found["positions"] == 4 + 2 + parity.ANSWER
+    assert found["positions"] == 4 + 2 + Answering.tokens
 
 
 def test_the_numbers_are_those_of_their_definitions() -> None:
@@ -64,7 +67,7 @@ def test_greedy_counts_up_to_where_the_answers_part() -> None:
     broken[5] = 10 * torch.eye(VOCAB)[0]
     found = measure(chain, broken, Probe("question", [0, 1], asks=True))
     # 2 3 4 5 agree, then the child says 0 for 6; that it would agree again later does not count
-    assert found["greedy"] == pytest.approx(4 / parity.ANSWER)
+    assert found["greedy"] == pytest.approx(4 / Answering.tokens)
 
 
 def test_an_answer_ends_at_a_stop_token() -> None:
@@ -81,9 +84,51 @@ def test_the_worst_probe_is_named() -> None:
     assert found["worst_kl"] > 0
 
 
-def test_models_of_different_vocabulary_are_an_error() -> None:
-    with pytest.raises(SuiteError, match="11 and 12 tokens"):
-        parity.measure(lambda: Table(table(0)), lambda: Table(torch.zeros(VOCAB, 12)), [Probe("text", [1, 2])])
+def test_the_common_part_of_two_vocabularies_is_compared() -> None:
+    padded = torch.cat([table(0), torch.full((VOCAB, 3), 50.0)], 1)
+    found = parity.measure(lambda: Table(table(0)), lambda: Table(padded), [Probe("text", [1, 2])])
+    assert (found["vocabulary_parent"], found["vocabulary_child"]) == (VOCAB, VOCAB + 3)
+    assert found["kl"] == 0
+
+
+def test_a_token_that_one_of_them_lacks_is_an_error() -> None:
+    short = table(0)[:, :4]
+    with pytest.raises(SuiteError, match=r"11 and 4 tokens in the vocabulary, and 'text' has token 7"):
+        parity.measure(lambda: Table(table(0)), lambda: Table(short), [Probe("text", [1, 7])])
+
+
+def test_logits_are_compared_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = [Probe("text", list(range(VOCAB))), Probe("question", [5, 6], asks=True)]
+    whole = measure(table(0), table(1), *probes)
+    monkeypatch.setattr(parity, "AT_ONCE", 3 * VOCAB)
+    assert measure(table(0), table(1), *probes) == pytest.approx(whole)
+
+
+def test_equal_infinities_are_equal() -> None:
+    masked = table(0)
+    masked[:, 3] = -math.inf
+    found = measure(masked, masked, Probe("text", [1, 2]))
+    assert found["kl"] == found["max_dlogit"] == 0
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_an_object_that_gives_logits_is_asked_as_a_model(greedy: bool) -> None:
+    class Gives:
+        def logits(self, ids: list[int]) -> Any:
+            return table(0)[ids].numpy()
+
+    class GivesGreedy(Gives):
+        def greedy(self, ids: list[int], n: int, stops: frozenset[int]) -> list[int]:
+            return [1, 2, 3]
+
+    given = GivesGreedy() if greedy else Gives()
+    question = Probe("question", [5, 6], asks=True)
+    as_child = parity.measure(lambda: Table(table(0)), lambda: given, [question])
+    assert as_child["greedy"] == 1
+    assert as_child["max_dlogit"] == 0
+    as_parent = parity.measure(lambda: given, lambda: Table(table(0)), [question])
+    assert as_parent["positions"] == 2 + (3 if greedy else 16)
+    assert as_parent["kl"] == 0
 
 
 def test_parent_and_child_are_never_in_memory_together() -> None:
@@ -128,10 +173,62 @@ def test_a_model_without_template_or_system_role_still_has_probes(tmp_path: Path
     assert sum(p.asks for p in strict) == len(parity.dialogues())
 
 
-def test_the_widest_dtype_that_fits(tmp_path: Path) -> None:
+def test_what_fits_into_memory_is_not_streamed(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", hidden=64, dtype="bfloat16")
-    weights = (folder / "model.safetensors").stat().st_size
-    assert parity.precision(folder) == torch.float32
-    assert parity.precision(folder, free=10 * weights) == torch.float32
-    assert parity.precision(folder, free=2 * weights) == torch.bfloat16
-    assert parity.precision(folder, free=weights) is None
+    weights = 2 * (folder / "model.safetensors").stat().st_size
+    assert parity.fits(folder)
+    assert parity.fits(folder, free=2 * weights)
+    assert not parity.fits(folder, free=weights)
+
+
+def test_a_changed_template_or_tokenizer_is_named(tmp_path: Path) -> None:
+    parent = tiny_model(tmp_path / "parent", hidden=64)
+    trims = tiny_model(
+        tmp_path / "trims", hidden=64, template=CHAT_TEMPLATE.replace("+ message.content", "+ message.content | trim")
+    )
+    other = tiny_model(tmp_path / "other", hidden=64, vocab=300)
+    for child, probe in ((trims, r"\\tAgain"), (other, "The old lighthouse")):
+        found = parity.probes(parent, child=child)
+        measured = parity.measure(
+            lambda: Table(table(0)), lambda: Table(table(0)), [replace(p, ids=[1, 2]) for p in found]
+        )
+        assert measured["prompts"] < 1
+        with pytest.raises(SuiteError, match=f"other tokens than its parent: '{probe}"):
+            parity.require(measured, Limits())
+    assert all(probe.same for probe in parity.probes(parent, child=parent))
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (
+            Limits(kl=1e-3, cure="round less"),
+            "the mean KL to the parent is .* nats a token, above 0.001; worst on 'off'",
+        ),
+        (Limits(max_dlogit=0.5), "a logit differs from the parent's by .*, above 0.5; worst on 'off'"),
+        (Limits(top1=0.9), "prefer the same token at 80.00% of positions, below 90.00%; worst on 'off'"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_named(limits: Limits, said: str) -> None:
+    changed = table(0)
+    changed[9] = -changed[9]
+    found = measure(table(0), changed, Probe("fine", [1, 2, 3, 4]), Probe("off", [5, 6, 7, 8, 9, 9]))
+    parity.require(found, Limits(kl=10, max_dlogit=10, top1=0.5))
+    with pytest.raises(SuiteError, match=said) as caught:
+        parity.require(found, limits, where="out")
+    assert caught.value.where == "out"
+    assert caught.value.hint == limits.cure
+
+
+def test_what_is_no_number_is_beyond_any_limit() -> None:
+    broken = table(0)
+    broken[9, 3] = math.nan
+    found = measure(table(0), broken, Probe("fine", [1, 2]), Probe("broken", [9, 9]))
+    with pytest.raises(SuiteError, match="no number; worst on 'broken'"):
+        parity.require(found, Limits())
+
+
+def test_a_copy_is_exact_or_no_copy() -> None:
+    parity.require(measure(table(0), table(0), Probe("text", [1, 2])), COPY)
+    with pytest.raises(SuiteError, match="above 0"):
+        parity.require(measure(table(0), table(0) * (1 + 1e-6), Probe("text", [1, 2])), COPY)

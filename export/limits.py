@@ -1,0 +1,23 @@
+"""How far an artifact may be from the one it came from, by what was done to it; `export.parity.require` enforces it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What `parity.measure` may find at most, and for `top1` at least; `cure` says what to do where it found more."""
+
+    kl: float = math.inf
+    """Mean KL(parent || child), nats a token."""
+    max_dlogit: float = math.inf
+    """Largest difference of a logit."""
+    top1: float = 0.0
+    """Share of positions where both prefer the same next token."""
+    cure: str = ""
+
+
+COPY = Limits(kl=0, max_dlogit=0, top1=1, cure="the copy is damaged: make it again")
+"""The same tensors in other files."""
