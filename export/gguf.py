@@ -8,6 +8,7 @@ is an error: a file that a reader accepts and misunderstands is worse than none.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -127,13 +128,9 @@ def lossless(folder: Path) -> Weights:
 
 def _harmless(name: str, folder: Path) -> str:
     """`name`, unless llama.cpp takes it for the original Phi-3 and cannot load a tokenizer without Phi-3's tokens."""
-    looks_like = {"phi3": "phi_3", "phi-3": "phi_3"}
     if token_texts(folder) >= PHI3_TOKENS:
         return name
-    for trigger, harmless in looks_like.items():
-        while (at := name.lower().find(trigger)) >= 0:
-            name = name[:at] + harmless + name[at + len(trigger) :]
-    return name
+    return re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
 
 
 def _kind(entry: Entry, weights: Weights) -> Any:

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 Change = Callable[[Array], Array]
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-BLOCK = 1 << 20
+BLOCK = 1 << 18
 """Elements read at once, in whole rows."""
 EXPERT = re.compile(r"(?P<layer>.+\.)(?:mlp|block_sparse_moe)\.experts\.(?P<number>\d+)\.(?P<part>\w+)\.weight$")
 FUSED = re.compile(r"(?P<layer>.+\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from export.gguf import verify, write
 from export.gguf_tensors import interleave
@@ -157,8 +158,6 @@ def test_llama3_scaling_is_a_tensor_of_factors(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", hidden=64)
-    from safetensors.torch import save_file
-
     tensors = load_file(folder / "model.safetensors")
     file = folder / "model.safetensors"
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
@@ -169,3 +168,47 @@ def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     save_file({**tensors, "model.extra.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(SuiteError, match=r"'model\.extra\.weight' has no place"):
         write(folder, tmp_path / "m.gguf", "bf16", "tiny")
+
+
+def test_fused_experts_become_the_same_file(tmp_path: Path) -> None:
+    """Some checkpoints hold gate and up of all experts as one tensor, as transformers has them in memory."""
+    folder = tiny_model(tmp_path / "m", architecture="qwen3_moe", hidden=64, **SETTINGS["qwen3_moe"])
+    write(folder, tmp_path / "apart.gguf", "q8_0", "tiny")
+    apart = load_file(folder / "model.safetensors")
+    fused = {name: values for name, values in apart.items() if ".experts." not in name}
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([apart[f"{stem}.{i}.{part}_proj.weight"] for i in range(4)]) for part in ("gate", "up", "down")
+        )
+        fused[f"{stem}.gate_up_proj"] = torch.cat([gate, up], 1)
+        fused[f"{stem}.down_proj"] = down.contiguous()
+    save_file(fused, folder / "model.safetensors")
+    write(folder, tmp_path / "fused.gguf", "q8_0", "tiny")
+
+    def tensors(name: str) -> dict[str, bytes]:
+        return {t.name: t.data.tobytes() for t in gguf.GGUFReader(tmp_path / name).tensors}
+
+    assert tensors("fused.gguf") == tensors("apart.gguf")
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", architecture="qwen3_moe", hidden=64, **SETTINGS["qwen3_moe"])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SuiteError, match=r"layers\.1\.mlp\.experts\.up_proj.*: expert 2 is missing"):
+        write(folder, tmp_path / "m.gguf", "f16", "tiny")
+
+
+def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(1 << 16, 64)
+    save_file(tensors, folder / "model.safetensors")
+    write(folder, tmp_path / "warm.gguf", "q8_0", "tiny")
+    tracemalloc.start()
+    write(folder, tmp_path / "m.gguf", "q8_0", "tiny")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < tensors["model.embed_tokens.weight"].nbytes / 2
