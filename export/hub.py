@@ -95,7 +95,9 @@ def compare(package: Path, files: Mapping[str, str], there: Mapping[str, RemoteF
     What others put there and the package lacks stays. What an earlier push brought and the package lacks goes: shards
     or quantized files of an older version beside the new ones would make readers load a mixture.
     """
-    differing = [name for name, digest in files.items() if name in there and not _same(package / name, digest, there)]
+    differing = [
+        name for name, digest in files.items() if name in there and not _same(package / name, digest, there[name])
+    ]
     return Changes(
         send=sorted([*differing, *(name for name in files if name not in there)]),
         remove=sorted(name for name, file in there.items() if file.ours and name not in files),
@@ -103,9 +105,8 @@ def compare(package: Path, files: Mapping[str, str], there: Mapping[str, RemoteF
     )
 
 
-def _same(file: Path, digest: str, there: Mapping[str, RemoteFile]) -> bool:
-    found = there[file.name].digest
-    return found == (digest if len(found) == len(digest) else git_hash(file))
+def _same(file: Path, digest: str, there: RemoteFile) -> bool:
+    return there.digest == (digest if len(there.digest) == len(digest) else git_hash(file))
 
 
 def git_hash(file: Path) -> str:

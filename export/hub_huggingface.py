@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id  # type: ignore[attr-defined]
 
 from export.hub import TITLE, Changes, Remote, RemoteFile, Temporary
 from suite.errors import SuiteError
@@ -72,7 +72,8 @@ class HuggingFace:
                 self.api.create_branch(self.repository, branch=self.branch, exist_ok=True)
 
     def send(self, folder: Path, changes: Changes, there: Remote, title: str) -> None:
-        """Send and remove; the card is checked by the hub first."""
+        """Send and remove; the card is checked by the hub first. How far it is stands in the log, twice a minute."""
+        logging.set_verbosity_info()
         with explained(self.repository):
             self.api.upload_folder(
                 repo_id=self.repository,

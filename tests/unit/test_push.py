@@ -91,6 +91,12 @@ def test_metadata_that_the_hub_would_refuse_is_named(given: dict[str, Any], wher
     assert message in str(error.value)
 
 
+def test_a_push_that_cannot_begin_is_said_with_its_setting() -> None:
+    with pytest.raises(SuiteError, match="HF_HUB_OFFLINE is set") as error:
+        Export(model="m", push="hf:org/name").check({})
+    assert error.value.where == "push"
+
+
 BASE = Step("base", "model", "base-digest")
 TRAIN = Step("tuned", "adapter", "adapter-1", kind="train")
 OTHER = Step("other", "adapter", "adapter-2", kind="train")
