@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from export import calibration, layers
 from export.folder import read_config, read_json, weight_bytes
+from export.limits import Limits
 from export.merge import parse_size
-from export.recipe import METHODS, Recipe
+from export.recipe import METHODS, Blocks, Recipe
 from suite import data, quantized
 from suite.config import ArtifactType, Config, DatasetRef, ModelRef
 from suite.errors import SuiteError
@@ -23,6 +24,7 @@ PACKED = 32
 """Quantized columns are packed into 32-bit words, so a layer's outputs must be a multiple of this."""
 MAX_KL = {8: 0.05, 4: 0.5, 3: 1.0, 2: 3.0}
 """The KL (nats a token) at which a model of so many bits is broken rather than rounded."""
+CURE = "more bits, a smaller group_size, keep = { ... = 16 } for some layers, or max_kl if this is good enough"
 
 
 class Search(Config):
@@ -51,7 +53,7 @@ class Quantize(Stage):
     `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or fp4, or 8 as int8. `w4a16`, `w8a8` (int8
     activations too) and `fp8` are compressed-tensors, made by llm-compressor in an environment of its own: `suite env
     install llmcompressor`. `keep` gives chosen layers more bits, `search` chooses for itself. Transformers reads all
-    of them, vLLM all but bnb.
+    of them; vLLM no bnb, and of gptq 4 and 8 bits that are symmetric and not `desc_act`.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel", "bitsandbytes")
@@ -67,9 +69,9 @@ class Quantize(Stage):
     group_size: Literal[-1, 32, 64, 128] = 128
     """Weights that share one scale (gptq, awq, w4a16); smaller is more exact and larger on disk; -1: a whole row."""
     desc_act: bool = False
-    """gptq: round the columns with the largest activations first; more exact, slower to serve."""
+    """gptq: round the columns with the largest activations first; more exact, slower, and refused by vLLM."""
     sym: bool = True
-    """gptq: scales symmetric about zero, which more engines read."""
+    """gptq: scales symmetric about zero; vLLM reads no others."""
     format: Literal["nf4", "fp4"] = "nf4"
     """bnb with 4 bits: values spaced as a normal distribution has them, or as 4-bit floats."""
     double_quant: bool = False
@@ -178,48 +180,53 @@ class Quantize(Stage):
         """Quantize, then measure the result against its parent, on conversations that calibration has not seen too."""
         from export import parity
 
-        source = job.input("model")
+        source = job.input("model").path
+        linear = layers.linear_layers(source)
+        drawn = self._draw(job, max(inputs for _, inputs in linear.values()))
         metrics: dict[str, Any] = {}
-        blocks: list[list[int]] = []
-        held_out: list[list[dict[str, Any]]] = []
-        linear = layers.linear_layers(source.path)
-        if files := job.inputs.get("calibration", []):
-            drawn = calibration.draw(
-                source.path,
-                [file.path for file in files],
-                self.fill,
-                samples=self.samples,
-                length=self.length,
-                seed=self.seed,
-                widest=max(inputs for _, inputs in linear.values()) if METHODS[self.method].calibrated else 0,
-                trained_on=calibration.training_data(source),
-            )
-            for warning in drawn.warnings:
-                job.warn(warning)
-            blocks, held_out = drawn.blocks, drawn.held_out
-            metrics["calibration"] = calibration.account(drawn, files, self.length, self.seed)
-        probes = parity.probes(source.path, held_out)
+        if drawn:
+            metrics["calibration"] = calibration.account(drawn, job.inputs["calibration"], self.length, self.seed)
+        blocks = drawn.blocks if drawn else []
+        probes = parity.probes(source, drawn.held_out if drawn else ())
 
         def measure(folder: Path) -> dict[str, Any]:
             return parity.measure(
-                lambda: parity.load(source.path),
+                lambda: parity.load(source),
                 lambda: parity.load(folder, dtype="auto"),  # as it will be served
                 probes,
                 job.progress,
             )
 
         if self.search:
-            made = self._search(job, source.path, blocks, measure)
+            metrics |= self._search(job, source, blocks, measure)
         else:
             recipe = replace(self._recipe(linear), python=job.python)
-            for name in layers.torn(linear, dict.fromkeys(linear, self.bits) | dict(recipe.widths)):
-                job.warn(f"the parts of {name} have different widths: engines that fuse them will not load this model")
-                break
-            recipe.make(source.path, job.out, blocks, job.progress)
-            made = {"parity": measure(job.out)}
-            _hold(made["parity"], self.max_kl or MAX_KL[self.bits])
-        sizes = {"bytes": weight_bytes(job.out), "parent_bytes": weight_bytes(source.path)}
-        return {**metrics, **sizes, **made}
+            if parts := layers.torn(linear, dict.fromkeys(linear, self.bits) | dict(recipe.widths)):
+                job.warn(f"parts of {parts[0]} have different widths: engines that fuse them will not load this model")
+            recipe.make(source, job.out, blocks, job.progress)
+            metrics["parity"] = measure(job.out)
+            parity.require(metrics["parity"], Limits(kl=self.max_kl or MAX_KL[self.bits], cure=CURE))
+        return {**metrics, "bytes": weight_bytes(job.out), "parent_bytes": weight_bytes(source)}
+
+    def _draw(self, job: Job, widest: int) -> calibration.Drawn | None:
+        """The calibration samples, if there are any; says what may be wrong with them."""
+        files = job.inputs.get("calibration", [])
+        if not files:
+            return None
+        model = job.input("model")
+        drawn = calibration.draw(
+            model.path,
+            [file.path for file in files],
+            self.fill,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            widest=widest if METHODS[self.method].calibrated else 0,
+            trained_on=calibration.training_data(model),
+        )
+        for warning in drawn.warnings:
+            job.warn(warning)
+        return drawn
 
     def _recipe(self, linear: Mapping[str, layers.Shape]) -> Recipe:
         """These settings, with the layers that `keep` means."""
@@ -234,7 +241,9 @@ class Quantize(Stage):
             widths=layers.kept(linear, self.keep),
         )
 
-    def _search(self, job: Job, source: Path, blocks: list[list[int]], measure: Any) -> dict[str, Any]:
+    def _search(
+        self, job: Job, source: Path, blocks: Blocks, measure: Callable[[Path], dict[str, Any]]
+    ) -> dict[str, Any]:
         from export import search
 
         assert self.search is not None
@@ -245,16 +254,7 @@ class Quantize(Stage):
         for file in best.folder.iterdir():
             shutil.move(file, job.out / file.name)
         (job.out / "search.md").write_text(search.table(account), "utf-8")
-        return {"parity": best.parity, "search": account, "method": best.recipe.method}
-
-
-def _hold(parity: Mapping[str, Any], limit: float) -> None:
-    if not parity["kl"] <= limit:  # also where it is no number
-        worst = f"worst on '{parity['worst_probe']}': {parity['worst_kl']:.2g}"
-        raise SuiteError(
-            f"KL to the parent is {parity['kl']:.2g} nats a token, above max_kl = {limit:g}; {worst}",
-            hint="more bits, a smaller group_size, or keep = { ... = 16 } for some layers",
-        )
+        return {"parity": best.parity, "search": account}
 
 
 def _check_template(folder: Path) -> None:

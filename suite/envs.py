@@ -160,12 +160,15 @@ class Environment:
         return (*first, Step(self.requirements, (*WHEELS, "--no-deps")))
 
     @cached_property
-    def identity(self) -> str:
-        """What stands for its libraries in a cache key."""
+    def libraries(self) -> dict[str, str]:
+        """What decides the results of stages that run in it: a digest of all versions, and the one that names it."""
         if self.interpreter:
-            versions = json.dumps(sorted(probe(self.interpreter)["versions"].items()))
-            return hashlib.sha256(versions.encode()).hexdigest()[:16]
-        return self.digest
+            versions = probe(self.interpreter)["versions"]
+            digest = hashlib.sha256(json.dumps(sorted(versions.items())).encode()).hexdigest()[:16]
+        else:
+            versions = dict(r.split("==", 1) for r in self.requirements if "==" in r)
+            digest = self.digest
+        return {f"env.{self.name}": digest, **{name: v for name, v in versions.items() if name == self.name}}
 
     @property
     def cost(self) -> str:
@@ -334,8 +337,8 @@ def pins(lock: Path) -> tuple[str, ...]:
 
 
 def device() -> str:
-    """`cuda` where NVIDIA's driver is loaded, else `cpu`; torch-free."""
-    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+    """`cuda` where NVIDIA's driver is there, else `cpu`; torch-free."""
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") else "cpu"
 
 
 def probe(python: Path, imports: tuple[str, ...] = ()) -> dict[str, Any]:

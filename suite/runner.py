@@ -58,7 +58,7 @@ class View(Protocol):
 
 
 def libraries(node: Node) -> dict[str, str]:
-    """Installed versions of the distributions that decide a stage's result, and what stands for its environment's."""
+    """Installed versions of the distributions that decide a stage's result, and those of its environment."""
     found = {}
     for name in node.stage.libraries:
         try:
@@ -67,7 +67,7 @@ def libraries(node: Node) -> dict[str, str]:
             hint = "run 'suite doctor' to see what is missing"
             raise SuiteError(f"{node.name}: the library {name} is not installed", hint=hint) from None
     if node.environment:
-        found[f"env.{node.environment.name}"] = node.environment.identity
+        found |= node.environment.libraries
     return found
 
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from suite import store
+from suite import envs, store
 from suite.commands.flags import Parser
 from suite.errors import SuiteError
 
@@ -32,6 +32,8 @@ PARTS = {
     "serve --backend torch": (*ENGINE, "fastapi", "uvicorn"),
     "eval": ("aiohttp", "rouge-score", "rouge-chinese", "sacrebleu"),
 }
+# environments of their own, and what they are for
+APART = {"llmcompressor": "quantize w4a16, w8a8, fp8", "vllm": "environment vllm"}
 LEAST_MEMORY_GB = 4
 LEAST_DISK_GB = 5
 
@@ -50,7 +52,7 @@ def command(verb: str, arguments: list[str]) -> int:
     parser = Parser(f"suite {verb}", "Check this machine: python, devices, memory, disk, libraries, backends.")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     given = parser.read(arguments)
-    findings = [*machine(), *devices(), *parts(), *backends()]
+    findings = [*machine(), *devices(), *parts(), *environments(), *backends()]
     if given.json:
         for finding in findings:
             print(json.dumps(asdict(finding)))
@@ -117,13 +119,19 @@ def _version(name: str) -> str | None:
         return None
 
 
+def environments() -> Iterator[Finding]:
+    """What lives apart from the suite, because its pins exclude ours."""
+    for name, purpose in APART.items():
+        environment = envs.get(name)
+        detail = f"{environment.python}" if environment.installed else f"suite env install {name}  ({environment.cost})"
+        yield Finding(purpose, "ok" if environment.installed else "not yet", detail)
+
+
 def backends() -> Iterator[Finding]:
-    """Engines and tools outside this environment."""
-    for name, pin in (("vllm", "vllm==0.33.0"), ("lmdeploy", "lmdeploy==0.18.0")):
-        how = (
-            f"not started by the suite yet: pip install {pin} in an environment of its own serves an exported hf folder"
-        )
-        yield Finding(f"serve --backend {name}", "not yet", how)
+    """Engines and tools that the suite does not start itself."""
+    how = "not started by the suite yet: where {} is installed, its own command serves an exported hf folder"
+    yield Finding("serve --backend vllm", "not yet", how.format("the environment vllm"))
+    yield Finding("serve --backend lmdeploy", "not yet", how.format("lmdeploy==0.18.0"))
     ollama = shutil.which("ollama")
     detail = str(Path(ollama)) if ollama else "not found: packages are made without it; get it to run them"
     yield Finding("ollama", "ok" if ollama else "warning", detail)
