@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from export import calibration, layers
+from export.calibration import Drawn
 from export.folder import read_config, read_json, weight_bytes
 from export.limits import Limits
 from export.merge import parse_size
@@ -187,13 +188,12 @@ class Quantize(Stage):
         if drawn:
             metrics["calibration"] = calibration.account(drawn, job.inputs["calibration"], self.length, self.seed)
         blocks = drawn.blocks if drawn else []
-        probes = parity.probes(source, drawn.held_out if drawn else ())
 
         def measure(folder: Path) -> dict[str, Any]:
             return parity.measure(
                 lambda: parity.load(source),
                 lambda: parity.load(folder, dtype="auto"),  # as it will be served
-                probes,
+                parity.probes(folder, drawn.held_out if drawn else (), parent=source),
                 job.progress,
             )
 
@@ -208,7 +208,7 @@ class Quantize(Stage):
             parity.require(metrics["parity"], Limits(kl=self.max_kl or MAX_KL[self.bits], cure=CURE))
         return {**metrics, "bytes": weight_bytes(job.out), "parent_bytes": weight_bytes(source)}
 
-    def _draw(self, job: Job, widest: int) -> calibration.Drawn | None:
+    def _draw(self, job: Job, widest: int) -> Drawn | None:
         """The calibration samples, if there are any; says what may be wrong with them."""
         files = job.inputs.get("calibration", [])
         if not files:

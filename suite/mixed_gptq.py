@@ -31,7 +31,7 @@ class MixedGptqConfig(GPTQConfig):  # type: ignore[misc]
         for rule, changed in self.dynamic.items():
             sign, pattern = (rule[:2], rule[2:]) if rule[:2] in ("+:", "-:") else ("+:", rule)
             if re.match(pattern, module):
-                return 0 if sign == "-:" else int(changed.get("bits", self.bits))
+                return 0 if sign == "-:" else int(changed.get("bits") or self.bits)
         return int(self.bits)
 
 

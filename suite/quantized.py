@@ -1,8 +1,8 @@
 """Quantized checkpoints of today and of the archived tools: what they say about themselves, and how they are loaded.
 
-    today            config.json has `quantization_config`
-    AutoGPTQ         quantize_config.json beside it; weights may be named gptq_model-4bit-128g.safetensors
-    AutoAWQ          quant_config.json beside it, with w_bit and q_group_size
+    today       config.json has `quantization_config`
+    AutoGPTQ    quantize_config.json beside it, before 0.5 only there; weights in gptq_model-4bit-128g.safetensors
+    AutoAWQ     before 0.2 in quant_config.json only, with w_bit and q_group_size
 
 The bytes of the weights are the same in all of them, so nothing is converted: the settings are.
 """
@@ -45,7 +45,8 @@ def settings(folder: Path) -> dict[str, Any] | None:
 def load(folder: Path, **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(folder, **options)`, for every layout, and for layers of different bits.
 
-    `options` must not hold `config`. Only files of the folder are read.
+    Only files of the folder are read. Raises SuiteError where a quantized checkpoint lacks tensors that its settings
+    promise: transformers would make them up.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,7 +60,16 @@ def load(folder: Path, **options: Any) -> Any:
         named = sorted(folder.glob("*.safetensors"))
         if len(named) == 1 and named[0].name != "model.safetensors":
             config.transformers_weights = named[0].name
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **options)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, local_files_only=True, output_loading_info=True, **options
+    )
+    if given and (missing := sorted(loaded["missing_keys"])):
+        raise SuiteError(
+            f"its settings do not describe its weights: {missing[0]} is missing, and {len(missing) - 1} more",
+            where=str(folder),
+            hint="look into quantization_config: quant_method, version, the layers that are not quantized",
+        )
+    return model
 
 
 def _read(file: Path) -> dict[str, Any]:
