@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 
-from export.fit import Combination
-from export.lora import Change, read_rows
+from export.adapter import Adapter, Patch
+from export.fit import EMBEDDINGS, Combination
+from export.folder import write_json
+from export.lora import Change, load, read_rows
 from export.tensors import Tensor
 from export.writer import Source
 
@@ -99,6 +103,37 @@ def keep(how: Combination, adapter: int, name: str, first: int, count: int) -> n
     drawn = generator.random_raw(-(-(skipped + count) // 2)).view(np.uint32)[skipped : skipped + count]
     kept: npt.NDArray[np.bool_] = drawn < how.density * 2.0**32
     return kept
+
+
+def as_one(adapters: Sequence[Adapter], how: Combination, folder: Path, source: Source) -> Path | None:
+    """Write the weighted sum of LoRA adapters as one adapter: their factors side by side; None for what is more.
+
+    peft can be asked with it, which has no sum of adapters with weights of its own.
+    """
+    patches = [patch for adapter in adapters for patch in adapter.patches.values()]
+    plain = all(
+        p.lora and p == Patch(lora=p.lora) and not p.lora.magnitude and len(p.lora.a.shape) == 2 for p in patches
+    )
+    if how.method != "sum" or not plain or any(a.config.get("target_parameters") for a in adapters):
+        return None
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in sorted({name for adapter in adapters for name in adapter.loras}):
+        pairs = [(w, a.loras[name]) for w, a in zip(how.weights, adapters, strict=True) if name in a.loras]
+        module, embedding = name.removesuffix(".weight"), name.endswith(EMBEDDINGS)
+        part = "lora_embedding_{}" if embedding else "lora_{}.weight"
+        key = f"base_model.model.{module}.{part}"
+        tensors[key.format("A")] = torch.cat([load(lora.a, source) for _, lora in pairs])
+        tensors[key.format("B")] = torch.cat([load(lora.b, source) * (w * lora.scale) for w, lora in pairs], dim=1)
+        ranks[module] = len(tensors[key.format("A")])
+    config = {
+        **{key: adapters[0].config.get(key) for key in ("peft_type", "task_type", "fan_in_fan_out")},
+        **{"r": 1, "lora_alpha": 1, "target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", config)
+    return folder
 
 
 def _bits(block: Floats) -> npt.NDArray[np.uint32]:

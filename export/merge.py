@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from export.adapter import Adapter
 from export.fit import ALONE, Combination, Edit, Method, fit
 from export.folder import copy_beside, copy_tokenizer, read_config, write_json
+from export.limits import Limits
 from export.tensors import Tensor, is_pickled, read_checkpoint
 from export.writer import Block, Source, write_checkpoint
 from suite.config import AdapterRef, ArtifactType, Takes
@@ -24,6 +25,11 @@ INSTEAD = "merge into the model that it was quantized from, and quantize the res
 THREADS = 4
 """More than these wait for each other: the pages of a file are handed out one by one."""
 Progress = Callable[[float, float, str], None]
+LIMITS = {
+    dtype: Limits(kl=kl, cure="the merged weights are not those of base and adapter: please report this")
+    for dtype, kl in {"F32": 1e-6, "F16": 1e-3, "BF16": 2e-2}.items()
+}
+"""How far rounding a merged weight to its type may move the answers."""
 
 
 class Merge(Stage):
@@ -92,11 +98,36 @@ class Merge(Stage):
             if is_zero(edits, source):
                 job.warn("the adapter changes nothing: all its B matrices are zero")
         metrics = merge(base.path, adapters, job.out, parse_size(self.max_shard_size), job.progress, how)
-        if how.single:
-            metrics["parity"] = prove(base.path, adapters[0], job)
-        else:
-            job.say("not compared with a parent: base and adapters give this model only by the merge itself")
+        metrics["parity"] = self._prove(job, base.path, adapters, how, edits)
         return metrics
+
+    def _prove(
+        self, job: Job, base: Path, adapters: Sequence[Path], how: Combination, edits: Sequence[Edit]
+    ) -> dict[str, Any]:
+        """Compare the merged model with base plus adapter, and require that it differs by rounding only."""
+        from export import combine, parity
+
+        with Source() as source:
+            together = [Adapter.read(a) for a in adapters]
+            adapter = adapters[0] if how.single else combine.as_one(together, how, job.scratch / "adapter", source)
+        if adapter is None:
+            job.say("not compared: there is no other way to ask the base with these adapters together")
+            return {}
+        rows = {e.target.name: e.target.shape[0] for e in edits}
+        tokens = next(
+            (rows[n] for n, t in read_checkpoint(base).items() if rows.get(n, t.shape[0]) != t.shape[0]), None
+        )
+        result = parity.measure(
+            lambda: parity.load(base, adapter) if tokens is None else resized(base, adapter, tokens),
+            lambda: parity.load(job.out),
+            parity.probes(job.out),
+            job.progress,
+        )
+        changed = {e.target.dtype for e in edits if e.changed}
+        parity.require(
+            result, max((LIMITS[d] for d in changed if d in LIMITS), key=lambda limits: limits.kl, default=Limits())
+        )
+        return result
 
     def _how(self, adapters: int) -> Combination:
         weights = tuple(self.weights) or (1.0,) * adapters
@@ -156,16 +187,15 @@ def merge(
     return {"tensors": len(edits), "changed": sum(e.changed for e in edits), "bytes": size}
 
 
-def prove(base: Path, adapter: Path, job: Job) -> dict[str, Any]:
-    """Compare the merged model in the job's folder with base plus adapter."""
+def resized(base: Path, adapter: Path, tokens: int) -> Any:
+    """Base and adapter in memory, for an adapter that brings new tokens."""
+    from peft import PeftModel
+
     from export import parity
 
-    return parity.measure(
-        lambda: parity.load(base, adapter),
-        lambda: parity.load(job.out),
-        parity.probes(job.out),
-        job.progress,
-    )
+    model = parity.load(base, streamed=False)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def parse_size(text: str) -> int:

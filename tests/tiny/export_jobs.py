@@ -12,11 +12,13 @@ TYPES: dict[str, ArtifactType] = {"adapter": "adapter", "calibration": "dataset"
 
 
 def run(
-    stage: Stage, out: Path, events: list[dict[str, Any]] | None = None, **inputs: Path | Artifact
+    stage: Stage, out: Path, events: list[dict[str, Any]] | None = None, **inputs: Path | Artifact | list[Artifact]
 ) -> dict[str, Any]:
     """Check and run `stage` into `out` on artifacts at the given paths; returns its metrics."""
     artifacts = {
-        field: [given if isinstance(given, Artifact) else Artifact(given, TYPES.get(field, "model"))]
+        field: given
+        if isinstance(given, list)
+        else [given if isinstance(given, Artifact) else Artifact(given, TYPES.get(field, "model"))]
         for field, given in inputs.items()
     }
     stage.check({field: list(found) for field, found in artifacts.items()})
