@@ -73,7 +73,7 @@ class HuggingFace:
 
     def send(self, folder: Path, changes: Changes, there: Remote, title: str) -> None:
         """Send and remove; the card is checked by the hub first. How far it is stands in the log, twice a minute."""
-        logging.set_verbosity_info()
+        logging.set_verbosity_info()  # type: ignore[no-untyped-call]
         with explained(self.repository):
             self.api.upload_folder(
                 repo_id=self.repository,

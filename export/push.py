@@ -22,7 +22,8 @@ from suite.config import ArtifactType, Takes
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
 
-ATTEMPTS = 4
+WAITS = (1, 2, 4)
+"""Seconds between attempts, on top of those that the hub's library makes for each request."""
 
 
 def _open(address: str) -> hub.Hub:
@@ -75,32 +76,43 @@ class Push(Stage):
         """Look, send what differs, look again, until nothing differs; returns what is where."""
         package = job.input("package")
         files = hub.listed(package.path)
-        at = _open(self.to)
+        title = f"{package.name} {package.record.get('key') or files[CHECKSUMS][:32]}"
+        at, waits = _open(self.to), iter(WAITS)
         sent: set[str] = set()
         removed: set[str] = set()
-        for attempt in range(ATTEMPTS):
+        done = None
+        while True:
             try:
                 there, new = self._look(at)
                 changes = hub.compare(package.path, files, there.files)
                 if not changes.send and not changes.remove:
                     return self._arrived(job, at, there, files, {"sent": len(sent), "removed": len(removed)})
-                if changes.foreign and not (self.overwrite or new):
+                if changes == done:
+                    names = ", ".join(changes.send + changes.remove)
                     raise SuiteError(
-                        f"{self.to} has files that no push of the suite put there: {', '.join(changes.foreign)}",
-                        hint="look at them; then push to another name or branch, or say overwrite = true",
+                        f"{self.to} took changes that it does not show: {names}", hint="see its .gitignore"
                     )
+                self._refuse_foreign([] if new else changes.foreign)
                 hub.verify(package.path, {name: files[name] for name in changes.send})
                 job.say(f"sending {len(changes.send)} files to {self.to}")
-                at.send(
-                    package.path, changes, there, f"{package.name} {package.record.get('key') or files[CHECKSUMS][:32]}"
-                )
+                at.send(package.path, changes, there, title)
+                done = changes
                 sent |= {*changes.send}
                 removed |= {*changes.remove}
             except hub.Temporary as error:
+                wait = next(waits, None)
+                if wait is None:
+                    hint = "nothing is lost, the same command continues"
+                    raise SuiteError(f"{self.to} cannot be pushed to: {error}", hint=hint) from None
                 job.say(f"{error}; trying again")
-                time.sleep(2**attempt)
-                reason = str(error)
-        raise SuiteError(f"{self.to} cannot be pushed to: {reason}", hint="nothing is lost, the same command continues")
+                time.sleep(wait)
+
+    def _refuse_foreign(self, foreign: list[str]) -> None:
+        if foreign and not self.overwrite:
+            raise SuiteError(
+                f"{self.to} has files that no push of the suite put there: {', '.join(foreign)}",
+                hint="look at them; then push to another name or branch, or say overwrite = true",
+            )
 
     def _look(self, at: hub.Hub) -> tuple[hub.Remote, bool]:
         """What is there, and whether it was made just now."""

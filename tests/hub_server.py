@@ -100,6 +100,7 @@ class Hub:
         self.parts: dict[str, dict[int, bytes]] = {}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
+        self.ignored: set[str] = set()
         self.url = ""
         self.lock = threading.Lock()
 
@@ -357,7 +358,7 @@ class Handler(BaseHTTPRequestHandler):
                     {
                         "path": f["path"],
                         "uploadMode": "lfs" if f["path"].endswith(LFS_SUFFIXES) else "regular",
-                        "shouldIgnore": False,
+                        "shouldIgnore": f["path"] in self.hub.ignored,
                         "oid": (e.lfs or e.oid) if (e := files.get(f["path"])) else None,
                     }
                     for f in asked

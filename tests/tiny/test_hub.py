@@ -25,6 +25,7 @@ from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
 from tests.hub_server import TOKEN, Hub
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's use of httpx
 ROOT = Path(__file__).parents[2]
 PART = 1000
 CARD = "---\nlicense: mit\n---\n\n# tiny\n"
@@ -185,6 +186,12 @@ def test_trouble_that_stays_ends_with_the_cure(hub: Hub, package: Path) -> None:
     hub.log.clear()
     push(package)
     assert not hub.sent("/part/")
+
+
+def test_a_file_that_the_hub_drops_is_missed(hub: Hub, package: Path) -> None:
+    hub.ignored.add("config.json")
+    with pytest.raises(SuiteError, match=r"took changes that it does not show: config\.json"):
+        push(package)
 
 
 def test_somebody_who_commits_meanwhile_is_not_run_over(hub: Hub, package: Path) -> None:
