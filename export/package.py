@@ -43,6 +43,7 @@ class Export(Stage):
     own. The model card names base, data, settings, scores, keys and versions.
     """
 
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("transformers", "huggingface_hub", "gguf")
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers")
 
