@@ -154,32 +154,31 @@ def _exp(value: float) -> float:
     return torch.tensor(value, dtype=torch.float64).exp().item()
 
 
-def probes(folder: Path, rows: Sequence[Sequence[Message]] = (), child: Path | None = None) -> list[Probe]:
+def probes(folder: Path, rows: Sequence[Sequence[Message]] = (), parent: Path | None = None) -> list[Probe]:
     """The fixed probes and `rows` (conversations of the user's own), with the tokenizer of the model in `folder`.
 
     Dialogues are rendered by the model's own chat template; a model without one, or whose template refuses a system
-    text, is asked what it can be asked. With the folder of `child`, each says whether the child's tokenizer and
-    template make the same ids of it.
+    text, is asked what it can be asked. With the folder of its `parent`, the parent's ids are asked, and each probe
+    says whether the tokenizer and template in `folder` make the same of it.
     """
-    found = _probes(folder, rows)
-    if child:
-        pairs = zip(found, _probes(child, rows), strict=True)
-        found = [replace(probe, same=probe.ids == other.ids) for probe, other in pairs]
+    stops, found = frozenset(eos_ids(folder)), []
+    own = _tokenized(folder, rows)
+    for (name, asks, theirs), (*_, ids) in zip(_tokenized(parent, rows) if parent else own, own, strict=True):
+        same = theirs == ids if parent and theirs else None
+        found.append(Probe(name, theirs or ids, asks, stops, same=same))
     return [probe for probe in found if len(probe.ids) > 1]
 
 
-def _probes(folder: Path, rows: Sequence[Sequence[Message]]) -> list[Probe]:
-    """All of them, in order; without ids what this model cannot be asked."""
+def _tokenized(folder: Path, rows: Sequence[Sequence[Message]]) -> list[tuple[str, bool, list[int]]]:
+    """All of them in order: name, whether it asks, and ids; none where this template refuses it."""
     tokenizer = load_tokenizer(folder)
-    stops = frozenset(eos_ids(folder))
     chat = Chat(tokenizer) if tokenizer.chat_template else None
-    found = [Probe(text, tokenizer(text)["input_ids"]) for text in TEXTS]
+    found = [(text, False, list(tokenizer(text)["input_ids"])) for text in TEXTS]
     for messages in dialogues():
         asked = [m for m in messages if m["role"] != "system"]
-        ids = _ids(chat, messages, True) or _ids(chat, asked, True)
-        found.append(Probe(asked[-1]["content"], ids, True, stops))
-    found += [Probe(str(row[0]["content"])[:NAME], _ids(chat, list(row), False)) for row in rows]
-    return [replace(probe, ids=list(probe.ids[:LONGEST])) for probe in found]
+        found.append((asked[-1]["content"], True, _ids(chat, messages, True) or _ids(chat, asked, True)))
+    found += [(str(row[0]["content"])[:NAME], False, _ids(chat, list(row), False)) for row in rows]
+    return [(name, asks, ids[:LONGEST]) for name, asks, ids in found]
 
 
 def _ids(chat: Chat | None, messages: list[Message], generate: bool) -> list[int]:

@@ -188,14 +188,14 @@ def test_a_changed_template_or_tokenizer_is_named(tmp_path: Path) -> None:
     )
     other = tiny_model(tmp_path / "other", hidden=64, vocab=300)
     for child, probe in ((trims, r"\\tAgain"), (other, "The old lighthouse")):
-        found = parity.probes(parent, child=child)
+        found = parity.probes(child, parent=parent)
         measured = parity.measure(
             lambda: Table(table(0)), lambda: Table(table(0)), [replace(p, ids=[1, 2]) for p in found]
         )
         assert measured["prompts"] < 1
         with pytest.raises(SuiteError, match=f"other tokens than its parent: '{probe}"):
             parity.require(measured, Limits())
-    assert all(probe.same for probe in parity.probes(parent, child=parent))
+    assert all(probe.same for probe in parity.probes(parent, parent=parent))
 
 
 @pytest.mark.parametrize(
