@@ -52,7 +52,7 @@ def verify(
     base: Path,
     file: Path,
     base_file: Path,
-    weights: str,
+    weights: llamacpp.Weights,
     progress: Progress = lambda *_: None,
     warn: llamacpp.Say = lambda _: None,
 ) -> dict[str, Any]:

@@ -18,11 +18,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from export import gguf
 from export.gguf_texts import texts
 from export.gguf_tokenizer import adds_space_once
 from export.limits import Limits
@@ -31,6 +32,8 @@ from suite.errors import SuiteError
 Progress = Callable[[float, float, str], None]
 Say = Callable[[str], None]
 Quant = Literal["q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"]
+
+Weights = Literal[gguf.Weights, Quant]
 
 QUANTS: tuple[str, ...] = get_args(Quant)
 HINT = 'pip install "suite[llamacpp]"'
@@ -63,10 +66,11 @@ def installed() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def require(what: str) -> None:
-    """Raise SuiteError, with how to install it, when llama.cpp is not there to do `what`."""
-    if not installed():
-        raise SuiteError(f"{what} needs llama.cpp, which is not installed", hint=HINT)
+def check(folder: Path, weights: Weights) -> None:
+    """Raise SuiteError for a model that has no GGUF of this type, or none without llama.cpp; torch-free."""
+    gguf.check(folder)
+    if weights in QUANTS and not installed():
+        raise SuiteError(f"a GGUF of type {weights} needs llama.cpp, which is not installed", hint=HINT)
 
 
 class LlamaCpp:
@@ -109,16 +113,46 @@ class LlamaCpp:
         return self._process.ask(request)
 
 
+def write(
+    folder: Path,
+    out: Path,
+    weights: Weights,
+    name: str,
+    scratch: Path,
+    progress: Progress = lambda *_: None,
+    warn: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Write the model in `folder` to the GGUF file `out` as any type, and prove it: read back, and run by llama.cpp.
+
+    Types that llama.cpp makes are made from one that holds the weights as they are, which lies in `scratch` meanwhile.
+    Returns what was found; raises SuiteError as `export.gguf.write`, `quantize` and `verify` do.
+    """
+    check(folder, weights)
+    found: dict[str, Any] = {}
+    if weights in QUANTS:
+        source = scratch / "lossless.gguf"
+        gguf.write(folder, source, gguf.lossless(folder), name, progress)
+        found["weights"] = gguf.verify(folder, source)
+        found |= quantize(source, out, cast(Quant, weights), progress)
+        source.unlink()
+        if other := sorted(set(found["fell_back"].values())):
+            count = len(found["fell_back"])
+            warn(f"{count} tensors became {', '.join(other)}: {weights} is for rows that are a multiple of {K_BLOCK}")
+    else:
+        gguf.write(folder, out, cast(gguf.Weights, weights), name, progress)
+        found["weights"] = gguf.verify(folder, out)
+    return {"bytes": out.stat().st_size, **found, "llamacpp": verify(folder, out, weights, progress, warn)}
+
+
 def quantize(source: Path, out: Path, quant: Quant, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Write the GGUF file `source` (f32, f16 or bf16) to `out` as `quant`.
 
     Returns how many tensors have which type, and which fell back to another one than `quant` asks for, because their
     rows are no multiple of 256. Raises SuiteError when llama.cpp cannot.
     """
-    import gguf
+    import gguf as reading
 
-    require(f"a GGUF of type {quant}")
-    number = int(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])
+    number = int(reading.LlamaFileType[f"MOSTLY_{quant.upper()}"])
     process = _Process(str(source))
     try:
         request = {"do": "quantize", "source": str(source), "out": str(out), "file_type": number}
@@ -127,7 +161,7 @@ def quantize(source: Path, out: Path, quant: Quant, progress: Progress = lambda 
         process.close()
     types: dict[str, int] = {}
     fell_back = {}
-    for tensor in gguf.GGUFReader(out).tensors:
+    for tensor in reading.GGUFReader(out).tensors:
         name = tensor.tensor_type.name
         types[name] = types.get(name, 0) + 1
         if name != "F32" and "_k" in quant and int(tensor.shape[0]) % K_BLOCK:
@@ -138,7 +172,7 @@ def quantize(source: Path, out: Path, quant: Quant, progress: Progress = lambda 
 def verify(
     folder: Path,
     file: Path,
-    weights: str,
+    weights: Weights,
     progress: Progress = lambda *_: None,
     warn: Say = lambda _: None,
     adapters: tuple[Path, Path] | None = None,
@@ -149,11 +183,11 @@ def verify(
     tokenized and the measured parity; {} with a warning where llama.cpp is not installed. Raises SuiteError for a text
     that becomes other tokens, and for answers beyond the limits of the type.
     """
-    from export import parity
-
     if not installed():
         warn(NOT_RUN)
         return {}
+    from export import parity
+
     source, adapter = adapters or (None, None)
     with LlamaCpp(file, adapter) as model:
         proved: dict[str, Any] = {"texts": same_tokens(folder, model, warn)}

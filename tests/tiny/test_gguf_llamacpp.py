@@ -142,10 +142,16 @@ def test_quantized_types_stay_within_their_limits(nano: Path, tmp_path: Path) ->
 
 def test_rows_that_are_no_multiple_of_256_fall_back_and_it_says_which(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "m", hidden=64)
-    gguf.write(folder, tmp_path / "m.gguf", "f16", "tiny")
-    made = llamacpp.quantize(tmp_path / "m.gguf", tmp_path / "q.gguf", "q4_k_m")
-    assert made["fell_back"]["blk.0.attn_k.weight"] == "Q5_0"
+    (tmp_path / "scratch").mkdir()
+    warned: list[str] = []
+    out = tmp_path / "q.gguf"
+    made = llamacpp.write(folder, out, "q6_k", "tiny", tmp_path / "scratch", warn=warned.append)
+    assert made["fell_back"]["blk.0.attn_k.weight"] == "Q8_0"
     assert "blk.0.attn_norm.weight" not in made["fell_back"]
+    assert warned == ["15 tensors became Q8_0: q6_k is for rows that are a multiple of 256"]
+    assert made["bytes"] == out.stat().st_size
+    assert made["llamacpp"]["parity"]["kl"] < 0.02
+    assert not any((tmp_path / "scratch").iterdir())
 
 
 @pytest.mark.parametrize("name", PRE_TOKENIZERS)

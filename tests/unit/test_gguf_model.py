@@ -103,6 +103,13 @@ def test_a_pre_tokenizer_is_known_by_all_its_parts(parts: list[dict[str, Any]], 
 
 def test_without_llama_cpp_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(llamacpp, "installed", lambda: False)
+    read(tmp_path)
+    tokenizer = {"model": {"type": "BPE", "vocab": {}}, "pre_tokenizer": {**BYTE_LEVEL, "use_regex": True}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    llamacpp.check(tmp_path, "q8_0")
     with pytest.raises(SuiteError, match=r"a GGUF of type q4_k_m needs llama\.cpp") as caught:
-        llamacpp.quantize(tmp_path / "a", tmp_path / "b", "q4_k_m")
+        llamacpp.check(tmp_path, "q4_k_m")
     assert caught.value.hint == 'pip install "suite[llamacpp]"'
+    warned: list[str] = []
+    assert llamacpp.verify(tmp_path, tmp_path / "m.gguf", "f16", warn=warned.append) == {}
+    assert warned == [llamacpp.NOT_RUN]
