@@ -20,6 +20,7 @@ from suite import gate as gates
 from suite.config import ArtifactType, Config, Names, Takes, Where, marker, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
+from suite.places import Flags, Lines, cell_places
 from suite.references import External, external
 from suite.stages import Artifact, Stage, kind
 
@@ -88,24 +89,6 @@ class Plan:
     nodes: dict[str, Node]
     serve: Serve | None = None
     serve_sources: Mapping[str, Source] | None = None
-
-
-@dataclass
-class Lines(Where):
-    """Places of key paths in one stage's table; settings that it inherits are found in `[defaults.<kind>]`."""
-
-    file: Path
-    lines: Mapping[toml.KeyPath, int]
-    tables: tuple[toml.KeyPath, ...]
-
-    def __call__(self, path: tuple[str | int, ...]) -> str:
-        own = self.tables[0]
-        inner = [(*table, *path[:n]) for n in range(len(path), 0, -1) for table in self.tables]
-        outer = [own[:n] for n in range(len(own), 0, -1)]
-        line = next((self.lines[key] for key in (*inner, *outer) if key in self.lines), None)
-        if line is None:
-            return str(self.file)
-        return f"{self.file}:{line}" if isinstance(line, int) else str(line)
 
 
 def read(path: Path, overrides: list[str] | None = None) -> Plan:
@@ -241,17 +224,6 @@ def _kind(name: str, where: str) -> type[Stage]:
         return kind(name)
     except SuiteError as error:
         raise SuiteError(error.message, where=where, hint=error.hint) from None
-
-
-def cell_places(where: Lines, table: Mapping[str, Any]) -> Where:
-    """Places for a stage's settings, of which some are axes of its matrix."""
-    axes = table.get("matrix", {})
-
-    class Cells(Where):
-        def __call__(self, path: tuple[str | int, ...]) -> str:
-            return where(("matrix", *path) if path and path[0] in axes else path)
-
-    return Cells()
 
 
 def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
@@ -422,10 +394,3 @@ def on_command_line(reference: str, takes: Takes, folder: Path) -> External | Su
     if isinstance(found, SuiteError):
         return SuiteError(found.message.replace(str(path), reference), hint=found.hint)
     return External(reference, found.artifact)
-
-
-class Flags(Lines):
-    """Places of settings that came from the command line: their flags."""
-
-    def __call__(self, path: tuple[str | int, ...]) -> str:
-        return "--" + ".".join(str(p) for p in path if isinstance(p, str)).replace("_", "-") if path else ""

@@ -10,7 +10,7 @@ from suite.commands.flags import Parser, add_settings, values_of
 from suite.commands.pipelines import execute
 from suite.config import parse
 from suite.errors import SuiteError
-from suite.pipeline import Flags
+from suite.places import Flags
 from suite.runs import link
 from suite.stages import RECORD, Artifact, kind
 from suite.store import disk_error
