@@ -359,15 +359,16 @@ def _normal(name: str) -> str:
 
 CURES: Mapping[str, str] = {
     "No space left on device": "free some space, or set SUITE_HOME to a larger disk",
+    "Temporary failure in name resolution": "no network: pip could not reach its index",
+    "Failed to establish a new connection": "no network: pip could not reach its index",
+    "ensurepip is not available": "this Python cannot make virtual environments: install its venv package",
+    "ResolutionImpossible": "these requirements exclude each other",
     "No matching distribution": "the index that pip uses has no such release for this Python and machine",
-    "resolution": "no network: pip could not reach its index",
-    "Connection": "no network: pip could not reach its index",
 }
+"""What pip says, the causes before what follows from them, and what to do about it."""
 
 
 def _install_error(name: str, log: Path) -> SuiteError:
     said = log.read_text("utf-8", "replace")
-    # what pip cannot reach ends as a missing distribution too, so that comes last
-    causes = sorted((text for text in CURES if text in said), key=lambda text: text.startswith("No matching"))
-    cure = f"{CURES[causes[0]]}; " if causes else ""
+    cure = next((f"{cure}; " for text, cure in CURES.items() if text in said), "")
     return SuiteError(f"'{name}' could not be installed:\n{processes.tail(log)}", hint=f"{cure}all of it: {log}")

@@ -208,3 +208,28 @@ def test_listing_and_removing_what_is_not_there(capsys: pytest.CaptureFixture[st
     assert "vllm is not installed" in capsys.readouterr().out
     assert main(["env", "check", "vllm"]) == 2
     assert main(["env", "install"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("ERROR: Could not install packages: [Errno 28] No space left on device", "free some space"),
+        (
+            "WARNING: Retrying: Failed to establish a new connection: refused\nERROR: No matching distribution found for x",
+            "no network",
+        ),
+        ("ERROR: Cannot install a and b\nERROR: ResolutionImpossible: for help", "exclude each other"),
+        ("something else", "all of it"),
+    ],
+)
+def test_what_pip_says_gets_a_cure(tmp_path: Path, said: str, hint: str) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat <<END\n{said}\nEND\nexit 1\n")
+    python.chmod(0o755)
+    broken = Environment("x", tmp_path / "envs", ("a==1",))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SuiteError, match="'x' could not be installed") as failed:
+        patch.setattr(sys, "executable", str(python))
+        broken.install()
+    assert hint in failed.value.hint
+    assert said.splitlines()[-1] in failed.value.message
+    assert not broken.folder.exists()
