@@ -10,11 +10,12 @@ from __future__ import annotations
 import glob
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from modelscope_hub import HubApi, HubConfig, Visibility
 from modelscope_hub.errors import (
+    AlreadyExistsError,
     AuthenticationError,
     HubError,
     NotExistError,
@@ -22,7 +23,7 @@ from modelscope_hub.errors import (
     StorageError,
 )
 
-from export.hf import CHECKSUMS
+from export.hf import CHECKSUMS, sha256
 from export.hub import TITLE, Changes, Remote, RemoteFile, Temporary, listed
 from suite.errors import SuiteError
 
@@ -53,21 +54,20 @@ class ModelScope:
                 found = self.api.list_repo_files(self.repository, MODEL, revision=self.branch)
             except NotExistError:
                 return None
-            digests = {file.path: file.sha256 or "" for file in found if not file.is_dir}
-            ours = self._brought_by_us() if CHECKSUMS in digests else {}
+            with tempfile.TemporaryDirectory() as folder:
+                digests = {f.path: f.sha256 or sha256(self._download(f.path, folder)) for f in found if not f.is_dir}
+                ours = listed(self._download(CHECKSUMS, folder).parent) if CHECKSUMS in digests else {}
+            # a file that differs from the list of the last push was changed by others
             files = {path: RemoteFile(digest, ours.get(path) == digest) for path, digest in digests.items()}
             return Remote("", info.visibility != Visibility.PUBLIC, files)
 
-    def _brought_by_us(self) -> dict[str, str]:
-        """What the list of the last push says; a file that differs from it was changed by others."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.api.download_file(self.repository, MODEL, CHECKSUMS, revision=self.branch, local_dir=folder)
-            return listed(Path(folder))
+    def _download(self, path: str, folder: str) -> Path:
+        return self.api.download_file(self.repository, MODEL, path, revision=self.branch, local_dir=folder)
 
     def create(self, *, public: bool) -> None:
         """The library's own default would be public, and Apache-2.0."""
         visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
-        with explained(self.repository):
+        with explained(self.repository), suppress(AlreadyExistsError):  # it may be there without the branch
             self.api.create_repo(self.repository, MODEL, visibility=visibility, license="other")
 
     def send(self, folder: Path, changes: Changes, there: Remote, title: str) -> None:  # noqa: ARG002
