@@ -147,12 +147,12 @@ def test_a_disk_that_fills_up_is_reported_by_the_command(trained: tuple[Path, Pa
         pytest.skip("mounting a small file system is not permitted here")
     base, adapter = trained
     command = f"SUITE_HOME={small} {sys.executable} -m suite.cli merge --adapter {adapter} --base {base}"
-    script = inside.format(f"{command}; code=$?; echo "made: $(ls {small}/artifacts)"; exit $code")
+    script = inside.format(f"{command}; code=$?; echo made: $(ls {small}/artifacts); exit $code")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout.endswith("made: \n")
+    assert done.stdout.endswith("made:\n")
 
 
 def test_a_killed_merge_leaves_no_model_and_the_next_one_completes_it(
