@@ -6,10 +6,12 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from export.layers import IN_A_BLOCK, Shape
+from export.layers import IN_A_BLOCK, WHOLE, Shape
 
 SHALLOW = 8
 """Models of at most this many blocks have a group for each; deeper ones for each third of their depth."""
+TOGETHER: dict[str, tuple[tuple[int, ...], ...]] = {"gptq": ((2, 3, 4, 8),), "awq": ((4,),), "bnb": ((4,), (8,))}
+"""The widths that one checkpoint of a method can mix, with each other and with layers that are not quantized."""
 BNB_BLOCK = 64
 """Weights that share one scale in bitsandbytes' 4-bit form."""
 
@@ -33,6 +35,12 @@ class Mix:
 
     def __add__(self, option: Option) -> Mix:
         return Mix((*self.bits, option.bits), self.bytes + option.bytes, self.kl + option.kl)
+
+
+def families(methods: Sequence[str], bits: Collection[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """The kinds of checkpoints that `methods` can write of these widths: method, and what its layers may have."""
+    found = [(method, {*widths} & {*bits}) for method in methods for widths in TOGETHER[method]]
+    return [(method, (*sorted(widths), WHOLE)) for method, widths in found if widths]
 
 
 def front(groups: Sequence[Sequence[Option]]) -> list[Mix]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from export import calibration, layers
+from export import calibration, layers, mixes
 from export.calibration import Drawn
 from export.folder import read_config, read_json, weight_bytes
 from export.limits import Limits
@@ -37,6 +37,8 @@ class Search(Config):
     """Make the closest model whose weights take at most this, e.g. "2.5MB"."""
     methods: list[Literal["gptq", "awq", "bnb"]] = Field(["gptq", "awq", "bnb"], min_length=1)
     """The methods that may be chosen; each costs the making of one to three models."""
+    bits: list[Literal[2, 3, 4, 8]] = Field([4, 8], min_length=1)
+    """The widths that a group may get, beside 16: as it is. 2 and 3 make smaller models, and vLLM refuses them."""
 
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
@@ -44,6 +46,8 @@ class Search(Config):
             raise ValueError("give either max_kl or max_bytes")
         if self.max_bytes is not None:
             parse_size(self.max_bytes)
+        if not mixes.families(self.methods, self.bits):
+            raise ValueError(f"{' and '.join(self.methods)} have no layers of {' or '.join(map(str, self.bits))} bits")
         return self
 
 
@@ -250,7 +254,7 @@ class Quantize(Stage):
         size = self.search.max_bytes
         limit = search.Limit(kl=self.search.max_kl, bytes=parse_size(size) if size else None)
         looked = search.Search(source, job.scratch, self._recipe({}), limit, blocks, measure, job.progress)
-        best, account = looked.run(self.search.methods)
+        best, account = looked.run(self.search.methods, self.search.bits)
         for file in best.folder.iterdir():
             shutil.move(file, job.out / file.name)
         (job.out / "search.md").write_text(search.table(account), "utf-8")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,12 +37,6 @@ DESCRIBED = 512
 """Bytes that the header of a file takes for the parts of a quantized layer, about."""
 ATTEMPTS = 3
 """Models that are made of one family of widths, at most."""
-FAMILIES: dict[str, tuple[tuple[int, ...], ...]] = {
-    "gptq": ((2, 3, 4, 8, WHOLE),),
-    "awq": ((4, WHOLE),),
-    "bnb": ((4, WHOLE), (8, WHOLE)),
-}
-"""The widths that one checkpoint of a method can mix."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +97,12 @@ class Search:
     measure: Callable[[Path], dict[str, Any]]
     progress: Progress
 
-    def run(self, methods: Sequence[str]) -> tuple[Made, dict[str, Any]]:
-        """The best model within the limit, and the account of how it was found.
+    def run(self, methods: Sequence[str], bits: Collection[int]) -> tuple[Made, dict[str, Any]]:
+        """The best model within the limit that `methods` make of layers of `bits`, and how it was found.
 
         Raises SuiteError where none holds, with the closest that there is.
         """
-        families = [(method, widths) for method in methods for widths in FAMILIES[method]]
+        families = mixes.families(methods, bits)
         rounded_to = sorted({bits for _, widths in families for bits in widths} - {WHOLE})
         losses = sensitivity(self.source, self.groups, rounded_to, self.recipe.group_size, self.blocks, self.progress)
         fronts = [(method, self._front(method, widths, losses)) for method, widths in families]
@@ -197,10 +191,9 @@ class Search:
 
     def _impossible(self, tried: Sequence[Made], smallest: Sequence[int]) -> SuiteError:
         if not tried:
-            least = f'max_bytes = "{-(-min(smallest) // 10**4) / 100:.2f}MB"'
-            return SuiteError(
-                "no mix of widths is that small", where="search", hint=f"the smallest takes about {least}"
-            )
+            least = f'the smallest takes about max_bytes = "{-(-min(smallest) // 10**4) / 100:.2f}MB"'
+            hint = f"{least}; fewer bits or a larger group_size make smaller ones"
+            return SuiteError("no mix of widths is that small", where="search", hint=hint)
         closest = min(tried, key=self.limit.excess)
         reached = f"KL {closest.kl:.2g} at {closest.bytes / 1e6:.2f} MB ({closest.recipe.method})"
         return SuiteError(f"no model that was made keeps within the limit; the closest: {reached}", where="search")

@@ -177,7 +177,7 @@ def test_settings_that_do_not_describe_the_weights_are_refused(uniform: Make, tm
 
 def test_a_search_keeps_its_limit_and_beats_one_width(parent: Path, chats: Path, uniform: Make, tmp_path: Path) -> None:
     _, plain = uniform(bits=3)
-    limits = {"max_bytes": f"{plain['bytes'] / 1e6}MB", "methods": ["gptq"]}
+    limits = {"max_bytes": f"{plain['bytes'] / 1e6}MB", "methods": ["gptq"], "bits": [2, 3, 4]}
     found = run(Quantize(**SETTINGS, search=limits), tmp_path / "small", model=parent, calibration=chats)
     assert found["bytes"] == weight_bytes(tmp_path / "small") <= plain["bytes"]
     assert found["parity"]["kl"] <= plain["parity"]["kl"]
@@ -198,7 +198,7 @@ def test_a_search_within_a_loss_tries_the_methods_it_is_given(parent: Path, chat
 
 
 def test_a_size_that_no_mix_has_names_the_smallest(parent: Path, chats: Path, uniform: Make, tmp_path: Path) -> None:
-    stage = Quantize(**SETTINGS, search={"max_bytes": "10KB", "methods": ["gptq"]})
+    stage = Quantize(**SETTINGS, search={"max_bytes": "10KB", "methods": ["gptq"], "bits": [2, 8]})
     with pytest.raises(SuiteError, match="no mix of widths is that small") as caught:
         run(stage, tmp_path / "out", model=parent, calibration=chats)
     smallest = uniform(bits=2, max_kl=9)[1]["bytes"]

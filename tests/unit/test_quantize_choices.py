@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from export import calibration
-from export.layers import kept, linear_layers, pattern, torn
-from export.mixes import Mix, Option, front, group, layer_bytes
+from export.layers import WHOLE, kept, linear_layers, pattern, torn
+from export.mixes import Mix, Option, families, front, group, layer_bytes
 from export.quantize import Quantize
 from suite import quantized
 from suite.errors import SuiteError
@@ -145,8 +145,27 @@ def test_settings_that_do_not_fit_each_other(settings: dict[str, Any], said: str
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("search", [{}, {"max_kl": 0.1, "max_bytes": "1GB"}, {"max_bytes": "much"}, {"max_kl": 0}])
-def test_a_search_has_one_limit(search: dict[str, Any]) -> None:
+def test_families_are_what_one_checkpoint_can_mix() -> None:
+    assert families(["gptq", "awq", "bnb"], [4, 8]) == [
+        ("gptq", (4, 8, WHOLE)),
+        ("awq", (4, WHOLE)),
+        ("bnb", (4, WHOLE)),
+        ("bnb", (8, WHOLE)),
+    ]
+    assert families(["awq", "gptq"], [3, 2]) == [("gptq", (2, 3, WHOLE))]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        {},
+        {"max_kl": 0.1, "max_bytes": "1GB"},
+        {"max_bytes": "much"},
+        {"max_kl": 0},
+        {"max_kl": 0.1, "bits": [3], "methods": ["awq", "bnb"]},
+    ],
+)
+def test_a_search_has_one_limit_and_something_to_choose(search: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Quantize(model="m", calibration="c", search=search)
 
