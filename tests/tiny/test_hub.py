@@ -24,6 +24,7 @@ from suite.config import ArtifactType
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
 from tests.hub_server import TOKEN, Hub
+from tests.huggingface_server import HuggingFaceHandler
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's use of httpx
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ OURS = {"README.md", "checksums.txt", "config.json", "model.safetensors"}
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub that this process, and those it starts, take for Hugging Face's; large files go by LFS, in parts."""
-    with Hub(part_size=PART).serving() as hub:
+    with Hub(HuggingFaceHandler, part_size=PART).serving() as hub:
         environment = {
             "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
             "HF_HOME": str(tmp_path / "hf-home"), "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -19,7 +19,7 @@ TO = "ms:org/tiny"
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with Hub(handler=ModelScopeHandler).serving() as hub:
+    with Hub(ModelScopeHandler).serving() as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
         monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
         monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "ms-home"))
