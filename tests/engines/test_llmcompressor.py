@@ -6,6 +6,7 @@ import filecmp
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from suite.cli import main
 from suite.envs import Environment
 from suite.errors import StageFailed
 from suite.store import Store, home
+from tests.tiny.tiny_models import tiny_model
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
 CHATS = NANO.parent / "data" / "chat.jsonl"
@@ -81,6 +83,27 @@ def test_layers_keep_the_bits_that_they_are_given(python: Path, blocks: Blocks, 
     assert shapes["model.layers.3.self_attn.k_proj.weight_packed"] == [128, 64]
     assert shapes["model.layers.2.self_attn.k_proj.weight_packed"] == [128, 32]
     assert measured(made) < KL["w4a16"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [("phi3", {}), ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128})],
+)
+def test_fused_layers_and_experts_are_quantized_too(
+    architecture: str, shape: dict[str, Any], python: Path, tmp_path: Path
+) -> None:
+    parent = tiny_model(tmp_path / "parent", architecture=architecture, dtype="bfloat16", std=0.05, **shape)
+    (tmp_path / "a").mkdir()
+    made = tmp_path / "a" / "out"
+    blocks = [[(7 * i + j) % 500 + 3 for j in range(128)] for i in range(16)]
+    Recipe("w4a16", 4, group_size=64, python=python).make(parent, made, blocks, lambda *_: None)
+    with safe_open(made / "model.safetensors", "pt") as weights:
+        names = {name.removeprefix("model.layers.") for name in weights.keys()}  # noqa: SIM118
+    kept = {name for name in names if name.endswith("proj.weight")}
+    assert kept == set()
+    assert not any("gate.weight_packed" in name for name in names)  # the router of experts
+    found = parity.measure(lambda: parity.load(parent), lambda: parity.load(made, dtype="auto"), parity.probes(parent))
+    assert 1e-6 < found["kl"] < KL["w4a16"]
 
 
 def test_the_stage_makes_one_by_the_command_and_finds_it_again(
