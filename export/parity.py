@@ -161,7 +161,9 @@ def probes(folder: Path, rows: Sequence[Sequence[Message]] = (), parent: Path | 
     text, is asked what it can be asked. With the folder of its `parent`, the parent's ids are asked, and each probe
     says whether the tokenizer and template in `folder` make the same of it.
     """
-    stops, found = frozenset(eos_ids(folder)), []
+    # an adapter's folder does not say what ends an answer
+    stops = frozenset(eos_ids(folder)) if (folder / "config.json").is_file() else frozenset()
+    found = []
     own = _tokenized(folder, rows)
     for (name, asks, theirs), (*_, ids) in zip(_tokenized(parent, rows) if parent else own, own, strict=True):
         same = theirs == ids if parent and theirs else None
