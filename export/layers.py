@@ -42,10 +42,10 @@ def kept(layers: Collection[str], rules: Mapping[str, int]) -> dict[str, int]:
         try:
             matching = [name for name in layers if re.search(rule, name)]
         except re.error as error:
-            raise SuiteError(f"no regular expression: {error}", where=f"keep.'{rule}'") from None
+            raise SuiteError(f"'{rule}' is no regular expression: {error}", where="keep") from None
         if not matching:
             ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in layers)
-            raise SuiteError("matches no layer", where=f"keep.'{rule}'", hint=near(rule, [*ends, *layers][:64]))
+            raise SuiteError(f"'{rule}' matches no layer", where="keep", hint=near(rule, [*ends, *layers][:64]))
         for name in matching:
             found.setdefault(name, bits)
     return found

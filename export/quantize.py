@@ -143,9 +143,9 @@ class Quantize(Stage):
             if bits not in method.keep or bits <= self.bits:
                 known = " or ".join(str(b) for b in method.keep if b > self.bits)
                 raise SuiteError(
-                    f"{self.method} with {self.bits} bits keeps no layer at {bits}",
-                    where=f"keep.'{rule}'",
-                    hint=f"{known} (16: as it is)",
+                    f"{self.method} with {self.bits} bits keeps no layer at {bits}, as '{rule}' asks",
+                    where="keep",
+                    hint=f"it keeps them at {known}; 16 is as they are",
                 )
 
     def _given(self, name: str) -> bool:

@@ -77,9 +77,9 @@ def _value(name: str, info: FieldInfo, given: list[str]) -> Any:
         if any(not equals for _, equals, _ in pairs):
             raise SuiteError(f"--{name}: expected KEY=VALUE, got '{' '.join(given)}'")
         return {key: _toml(value) for key, _, value in pairs}
-    if list in kinds:
-        return [part for item in given for part in item.split(",") if part]
     choices = {str(choice).lower(): choice for choice in _choices(info.annotation)}
+    if list in kinds:
+        return [choices.get(part, part) for item in given for part in item.split(",") if part]
     if given[-1] in ("true", "false") and str not in kinds:
         return given[-1] == "true"
     return choices.get(given[-1], given[-1])
@@ -120,10 +120,10 @@ def type_text(info: FieldInfo) -> str:
         several = list in _kinds(info.annotation)
         return "FILE,..." if takes.types == ("dataset",) else "PATH|@STAGE,..." if several else "PATH|@STAGE"
     kinds = list(_kinds(info.annotation))
-    if choices := list(_choices(info.annotation)):
-        return "|".join(str(c).lower() for c in choices)
     if dict in kinds:
         return "KEY=VALUE"
+    if choices := list(_choices(info.annotation)):
+        return "|".join(str(c).lower() for c in choices)
     return (
         "A,B" if list in kinds else next((k.__name__.upper() for k in kinds if k in (int, float, str, bool)), "VALUE")
     )

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from export import calibration
 from export.layers import WHOLE, kept, linear_layers, pattern, torn
 from export.mixes import Mix, Option, families, front, group, layer_bytes
-from export.quantize import Quantize
+from export.quantize import Quantize, Search
 from suite import quantized
+from suite.commands.flags import Parser, add_settings, values_of
 from suite.errors import SuiteError
 from suite.stages import Artifact
 
@@ -67,12 +68,15 @@ def test_rules_find_layers_by_regular_expression_and_the_first_counts() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "said", "hint"),
-    [("down_prj", "matches no layer", "did you mean 'mlp.down_proj'?"), ("(", "no regular expression", "")],
+    [
+        ("down_prj", "'down_prj' matches no layer", "did you mean 'mlp.down_proj'?"),
+        (")", "is no regular expression", ""),
+    ],
 )
 def test_a_rule_without_a_layer_names_the_nearest(rule: str, said: str, hint: str) -> None:
     with pytest.raises(SuiteError, match=said) as caught:
         kept(names(), {rule: 8})
-    assert caught.value.where == f"keep.'{rule}'"
+    assert caught.value.where == "keep"
     assert caught.value.hint == hint
 
 
@@ -213,3 +217,16 @@ def test_training_data_is_found_through_the_lineage(tmp_path: Path) -> None:
     tuned = made("tuned", data=(tmp_path / "rows.jsonl", "dataset"), base=(base, "model"))
     merged = made("merged", adapter=(tuned, "adapter"), base=(base, "model"))
     assert calibration.training_data(Artifact(merged, "model")) == [tmp_path / "rows.jsonl"]
+
+
+def test_tables_and_lists_of_numbers_are_flags_too() -> None:
+    parser = Parser("quantize", "")
+    add_settings(parser, Quantize)
+    given = parser.read(
+        ["--keep", r"layers\.0=8", "--keep", "down=16", "--search.bits", "2,4", "--search.max-kl", "0.1"]
+    )
+    values = values_of(Quantize, given)
+    assert values["keep"] == {r"layers\.0": 8, "down": 16}
+    stage = Quantize(model="m", calibration="c", search=values["search"])
+    assert stage.search == Search(max_kl=0.1, bits=[2, 4])
+    assert {action.metavar for action in parser._actions if "--keep" in action.option_strings} == {"KEY=VALUE"}
