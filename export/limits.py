@@ -15,7 +15,7 @@ class Limits:
     max_dlogit: float = math.inf
     """Largest difference of a logit."""
     top1: float = 0.0
-    """Share of positions where both prefer the same next token."""
+    """Share of positions where both prefer the same next token, or one as good."""
     cure: str = ""
 
 

@@ -6,6 +6,7 @@ fit is never in memory whole either (`export.streaming`). Reported, over all pos
     max_dlogit, mean_dlogit   |child - parent| of the logits
     kl                        mean KL(parent || child) per token, in nats
     top1                      share of positions where both prefer the same next token
+    ties                      share where they do not, but the parent has the child's within TIE of its own
     ppl_parent, ppl_child     exp of the mean negative log likelihood of the next token
     greedy, greedy_tokens     how far the child goes along with the parent's greedy answers, until they part: as a
                               share of their tokens, and in tokens of an answer
@@ -46,6 +47,8 @@ NAME = 80
 """Characters of a probe's text that name it."""
 FILLED = 0.8
 """Share of the free memory that weights may take; the rest is for activations and logits."""
+TIE = 0.05
+"""Logits that are as good as equal: sums in float16 differ by as much."""
 AT_ONCE = 1 << 22
 """Logits that are compared at once; a vocabulary may have 200 000 tokens."""
 
@@ -74,6 +77,7 @@ class Sums:
     dlogit: float = 0.0
     kl: float = 0.0
     top1: int = 0
+    ties: int = 0
     predicted: int = 0
     nll_parent: float = 0.0
     nll_child: float = 0.0
@@ -102,7 +106,10 @@ class Sums:
             before, after = parent[start : start + rows, :common], child[start : start + rows, :common]
             kl.append(self._compare(before, after, torch.tensor(probe.ids[start + 1 : start + rows + 1])))
             chosen.append(after.argmax(-1))
-            self.top1 += int((before.argmax(-1) == chosen[-1]).sum())
+            equal = before.argmax(-1) == chosen[-1]
+            as_good = before.gather(-1, chosen[-1].unsqueeze(-1)).squeeze(-1) >= before.amax(-1) - TIE
+            self.top1 += int(equal.sum())
+            self.ties += int((as_good & ~equal).sum())
         self.positions += len(probe.ids)
         self.kl += torch.cat(kl).sum().item()
         self.worst = max(self.worst, (torch.cat(kl).mean().item(), probe.name))
@@ -133,6 +140,7 @@ class Sums:
             "mean_dlogit": self.dlogit / self.positions,
             "kl": self.kl / self.positions,
             "top1": self.top1 / self.positions,
+            "ties": self.ties / self.positions,
             "ppl_parent": _exp(self.nll_parent / self.predicted),
             "ppl_child": _exp(self.nll_child / self.predicted),
             "greedy": self.agreed / self.answered if self.answered else 1.0,
@@ -254,7 +262,15 @@ def _ask(model: Answering, probe: Probe, file: Path) -> Probe:
     """Write the parent's logits to `file`; returns the probe with the answer, if it asks for one."""
     if probe.asks:
         probe = replace(probe, ids=model.answered(probe.ids, probe.stops), answer=len(probe.ids))
-    np.save(file, model.logits(probe.ids).numpy())
+    logits = model.logits(probe.ids).numpy()
+    try:
+        np.save(file, logits)
+    except OSError as error:
+        raise SuiteError(
+            f"the parent's logits cannot wait on the disk: {error.strerror or error}",
+            where=str(file.parent),
+            hint="set TMPDIR to a directory with more space",
+        ) from None
     return probe
 
 
@@ -291,7 +307,7 @@ def require(result: Mapping[str, Any], limits: Limits, where: str = "") -> None:
         if not (math.isfinite(result[name]) and result[name] <= limit):
             beyond = f"above {limit:g}" if math.isfinite(result[name]) else "which is no number"
             raise SuiteError(f"{said.format(result[name])}, {beyond}; {worst}", where=where, hint=limits.cure)
-    if not result["top1"] >= limits.top1:
+    if not result["top1"] + result.get("ties", 0.0) >= limits.top1:
         message = (
             f"parent and child prefer the same token at {result['top1']:.2%} of positions, below {limits.top1:.2%}"
         )

@@ -108,11 +108,26 @@ def test_positions_and_windows_are_those_of_transformers(
     assert worst < (2e-2 if architecture.startswith("gemma") else 2e-4)
 
 
-def test_a_name_that_llama_cpp_takes_for_phi_3_is_written_otherwise(tmp_path: Path) -> None:
+def test_names_tell_llama_cpp_whether_spaces_after_special_tokens_count(tmp_path: Path) -> None:
+    """It drops them for what is called Phi-3, and fails to load other tokenizers under that name."""
     folder = tiny_model(tmp_path / "m", hidden=64)
     gguf.write(folder, tmp_path / "m.gguf", "f16", "My-Phi-3-tune")
     with llamacpp.LlamaCpp(tmp_path / "m.gguf") as model:
-        assert model.tokenize("a") == load_tokenizer(folder)("a")["input_ids"]
+        assert llamacpp.same_tokens(folder, model)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text("utf-8"))
+    for token in tokenizer["added_tokens"]:
+        token["rstrip"] = token["content"] != "<|endoftext|>"
+    for i, (content, drops) in enumerate(
+        {"<unk>": False, "<s>": False, "</s>": True}.items(), len(load_tokenizer(folder))
+    ):
+        token = {"id": i, "content": content, "special": True, "rstrip": drops}
+        tokenizer["added_tokens"].append({**token, "lstrip": False, "normalized": False, "single_word": False})
+    file.write_text(json.dumps(tokenizer), "utf-8")
+    for name in ("tune", "My-Phi-3-tune"):
+        gguf.write(folder, tmp_path / "m.gguf", "f16", name)
+        with llamacpp.LlamaCpp(tmp_path / "m.gguf") as model:
+            assert llamacpp.same_tokens(folder, model)
 
 
 def test_a_trained_model_is_proved_by_tokens_and_answers(nano: Path) -> None:
@@ -123,6 +138,18 @@ def test_a_trained_model_is_proved_by_tokens_and_answers(nano: Path) -> None:
     assert proved["texts"] > len(TEXTS)
     assert len(warned) == 1
     assert "NFC" in warned[0]
+
+
+def test_preferring_another_token_that_is_as_good_does_not_count(tmp_path: Path) -> None:
+    """The logits of a random model lie so close together that float16 decides which is the largest."""
+    folder = tiny_model(tmp_path / "m", hidden=128)
+    gguf.write(folder, tmp_path / "m.gguf", "f16", "tiny")
+    found = llamacpp.verify(folder, tmp_path / "m.gguf", "f16")["parity"]
+    assert found["top1"] < 0.999 <= found["top1"] + found["ties"]
+    parent = torch.tensor([[1.0, 0.98, 0.0], [1.0, 0.9, 0.0]])
+    sums = parity.Sums()
+    sums.add(parity.Probe("a", [0, 1]), parent, parent[:, [1, 0, 2]])
+    assert (sums.result()["top1"], sums.result()["ties"]) == (0, 0.5)
 
 
 def test_quantized_types_stay_within_their_limits(nano: Path, tmp_path: Path) -> None:
