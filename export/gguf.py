@@ -8,7 +8,6 @@ is an error: a file that a reader accepts and misunderstands is worse than none.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,7 +18,7 @@ from export.folder import read_config
 from export.gguf_model import Model as Model
 from export.gguf_model import add_keys
 from export.gguf_tensors import Array, Entry, entries
-from export.gguf_tokenizer import add_tokenizer, check_tokenizer, token_texts
+from export.gguf_tokenizer import add_tokenizer, check_tokenizer, telling_name
 from suite.errors import SuiteError
 
 Weights = Literal["f32", "f16", "bf16", "q8_0"]
@@ -36,7 +35,6 @@ Q8_BLOCK = 32
 ALWAYS_F32 = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 ALIGNMENT = 32
 """Bytes; each tensor starts at a multiple of it."""
-PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 
 
 def check(folder: Path) -> None:
@@ -56,7 +54,7 @@ def write(folder: Path, out: Path, weights: Weights, name: str, progress: Progre
     model = Model.read(folder)
     writer = gguf.GGUFWriter(out, model.arch)
     writer.add_type("model")
-    writer.add_name(_harmless(name, folder))
+    writer.add_name(telling_name(name, folder))
     writer.add_file_type(FILE_TYPES[weights][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_keys(writer, model)
@@ -124,13 +122,6 @@ def lossless(folder: Path) -> Weights:
     config = read_config(folder)
     known: dict[str, Weights] = {"float16": "f16", "bfloat16": "bf16"}
     return known.get(str(config.get("dtype") or config.get("torch_dtype")), "f32")
-
-
-def _harmless(name: str, folder: Path) -> str:
-    """`name`, unless llama.cpp takes it for the original Phi-3 and cannot load a tokenizer without Phi-3's tokens."""
-    if token_texts(folder) >= PHI3_TOKENS:
-        return name
-    return re.sub("phi-?3", "phi_3", name, flags=re.IGNORECASE)
 
 
 def _kind(entry: Entry, weights: Weights) -> Any:

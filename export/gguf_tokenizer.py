@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ of ByteLevel (gpt-2; smollm after digits one by one). For each, tokenizers train
 tokens in llama.cpp on thousands of random texts. Not so for tekken and gpt-4o: there llama.cpp splits before combining
 marks, as in Hindi and Thai, and the original does not. So they are not here.
 """
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+"""Special tokens after which Phi-3 keeps spaces."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
@@ -43,7 +47,7 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     """
     tokenizer = check_tokenizer(folder)
     model = tokenizer["model"]
-    tokens, types = _tokens(tokenizer, config["vocab_size"])
+    tokens, types = _tokens(tokenizer, config["vocab_size"], folder)
     if model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
@@ -84,10 +88,19 @@ def pre_tokenizer(tokenizer: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def token_texts(folder: Path) -> set[str]:
-    """All tokens of the tokenizer in `folder`, as written in its file."""
+def telling_name(name: str, folder: Path) -> str:
+    """`name` as llama.cpp must read it to treat special tokens as the tokenizer in `folder` does.
+
+    Where a name has "phi-3" or "phi3" in it, llama.cpp drops the spaces after special tokens, but for three, and cannot
+    load a tokenizer without these.
+    """
     tokenizer = read_json(folder / "tokenizer.json")
-    return {*tokenizer["model"]["vocab"], *(a["content"] for a in tokenizer.get("added_tokens", ()))}
+    tokens = {*tokenizer["model"]["vocab"], *(a["content"] for a in tokenizer.get("added_tokens", ()))}
+    special = [a for a in tokenizer.get("added_tokens", ()) if a["special"] and a["content"] not in PHI3_KEEPS]
+    as_phi3 = {"</s>", *PHI3_KEEPS} <= tokens and all(a["rstrip"] for a in special)
+    if not as_phi3:
+        return PHI3.sub("phi_3", name)
+    return name if PHI3.search(name) else f"{name} (phi-3)"
 
 
 def _splits(pre: dict[str, Any]) -> list[str]:
@@ -108,8 +121,15 @@ def _splits(pre: dict[str, Any]) -> list[str]:
     return [*splits, GPT2] if last.get("use_regex", True) else splits
 
 
-def _tokens(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: dict[str, Any], size: int, folder: Path) -> tuple[list[str], list[int]]:
     tokens, types = [f"[PAD{i}]" for i in range(size)], [UNUSED] * size
+    ids = {**tokenizer["model"]["vocab"], **{a["content"]: a["id"] for a in tokenizer.get("added_tokens", ())}}
+    if beyond := next((token for token, i in ids.items() if i >= size), None):
+        raise SuiteError(
+            f"the tokenizer gives {beyond!r} the id {ids[beyond]}, and the model has {size} tokens",
+            where=str(folder / "tokenizer.json"),
+            hint="resize the model's embeddings to its tokenizer",
+        )
     for token, i in tokenizer["model"]["vocab"].items():
         tokens[i] = token
         types[i] = BYTE if len(token) == 6 and token.startswith("<0x") and token.endswith(">") else NORMAL

@@ -165,6 +165,11 @@ def test_what_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="float16 cannot hold"):
         write(folder, tmp_path / "m.gguf", "f16", "tiny")
     write(folder, tmp_path / "m.gguf", "bf16", "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(SuiteError, match="the model has 100 tokens"):
+        write(folder, tmp_path / "m.gguf", "bf16", "tiny")
+    (folder / "config.json").write_text(json.dumps(config))
     save_file({**tensors, "model.extra.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(SuiteError, match=r"'model\.extra\.weight' has no place"):
         write(folder, tmp_path / "m.gguf", "bf16", "tiny")
