@@ -1,21 +1,28 @@
 """Renders Ollama's chat templates as an Ollama server does: the part of Go's text/template that exports use.
 
-Known: text, `{{ expression }}`, `if / else if / else`, `range` with variables, `with`, trim marks, comments; fields,
-variables, string and whole-number literals, parentheses, and the functions eq ne lt le gt ge and or not len index.
-Anything else is a TemplateSyntaxError, never a guess. Checked against real Go in the tests.
+Known: text, `{{ expression }}`, `if / else if / else`, `range` with variables, `with`, variables set by `:=` and `=`,
+`define` and `template`, trim marks, comments; fields, variables, string and whole-number literals, parentheses, and
+the functions eq ne lt le gt ge and or not len index slice json printf currentDate. Anything else is a
+TemplateSyntaxError, never a guess. Checked against real Go in the tests.
+
+As in Go, text is bytes: `slice` may cut a character, whose pieces then stand as surrogate escapes until the end.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-Scope: TypeAlias = dict[str, Any]
-"""The variables by name, `$` among them, and the dot under "."."""
+from export.gofunctions import FUNCTIONS, Struct, TemplateSyntaxError, go_json, whole
+
+Scope: TypeAlias = "ChainMap[str, Any]"
+"""The variables by name, `$` among them, and the dot under "."; an inner block has its own in front."""
 Expression: TypeAlias = Callable[[Scope], Any]
 
 ACTION = re.compile(
@@ -28,106 +35,80 @@ TOKEN = re.compile(
              | \$?[A-Za-z_]\w*(?:\.\w+)* | \$(?:\.\w+)*  # function, variable, and fields of one
              | (?:\.\w+)+ | \.                           # field of the dot
              | \)(?:\.\w+)*                              # end of a parenthesis, and fields of its value
-             | := | [(,] )""",
+             | := | [=(,] )""",
     re.VERBOSE,
 )
-MESSAGE_FIELDS = {
-    "role": "Role",
-    "content": "Content",
-    "thinking": "Thinking",
-    "tool_name": "ToolName",
-    "tool_call_id": "ToolCallID",
-}
 
 
-class TemplateSyntaxError(ValueError):
-    """The template uses what this renderer does not know, or is no template."""
-
-
-def collate(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
-    """Messages as Ollama gives them to a template: the joined system texts, and neighbours of one role merged.
-
-    >>> collate([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-    ('', [{'role': 'user', 'content': 'a\\n\\nb'}])
-    """
-    system: list[str] = []
-    merged: list[dict[str, Any]] = []
-    for message in messages:
-        if message["role"] == "system":
-            system.append(message["content"])
-        if merged and merged[-1]["role"] == message["role"] != "tool":
-            merged[-1]["content"] += "\n\n" + message["content"]
-        else:
-            merged.append(dict(message))
-    return "\n\n".join(system), merged
-
-
-def render(template: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The prompt that Ollama makes of `messages`; raises TemplateSyntaxError."""
-    system, merged = collate(messages)
-    shown = [{new: m.get(old, "") for old, new in MESSAGE_FIELDS.items()} for m in merged]
-    data = {"System": system, "Messages": shown, "Tools": [], "Response": "", "Think": False, "IsThinkSet": False}
-    return parse(template).render({"$": data, ".": data})
-
-
-def quote(text: str) -> str:
-    """`text` as a Go string literal.
-
-    >>> quote('say "{{"')
-    '"say \\\\"{{\\\\""'
-    """
-    return '"' + "".join(_escaped(c) for c in text) + '"'
-
-
-def _escaped(char: str) -> str:
-    if char in '"\\':
-        return "\\" + char
-    if char.isprintable():
-        return char
-    short = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    return short.get(char) or (f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
+def render(template: str, data: Mapping[str, Any], today: str = "") -> str:
+    """The text that `template` gives for `data`; `today` is what currentDate says. Raises TemplateSyntaxError."""
+    start: Scope = ChainMap({"$": data, ".": data, "currentDate": today})
+    return whole("".join(_pieces_of(parse(template), start)))
 
 
 @dataclass
 class Node:
-    """A piece of template: text, a value to print, or a branch or loop over other pieces."""
+    """A piece of template: text, a value to print or set, a call, or a branch or loop over other pieces."""
 
     kind: str
     text: str = ""
     value: Expression = itemgetter(".")
     variables: tuple[str, ...] = ()
-    body: Block = field(default_factory=lambda: Block())
-    otherwise: Block = field(default_factory=lambda: Block())
+    body: list[Node] = field(default_factory=list)
+    otherwise: list[Node] = field(default_factory=list)
 
 
 @dataclass
-class Block:
-    """Pieces in order."""
+class Template:
+    """The nodes of a template, and of those that it defines."""
 
-    nodes: list[Node] = field(default_factory=list)
-
-    def render(self, scope: Scope) -> str:
-        """The text of all pieces."""
-        return "".join(piece for node in self.nodes for piece in _render(node, scope))
+    nodes: list[Node]
+    defined: dict[str, list[Node]]
 
 
-def _render(node: Node, scope: Scope) -> Iterator[str]:
-    if node.kind == "text":
-        yield node.text
-        return
+def _pieces_of(template: Template, scope: Scope) -> Iterator[str]:
+    """The text, piece by piece. The stack is our own: a template may call itself for every byte of a text."""
+    stack = [(iter(template.nodes), scope)]
+    while stack:
+        nodes, scope = stack[-1]
+        node = next(nodes, None)
+        if node is None:
+            stack.pop()
+        elif node.kind == "text":
+            yield node.text
+        elif node.kind == "print":
+            yield _printed(node.value(scope))
+        elif node.kind == "set":
+            _set(scope, node.variables[0], node.value(scope), new=node.text == ":=")
+        elif node.kind == "template":
+            if node.text not in template.defined:
+                raise TemplateSyntaxError(f"no template {node.text}")
+            value = node.value(scope)
+            inner: Scope = ChainMap({"$": value, ".": value, "currentDate": scope["currentDate"]})
+            stack.append((iter(template.defined[node.text]), inner))
+        else:
+            stack += [(iter(nodes), inner) for nodes, inner in reversed(list(_branches(node, scope)))]
+
+
+def _branches(node: Node, scope: Scope) -> Iterator[tuple[list[Node], Scope]]:
     value = node.value(scope)
-    if node.kind == "print":
-        yield _printed(value)
-    elif not value:
-        yield node.otherwise.render(dict(scope))
+    if not value:
+        yield node.otherwise, scope.new_child()
     elif node.kind == "if":
-        yield node.body.render(dict(scope))
+        yield node.body, scope.new_child()
     elif node.kind == "with":
-        yield node.body.render({**scope, ".": value})
+        yield node.body, scope.new_child({".": value})
     else:
-        for i, item in enumerate(value):
-            own = (i, item)[-len(node.variables) :] if node.variables else ()
-            yield node.body.render({**scope, **dict(zip(node.variables, own, strict=True)), ".": item})
+        for key, item in sorted(value.items()) if isinstance(value, dict) else enumerate(value):
+            own = (key, item)[-len(node.variables) :] if node.variables else ()
+            yield node.body, scope.new_child({**dict(zip(node.variables, own, strict=True)), ".": item})
+
+
+def _set(scope: Scope, name: str, value: Any, *, new: bool) -> None:
+    where = scope.maps[0] if new else next((variables for variables in scope.maps if name in variables), None)
+    if where is None:
+        raise TemplateSyntaxError(f"undefined variable {name}")
+    where[name] = value
 
 
 def _printed(value: Any) -> str:
@@ -135,19 +116,22 @@ def _printed(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str | int):
         return str(value)
-    raise TemplateSyntaxError("only text and whole numbers can be printed")
+    if isinstance(value, dict) and not isinstance(value, Struct):
+        return go_json(value)
+    raise TemplateSyntaxError("only text, whole numbers and arguments can be printed")
 
 
-def parse(template: str) -> Block:
-    """The template as pieces; raises TemplateSyntaxError."""
-    parser = _Parser(list(_pieces(template)))
-    block, end = parser.block()
+@lru_cache(maxsize=4)
+def parse(template: str) -> Template:
+    """The template as nodes; raises TemplateSyntaxError."""
+    parser = _Parser(list(_actions(template)))
+    nodes, end = parser.block()
     if end:
         raise TemplateSyntaxError(f"{{{{ {end} }}}} without a beginning")
-    return block
+    return Template(nodes, parser.defined)
 
 
-def _pieces(template: str) -> Iterator[tuple[bool, str]]:
+def _actions(template: str) -> Iterator[tuple[bool, str]]:
     """(is an action, its text), with the white space taken away that trim marks ask for."""
     position, trim = 0, False
     for match in ACTION.finditer(template):
@@ -165,25 +149,34 @@ def _pieces(template: str) -> Iterator[tuple[bool, str]]:
 
 
 class _Parser:
-    """Reads pieces into blocks, and the words of an action into an expression."""
+    """Reads pieces into nodes, and the words of an action into an expression."""
 
     def __init__(self, pieces: list[tuple[bool, str]]) -> None:
         self.pieces = iter(pieces)
+        self.defined: dict[str, list[Node]] = {}
 
-    def block(self) -> tuple[Block, str]:
-        """Pieces up to the action that ends this block, and that action (`end`, `else ...`, or nothing)."""
-        block = Block()
+    def block(self) -> tuple[list[Node], str]:
+        """Nodes up to the action that ends this block, and that action (`end`, `else ...`, or nothing)."""
+        nodes: list[Node] = []
         for is_action, text in self.pieces:
             word, _, rest = text.partition(" ")
             if not is_action:
-                block.nodes.append(Node("text", text))
+                nodes.append(Node("text", text))
             elif word in ("end", "else"):
-                return block, text
+                return nodes, text
             elif word in ("if", "range", "with"):
-                block.nodes.append(self.branch(word, rest))
+                nodes.append(self.branch(word, rest))
+            elif word == "define":
+                self.define(_words(rest))
             else:
-                block.nodes.append(Node("print", value=_expression(_words(text))))
-        return block, ""
+                nodes.append(_simple(word, text))
+        return nodes, ""
+
+    def define(self, words: list[str]) -> None:
+        body, end = self.block()
+        if len(words) != 1 or end != "end":
+            raise TemplateSyntaxError("{{ define }} is not closed")
+        self.defined[_unquote(words[0])] = body
 
     def branch(self, kind: str, condition: str) -> Node:
         words = _words(condition)
@@ -200,13 +193,23 @@ class _Parser:
             inner, _, condition = rest.partition(" ")
             if inner != "if":
                 raise TemplateSyntaxError(f"else {inner}")
-            node.otherwise = Block([self.branch("if", condition)])
+            node.otherwise = [self.branch("if", condition)]
         elif word == "else":
             node.otherwise, end = self.block()
             word = end
         if not word or (word != "end" and not rest):
             raise TemplateSyntaxError(f"{{{{ {kind} }}}} is not closed")
         return node
+
+
+def _simple(word: str, text: str) -> Node:
+    """An action without a block: a value to print, a variable to set, or another template to call."""
+    words = _words(text)
+    if word == "template" and len(words) > 2:
+        return Node("template", _unquote(words[1]), _expression(words[2:]))
+    if word.startswith("$") and words[1:2] in ([":="], ["="]):
+        return Node("set", words[1], _expression(words[2:]), (words[0],))
+    return Node("print", value=_expression(words))
 
 
 def _words(text: str) -> list[str]:
@@ -224,16 +227,28 @@ def _expression(words: list[str]) -> Expression:
     """A function with its arguments, or one operand."""
     operands: list[Expression] = []
     rest = list(words)
-    name = rest.pop(0) if rest and rest[0] in FUNCTIONS else ""
+    name = rest.pop(0) if rest and (rest[0] in FUNCTIONS or rest[0] in ("and", "or")) else ""
     while rest:
         word = rest.pop(0)
         operands.append(_parenthesis(rest) if word == "(" else _operand(word))
+    if name in ("and", "or"):
+        return lambda scope: _first(operands, scope, name == "or")
     if name:
         function = FUNCTIONS[name]
         return lambda scope: function(*(operand(scope) for operand in operands))
     if len(operands) != 1:
         raise TemplateSyntaxError(f"unknown: {' '.join(words)}")
     return operands[0]
+
+
+def _first(operands: list[Expression], scope: Scope, wanted: bool) -> Any:
+    """`and` and `or` of Go: the first value that decides, and what stands after it is not looked at."""
+    value = None
+    for operand in operands:
+        value = operand(scope)
+        if bool(value) is wanted:
+            break
+    return value
 
 
 def _parenthesis(rest: list[str]) -> Expression:
@@ -259,6 +274,8 @@ def _operand(word: str) -> Expression:
     if re.fullmatch(r"-?\d+", word):
         number = int(word)
         return lambda _: number
+    if word == "currentDate":
+        return itemgetter(word)
     if word in ("true", "false"):
         return lambda _: word == "true"
     if word.startswith("."):
@@ -289,24 +306,3 @@ def _follow(value: Any, path: str) -> Any:
             raise TemplateSyntaxError(f"no field .{name}")
         value = value[name]
     return value
-
-
-def _equal(first: Any, *others: Any) -> bool:
-    if not others or any(type(first) is not type(other) for other in others):
-        raise TemplateSyntaxError("eq compares values of one type")
-    return any(first == other for other in others)
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "eq": _equal,
-    "ne": lambda a, b: not _equal(a, b),
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "and": lambda *values: next((v for v in values if not v), values[-1]),
-    "or": lambda *values: next((v for v in values if v), values[-1]),
-    "not": lambda value: not value,
-    "len": lambda value: len(value.encode()) if isinstance(value, str) else len(value),
-    "index": lambda value, i: value[i],
-}

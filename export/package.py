@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from export import card, gguf, hf, hub, lineage, ollama
+from export import card, gguf, hf, hub, lineage, modelfile, ollama
 from export.folder import read_config, read_json, write_json
 from export.gguf_tokenizer import pre_tokenizer
 from export.push import Push
@@ -138,13 +138,12 @@ class Export(Stage):
         return metrics
 
     def _ollama(self, job: Job, model: Artifact) -> dict[str, Any]:
-        render = ollama.jinja(model.path)
-        template = ollama.derive(render) if self.template == "go" else None
+        template = ollama.go_template(ollama.reference(model.path)) if self.template == "go" else None
         file = job.out / f"model-{self.weights}.gguf"
         gguf.write(model.path, file, self.weights, self._name(model), job.progress)
-        text = ollama.modelfile(model.path, file.name, template)
-        (job.out / "Modelfile").write_text(text, "utf-8")
-        proved = {"dialogues": len(ollama.dialogues())} if template is not None else {}
+        commands = modelfile.commands(model.path, file.name, template=template.text if template else None)
+        (job.out / "Modelfile").write_text(modelfile.write(commands), "utf-8")
+        proved = template.as_json() if template else {}
         return {"bytes": file.stat().st_size, "weights": gguf.verify(model.path, file), "template": proved}
 
     def _describe(self, job: Job, model: Artifact) -> None:

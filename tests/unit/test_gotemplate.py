@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.gotemplate import TemplateSyntaxError, collate, quote, render
+from export.dialogues import Dialogue, call, go_data, tool
+from export.gofunctions import TemplateSyntaxError, quote
+from export.gotemplate import render as render_data
 
 DIALOGUE = [
     {"role": "system", "content": "Be kind."},
@@ -16,6 +18,13 @@ DIALOGUE = [
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "{{ .System }}"},
 ]
+
+
+DATA = go_data(Dialogue(DIALOGUE))
+
+
+def render(template: str, data: dict[str, Any] = DATA) -> str:
+    return render_data(template, data, today="2024-07-26")
 
 
 @pytest.mark.parametrize(
@@ -44,10 +53,24 @@ DIALOGUE = [
             "{{ range $i, $m := .Messages }}{{ if gt $i 2 }}{{ range $.Messages }}{{ $i }}{{ end }}{{ end }}{{ end }}",
             "3333",
         ),
+        ('{{ $x := "a" }}{{ range .Messages }}{{ $x }}{{ $x = .Role }}{{ end }}{{ $x }}', "asystemuserassistantuser"),
+        ('{{ $x := "a" }}{{ if true }}{{ $x := "b" }}{{ $x }}{{ end }}{{ $x }}', "ba"),
+        (
+            '{{ define "r" }}{{ if . }}{{ slice . 0 1 }}-{{ template "r" (slice . 1) }}{{ end }}{{ end }}{{ template "r" "abc" }}',
+            "a-b-c-",
+        ),
+        ('{{ slice "é" 0 1 }}{{ slice "é" 1 }}{{ len "é" }}', "é2"),
+        ("{{ and .Response (index .Messages 9) }}{{ or .System (index .Messages 9) }}", "Be kind."),
+        ("{{ slice currentDate 5 7 }}", "07"),
+        (
+            '{{ json "<é\\n\\u2028>" }}{{ printf "%s%q%T" "a" "b\\u200b" "c" }}',
+            r'"\u003cé\n\u2028\u003e"a"b\u200b"string',
+        ),
+        ("{{ len (slice .Messages 1) }}{{ len (slice .Messages 1 2) }}", "31"),
     ],
 )
 def test_renders_as_go_does(template: str, expected: str) -> None:
-    assert render(template, DIALOGUE) == expected
+    assert render(template) == expected
 
 
 @pytest.mark.parametrize(
@@ -57,10 +80,9 @@ def test_renders_as_go_does(template: str, expected: str) -> None:
         "{{ if .System }}",
         "{{ end }}",
         "{{ if .System }}a{{ else }}b",
-        "{{ printf `%s` .System }}",
+        "{{ printf `%d` 3 }}",
         "{{ .Nothing }}",
         "{{ $x }}",
-        "{{ $x := .System }}{{ $x }}",
         "{{ .System | len }}",
         "{{ (eq .System .System }}",
         "{{ .System .System }}",
@@ -68,31 +90,36 @@ def test_renders_as_go_does(template: str, expected: str) -> None:
         "{{ .Messages }}",
         '{{ "\\q" }}',
         "{{ if .System }}a{{ else with .System }}b{{ end }}",
+        "{{ $x = .System }}",
+        '{{ template "none" . }}',
+        '{{ define "x" }}a',
+        "{{ index .Messages 4 }}",
+        "{{ slice .System 3 2 }}",
     ],
 )
 def test_refuses_what_it_does_not_know(template: str) -> None:
     with pytest.raises(TemplateSyntaxError):
-        render(template, DIALOGUE)
+        render(template)
 
 
 @given(st.text())
 def test_a_quoted_text_prints_itself(text: str) -> None:
-    assert render("<{{ " + quote(text) + " }}>", DIALOGUE) == f"<{text}>"
+    assert render("<{{ " + quote(text) + " }}>") == f"<{text}>"
 
 
 @given(st.text(alphabet='ab{}-" \n\t.', max_size=30))
 def test_text_without_actions_is_kept(text: str) -> None:
     if "{{" not in text:
-        assert render(text, DIALOGUE) == text
+        assert render(text) == text
 
 
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.text(max_size=5)), max_size=12))
-def test_collate_merges_neighbours_and_keeps_every_text(turns: list[tuple[str, str]]) -> None:
-    system, merged = collate([{"role": role, "content": text} for role, text in turns])
-    assert system == "\n\n".join(text for role, text in turns if role == "system")
-    roles = [m["role"] for m in merged]
-    assert all(a != b or a == "tool" for a, b in itertools.pairwise(roles))
-    for role in ("user", "assistant"):
-        together = "\n\n".join(m["content"] for m in merged if m["role"] == role)
-        assert together == "\n\n".join(text for r, text in turns if r == role)
-    assert sum(role == "tool" for role, _ in turns) == roles.count("tool")
+def test_calls_and_tools_are_what_ollama_gives() -> None:
+    calls = [call("f", "id-1", b=[1.0, 0.00001, 1e21, True, None], a="<x>")]
+    parameter = {"description": "A", "type": ["string", "null"], "enum": ["x"], "minimum": 1}
+    data = go_data(
+        Dialogue([{"role": "assistant", "content": "", "tool_calls": calls}], [tool("f", "About", z=parameter, a={})])
+    )
+    shown = "{{ range .Messages }}{{ range .ToolCalls }}{{ .ID }} {{ .Function.Name }} {{ .Function.Arguments }}{{ end }}{{ end }}"
+    assert render(shown, data) == 'id-1 f {"a":"\\u003cx\\u003e","b":[1,0.00001,1e+21,true,null]}'
+    over = "{{ range .Tools }}{{ range $name, $p := .Function.Parameters.Properties }}{{ $name }}{{ json $p }}{{ end }}{{ end }}"
+    assert render(over, data) == 'a{}z{"type":["string","null"],"description":"A","enum":["x"]}'
