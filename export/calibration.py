@@ -136,7 +136,7 @@ def _language(chat: Chat, drawn: Sequence[data.Conversation], trained_on: Sequen
     for name, share in learnt.items():
         if share >= PART and seen.get(name, 0) < TRACE * share:
             return (
-                f"{share:.0%} of the letters that the model was trained on are {name.title()}, and "
+                f"{share:.0%} of the letters that the model was trained on are {name}, and "
                 f"{seen.get(name, 0):.0%} of those in the calibration data: add rows of that language"
             )
     return ""

@@ -187,7 +187,7 @@ class Quantize(Stage):
 
         source = job.input("model").path
         linear = layers.linear_layers(source)
-        drawn = self._draw(job, max(inputs for _, inputs in linear.values()))
+        drawn = self._draw(job, max((inputs for _, inputs in linear.values()), default=0))
         metrics: dict[str, Any] = {}
         if drawn:
             metrics["calibration"] = calibration.account(drawn, job.inputs["calibration"], self.length, self.seed)

@@ -121,7 +121,7 @@ class Search:
             {"name": name, "layers": len(names), "bits": bits, "kl": {str(b): losses[name, b] for b in rounded_to}}
             for (name, names), bits in zip(self.groups.items(), best.mix.bits, strict=True)
         ]
-        return best, {"groups": groups, "tried": [made.as_json() for made in tried]}
+        return best, {"method": best.recipe.method, "groups": groups, "tried": [made.as_json() for made in tried]}
 
     @cached_property
     def layers(self) -> dict[str, tuple[int, int]]:
@@ -254,6 +254,7 @@ def table(account: Mapping[str, Any]) -> str:
     lines = [
         "# Widths by measurement",
         "",
+        f"Method: {account['method']}.",
         "KL to the parent in nats a token, with one group of layers alone rounded to the nearest value of each width:",
         "",
         f"| group | layers | {' | '.join(f'{bits} bits' for bits in widths)} | chosen |",

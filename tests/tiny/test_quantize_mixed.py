@@ -231,7 +231,7 @@ def test_calibration_in_other_languages_than_the_training_data_warns(parent: Pat
 
     assert warnings(trained_on[0]) == []
     (warning,) = warnings(rows("english.jsonl", english))
-    assert "are Cjk, and 0% of those in the calibration data" in warning
+    assert "are CJK, and 0% of those in the calibration data" in warning
     (warning,) = warnings(rows("russian.jsonl", "Маяк стоял на скале, и каждый вечер смотритель зажигал лампу."))
     assert "spells the calibration data out" in warning
 
