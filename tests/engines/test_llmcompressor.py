@@ -21,7 +21,7 @@ from suite.store import Store, home
 from tests.tiny.tiny_models import tiny_model
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
-CHATS = NANO.parent / "data" / "chat.jsonl"
+CHATS = NANO.parents[1] / "data" / "calibration.jsonl"
 BESIDE = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 KL = {"w4a16": 0.05, "w8a8": 0.004, "fp8": 0.02}
 BITS = {"w4a16": 4, "w8a8": 8, "fp8": 8}

@@ -26,7 +26,7 @@ from suite.chat import Chat
 from suite.envs import Environment
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
-CHATS = NANO.parent / "data" / "chat.jsonl"
+CHATS = NANO.parents[1] / "data" / "calibration.jsonl"
 START_SECONDS = 240  # on two cores with other work
 QUESTIONS = ("What is the capital of France?", "Who are you?", "中国的首都是哪座城市？", "What colour is a carrot?")
 WHOLE = {f"model.layers.0.mlp.{name}_proj": 16 for name in ("gate", "up", "down")}
