@@ -140,6 +140,14 @@ def test_a_trained_model_is_proved_by_tokens_and_answers(nano: Path) -> None:
     assert "NFC" in warned[0]
 
 
+def test_a_mixture_may_choose_another_expert_that_is_almost_as_good(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", architecture="qwen3_moe", hidden=64, **SETTINGS["qwen3_moe"])
+    gguf.write(folder, tmp_path / "m.gguf", "q8_0", "tiny")
+    found = llamacpp.verify(folder, tmp_path / "m.gguf", "q8_0")["parity"]
+    assert found["max_dlogit"] > 1
+    assert found["kl"] < 0.05
+
+
 def test_preferring_another_token_that_is_as_good_does_not_count(tmp_path: Path) -> None:
     """The logits of a random model lie so close together that float16 decides which is the largest."""
     folder = tiny_model(tmp_path / "m", hidden=128)
