@@ -222,8 +222,8 @@ def same_tokens(folder: Path, model: LlamaCpp, warn: Say = lambda _: None) -> in
     agreed = [known.change(text) for text in asked]
     if agreed != asked:
         warn(f"llama.cpp {known.lacks}")
-    for text in agreed:
-        for as_special in (True, False) if known.spelt else (True,):
+    for as_special in (True, False) if known.spelt else (True,):
+        for text in agreed:
             expected = tokenizer(text, split_special_tokens=not as_special)["input_ids"]
             got = model.tokenize(text, special=as_special)
             if got != expected:
@@ -273,7 +273,11 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))},
+            env={
+                "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from each other
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            },
         )
         questions, answers = self._child.stdin, self._child.stdout
         assert questions is not None
