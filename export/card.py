@@ -140,7 +140,8 @@ class Card:
             for step in self.steps
         ]
         libraries = {name: version for step in self.steps for name, version in step.libraries.items()}
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
+        named = ((name, version) for name, version in sorted(libraries.items()) if not name.startswith("env."))
+        versions = ", ".join(f"{name} {version}" for name, version in named)
         table = "\n".join(["| artifact | made by | key | content |", "|---|---|---|---|", *rows])
         text = f"## Lineage\n\n{table}\n\nFull keys and digests are in `lineage.json`.\n"
         return text + (f"\nMade with {versions}.\n" if versions else "")
