@@ -3,51 +3,72 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
-from math import prod
 from typing import NamedTuple
 
 import torch
 
 from export.combine import Combined
 from export.fit import Combination, Edit
-from export.lora import DTYPES, Change, as_bytes, load, matrix, spans
-from export.tensors import Tensor
+from export.lora import DTYPES, TILE_SIZE, Change, as_bytes, load, matrix, spans
+from export.tensors import ITEM, Tensor
 from export.writer import Block, Source
 
+RowChange = Callable[[torch.Tensor, int], None]
+"""Changes rows of a weight (n, columns), float32, in place; the number is that of the first."""
+BLOCK_SIZE = 1 << 19
+"""Elements read and written at once."""
 COPY_SIZE = 1 << 18
 """Bytes copied at once."""
 
 
-class Views(NamedTuple):
-    """One block's memory: `read` and `write` as bytes, `given`, `work` and `result` (rows, columns) as numbers."""
+class Tile(NamedTuple):
+    """Some rows of a block: what was read, float32 to work on, what is written; (rows, columns), partly one memory."""
 
-    read: memoryview
+    first: int
     given: torch.Tensor
     work: torch.Tensor
     result: torch.Tensor
+
+
+class Views(NamedTuple):
+    """One block's memory, as bytes to read and to write, and as the tiles that it is computed in."""
+
+    read: memoryview
+    tiles: list[Tile]
     write: memoryview
 
 
 class Lane(threading.local):
-    """Memory of a writing thread, used again for every block of the same form."""
+    """The memory of one thread, the same for every block; a block of a form seen before costs nothing more."""
 
     def __init__(self) -> None:
         self.views: dict[tuple[int, int, str, str], Views] = {}
+        self.read = self.work = self.write = torch.empty(0)
         self.bytes = memoryview(bytearray(COPY_SIZE))
 
     def get(self, rows: int, columns: int, source: str, target: str) -> Views:
-        """Views of memory for a block; float32 numbers are worked on where they are read, and written from there."""
+        """Views for a block; what needs no other type is worked on where it was read, and written from there."""
         key = rows, columns, source, target
         if key not in self.views:
-            if len(self.views) > 8:
+            if rows * columns > len(self.read):
                 self.views.clear()
-            work = torch.empty(rows, columns)
-            given = work if source == "F32" else torch.empty(rows, columns, dtype=DTYPES[source])
-            result = work if target == "F32" else torch.empty(rows, columns, dtype=DTYPES[target])
-            self.views[key] = Views(as_bytes(given), given, work, result, as_bytes(result))
+                self.read, self.work, self.write = (torch.empty(rows * columns, dtype=torch.float64) for _ in range(3))
+            given = _carve(self.read, rows, columns, source)
+            result = given if target == source else _carve(self.write, rows, columns, target)
+            tiles = []
+            for first, last in spans((rows, columns), TILE_SIZE):
+                part, end = given[first:last], result[first:last]
+                own = part if source == "F32" else end if target == "F32" else None
+                work = _carve(self.work, last - first, columns, "F32") if own is None else own
+                tiles.append(Tile(first, part, work, end))
+            self.views[key] = Views(as_bytes(given), tiles, as_bytes(result))
         return self.views[key]
+
+
+def _carve(memory: torch.Tensor, rows: int, columns: int, dtype: str) -> torch.Tensor:
+    return memory.view(DTYPES[dtype])[: rows * columns].view(rows, columns)
 
 
 class Merger:
@@ -57,9 +78,8 @@ class Merger:
         self.edits = {e.target.name: e for e in edits}
         self.how, self.source = how, source
         self.lane = Lane()
-        self.load = lru_cache(maxsize=4)(
-            partial(load, source=source)
-        )  # experts, whose tensors lie together, share a pair
+        # experts share their pair of factors, and lie together
+        self.load = lru_cache(maxsize=4)(partial(load, source=source))
 
     def blocks(self, target: Tensor) -> Iterator[Block]:
         """The bytes of `target` in order."""
@@ -71,29 +91,33 @@ class Merger:
             return
         change = self._change(edit)
         columns = matrix(target.shape)[1]
-        item = target.size // max(1, prod(target.shape))
-        for first, last in spans(target.shape):
-            yield Block((last - first) * columns * item, partial(self._compute, edit, change, first, last))
+        row = columns * ITEM[target.dtype]
+        for first, last in spans(target.shape, BLOCK_SIZE):
+            yield Block((last - first) * row, partial(self._compute, edit, change, columns, first, last))
 
-    def _change(self, edit: Edit) -> Change | Combined | None:
+    def _change(self, edit: Edit) -> RowChange | None:
         if not edit.patches:
             return None
         changes = [(i, Change(patch, edit.source, self.source, self.load)) for i, patch in edit.patches]
-        return changes[0][1] if self.how.single else Combined(edit.source, changes, self.how, self.source)
+        if not self.how.single:
+            return Combined(edit.source, changes, self.how, self.source)
+        change = changes[0][1]
+        return change.low_rank if change.only_low_rank else change
 
     def _copy(self, tensor: Tensor, offset: int, size: int) -> memoryview:
         data = self.lane.bytes[:size]
         self.source.read(tensor, offset, data)
         return data
 
-    def _compute(self, edit: Edit, change: Change | Combined | None, first: int, last: int) -> memoryview:
-        columns = matrix(edit.target.shape)[1]
-        view = self.lane.get(last - first, columns, edit.source.dtype, edit.target.dtype)
-        self.source.read(edit.source, first * columns * view.given.element_size(), view.read)
-        if view.given is not view.work:
-            view.work.copy_(view.given)
-        if change:
-            change(view.work, first)
-        if view.result is not view.work:
-            view.result.copy_(view.work)
+    def _compute(self, edit: Edit, change: RowChange | None, columns: int, first: int, last: int) -> memoryview:
+        source = edit.source
+        view = self.lane.get(last - first, columns, source.dtype, edit.target.dtype)
+        self.source.read(source, first * columns * ITEM[source.dtype], view.read)
+        for row, given, work, result in view.tiles:
+            if work is not given:
+                work.copy_(given)
+            if change:
+                change(work, first + row)
+            if result is not work:
+                result.copy_(work)
         return view.write

@@ -15,7 +15,7 @@ from export.tensors import Tensor
 from export.writer import Source
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ROWS_SIZE = 1 << 17
+TILE_SIZE = 1 << 17
 """Elements changed at once: with all that is computed of them they stay in the cache of a core."""
 FEWEST_ROWS = 8
 """Rows changed at once, at least: a product of one row is summed in another order than one of several."""
@@ -73,6 +73,7 @@ class Change:
         self.bias = load(patch.bias[0]).mul_(patch.bias[1]).reshape(-1, 1) if patch.bias else None
         self.tokens = torch.tensor(patch.tokens.indices) if patch.tokens else None
         self.values = load(patch.tokens.values) if patch.tokens else torch.empty(0)
+        self.only_low_rank = patch == Patch(lora=patch.lora)
 
     def __call__(self, weight: torch.Tensor, first: int) -> None:
         """Change `weight` (n, columns), float32, in place; its rows are `first` and those after it."""
@@ -88,9 +89,8 @@ class Change:
 
     def delta(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         """What is added to `weight` (n, columns); it stays as it is."""
-        low_rank = self.low_rank
-        if low_rank and low_rank.magnitude is None and self.whole is None and self.tokens is None:
-            return low_rank.change(first, len(weight))
+        if self.low_rank and self.only_low_rank and self.low_rank.magnitude is None:
+            return self.low_rank.change(first, len(weight))
         changed = weight.clone()
         self(changed, first)
         return changed.sub_(weight)
@@ -107,17 +107,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The rows of a weight in blocks of about the same size."""
+def spans(shape: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
+    """The rows of a weight in parts of about the same size, and of about `size` elements at most."""
     rows, columns = matrix(shape)
-    count = max(1, min(rows // FEWEST_ROWS, -(-rows * columns // ROWS_SIZE)))
+    count = max(1, min(rows // FEWEST_ROWS, -(-rows * columns // size)))
     for i in range(count):
         yield rows * i // count, rows * (i + 1) // count
 
 
 def read_rows(tensor: Tensor, source: Source) -> Iterator[tuple[int, torch.Tensor]]:
     """All rows of a tensor as float32, a block at a time, with the number of its first."""
-    for first, last in spans(tensor.shape):
+    for first, last in spans(tensor.shape, TILE_SIZE):
         yield first, rows_of(tensor, first, last - first, source)
 
 

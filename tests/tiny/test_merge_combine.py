@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import combine, lora
+from export import blocks, combine
 from export.fit import Combination
 from export.merge import Merge, merge
 from suite.errors import SuiteError
@@ -105,7 +105,8 @@ def test_blocks_and_threads_do_not_show_in_the_bytes(
         how = Combination(FACTORS, method, 0.4, seed=1)  # type: ignore[arg-type]
         files = []
         for size, threads in ((1 << 17, 1), (1 << 10, 3)):
-            monkeypatch.setattr(lora, "ROWS_SIZE", size)
+            monkeypatch.setattr(blocks, "TILE_SIZE", size)
+            monkeypatch.setattr(blocks, "BLOCK_SIZE", 4 * size)
             monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
             out = tmp_path / f"{method}-{size}"
             merge(base, adapters, out, 10**9, how=how)
