@@ -10,6 +10,7 @@ import torch
 
 from export.folder import copy_beside, read_config, read_json, write_json
 from export.recipe import Blocks, Progress
+from suite import quantized  # noqa: F401  it decides how many workers GPTQModel has
 
 TOKENS = 4096
 """Tokens in one forward."""

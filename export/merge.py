@@ -15,6 +15,7 @@ from export.folder import copy_beside, copy_tokenizer, read_config, write_json
 from export.limits import Limits
 from export.tensors import Tensor, is_pickled, read_checkpoint
 from export.writer import Block, Source, write_checkpoint
+from suite import quantized
 from suite.config import AdapterRef, ArtifactType, Takes
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
@@ -144,7 +145,7 @@ def plan(base: Path, adapters: Sequence[Path], how: Combination = ALONE) -> tupl
     Raises SuiteError for a folder that is none, and for an adapter of another base.
     """
     config = read_config(base)
-    if "quantization_config" in config:
+    if quantized.settings(base) is not None:
         raise SuiteError(ROUNDED, where=str(base), hint=INSTEAD)
     return fit(read_checkpoint(base), config, [Adapter.read(a) for a in adapters], how)
 

@@ -210,7 +210,7 @@ def sensitivity(
 ) -> dict[tuple[str, int], float]:
     """KL(model || model with one group rounded) in nats a token on the first of `blocks`, by group and width."""
     rows = [torch.tensor([block]) for block in blocks[: max(1, SEEN // len(blocks[0]))]]
-    model = parity.load(source, streamed=False)
+    model = parity.load(source, dtype=torch.float32 if parity.fits(source) else "auto")
     tokens, total = sum(row.numel() for row in rows), len(groups) * len(widths)
     found: dict[tuple[str, int], float] = {}
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-# its import decides the workers of GPTQModel, which peft imports on first use
 from export import calibrated, calibration
 from export.awq import best_clip
 from export.folder import TOKENIZER
