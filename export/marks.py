@@ -74,7 +74,6 @@ class Lifter:
     def __init__(self) -> None:
         self.actions: dict[str, str] = {}
         self.forms: dict[str, tuple[str, str]] = {}
-        self.known = re.compile("")
 
     def action(self, go: str) -> str:
         """The character that stands for `go`, an action of a Go template."""
@@ -103,18 +102,23 @@ class Lifter:
         """`text` as (mark, lifted text); literal text has no mark. Raises SuiteError for a mark in an unknown form."""
         found: list[tuple[str, str]] = []
         position = 0
-        for match in self._known().finditer(text):
-            name, go = self.forms[match[0]]
-            found += [("", self._literal(text[position : match.start()])), (name, self.action(go))]
-            position = match.end()
+        for start, form in self._forms_in(text):
+            name, go = self.forms[form]
+            found += [("", self._literal(text[position:start])), (name, self.action(go))]
+            position = start + len(form)
         return [*found, ("", self._literal(text[position:]))]
 
-    def _known(self) -> re.Pattern[str]:
-        """All forms of all marks, the longest first."""
-        if self.known.groups != len(self.forms):
-            forms = "|".join(f"({re.escape(form)})" for form in sorted(self.forms, key=len, reverse=True))
-            self.known = re.compile(forms)
-        return self.known
+    def _forms_in(self, text: str) -> list[tuple[int, str]]:
+        """Where in `text` which form stands; a form inside a longer one does not count."""
+        taken, found = bytearray(len(text)), []
+        for form in sorted(self.forms, key=len, reverse=True):
+            start = text.find(form)
+            while start >= 0:
+                if not any(taken[start : start + len(form)]):
+                    taken[start : start + len(form)] = b"x" * len(form)
+                    found.append((start, form))
+                start = text.find(form, start + 1)
+        return sorted(found)
 
     def _literal(self, text: str) -> str:
         text = DATE.sub(lambda match: self.action(_date(match[1])), text)
