@@ -39,8 +39,6 @@ Weights = Literal[gguf.Weights, Quant]
 QUANTS: tuple[str, ...] = get_args(Quant)
 HINT = 'pip install "suite[llamacpp]"'
 NOT_RUN = f"not run by llama.cpp, which is not installed; to prove tokens and answers: {HINT}"
-K_BLOCK = 256
-"""Values of one block of a k-quant; a row that is no multiple of it falls back to another type."""
 CONTEXT = 512
 """Tokens of the longest text that is asked."""
 CURE = "give it wider weights, such as q8_0 or f16"
@@ -136,9 +134,9 @@ def write(
         found["weights"] = gguf.verify(folder, source)
         found |= quantize(source, out, cast(Quant, weights), progress)
         source.unlink()
-        if other := sorted(set(found["fell_back"].values())):
-            count = len(found["fell_back"])
-            warn(f"{count} tensors became {', '.join(other)}: {weights} is for rows that are a multiple of {K_BLOCK}")
+        if fell_back := found["fell_back"]:
+            types, block = ", ".join(sorted(set(fell_back.values()))), _block(weights)
+            warn(f"{len(fell_back)} tensors became {types}: {weights} is for rows that are a multiple of {block}")
     else:
         gguf.write(folder, out, cast(gguf.Weights, weights), name, progress)
         found["weights"] = gguf.verify(folder, out)
@@ -149,7 +147,7 @@ def quantize(source: Path, out: Path, quant: Quant, progress: Progress = lambda 
     """Write the GGUF file `source` (f32, f16 or bf16) to `out` as `quant`.
 
     Returns how many tensors have which type, and which fell back to another one than `quant` asks for, because their
-    rows are no multiple of 256. Raises SuiteError when llama.cpp cannot.
+    rows are no multiple of its block. Raises SuiteError when llama.cpp cannot.
     """
     import gguf as reading
 
@@ -165,9 +163,14 @@ def quantize(source: Path, out: Path, quant: Quant, progress: Progress = lambda 
     for tensor in reading.GGUFReader(out).tensors:
         name = tensor.tensor_type.name
         types[name] = types.get(name, 0) + 1
-        if name != "F32" and "_k" in quant and int(tensor.shape[0]) % K_BLOCK:
+        if name != "F32" and int(tensor.shape[0]) % _block(quant):
             fell_back[str(tensor.name)] = name
     return {"types": dict(sorted(types.items())), "fell_back": fell_back}
+
+
+def _block(quant: str) -> int:
+    """Values of one block; a row that is no multiple of it falls back to another type."""
+    return 256 if "_k" in quant else 32
 
 
 def verify(
@@ -253,7 +256,8 @@ def _known_difference(tokenizer: Any) -> _Known:
     if not state["model"].get("byte_fallback"):
         if backend.normalizer is None:
             return _Known()
-        lacks = "does not normalize text as this tokenizer does (NFC): combining marks become other tokens"
+        kind = state["normalizer"]["type"]
+        lacks = f"does not normalize text, as this tokenizer does ({kind}): combining marks become other tokens"
         return _Known(backend.normalizer.normalize_str, lacks)
     if adds_space_once(state) and tokenizer.bos_token:
         lacks = f"adds no space before a text that does not begin with {tokenizer.bos_token}, as chats do"
@@ -267,17 +271,17 @@ class _Process:
     def __init__(self, subject: str) -> None:
         self._subject = subject
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed by close()
-        root = str(Path(__file__).parent.parent)
+        # threads that spin while they wait take the cores from each other
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        root = Path(__file__).parent.parent
+        if (root / "pyproject.toml").is_file():  # a checkout that is not installed
+            environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
         self._child = subprocess.Popen(
             [sys.executable, "-m", "export.llamacpp_process", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env={
-                "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from each other
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-            },
+            env=environment,
         )
         questions, answers = self._child.stdin, self._child.stdout
         assert questions is not None
