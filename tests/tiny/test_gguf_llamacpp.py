@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,55 @@ def pre_tokenized(folder: Path, parts: list[dict[str, Any]]) -> Path:
     )
     trained = json.loads(bpe.to_str())
     file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **trained}), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["always", "once", "never"])
+def test_sentencepiece_tokenizers_are_those_of_llama_cpp(tmp_path: Path, prefix: str) -> None:
+    """A space before each text as in Llama 2, before the first as in later Mistrals, before none as in Gemma."""
+    folder = byte_fallback(tmp_path / "m", prefix)
+    gguf.write(folder, tmp_path / "m.gguf", "f16", "tiny")
+    warned: list[str] = []
+    with llamacpp.LlamaCpp(tmp_path / "m.gguf") as model:
+        assert llamacpp.same_tokens(folder, model, warned.append) > len(TEXTS)
+    assert bool(warned) == (prefix == "once")
+
+
+def byte_fallback(folder: Path, prefix: str) -> Path:
+    """A tiny llama whose tokenizer is laid out as one converted from SentencePiece: special, bytes, merges, letters."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    printable = ["".join(c for c in text if c.isprintable()) for text in TEXTS]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    words = [word for text in printable for word in re.split("(?= )", text)]
+    trained.train_from_iterator(words, trainers.BpeTrainer(vocab_size=700))
+    state = json.loads(trained.to_str())["model"]
+    merged = dict.fromkeys("".join(pair) for pair in state["merges"])
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>"]
+    letters = [token for token in state["vocab"] if token not in merged]
+    vocabulary = dict.fromkeys([*special, *(f"<0x{i:02X}>" for i in range(256)), *merged, *letters])
+    bpe = models.BPE(
+        {token: i for i, token in enumerate(vocabulary)},
+        [tuple(pair) for pair in state["merges"]],
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(bpe)
+    if prefix == "once":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        replace = normalizers.Replace(" ", "▁")
+        prepend = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        tokenizer.normalizer = prepend if prefix == "always" else replace
+    tokenizer.decoder = decoders.ByteFallback()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tiny_model(folder, architecture="llama", hidden=64, vocab=1000)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    whole.save_pretrained(folder)
     return folder
 
 
