@@ -239,43 +239,37 @@ def measure(
     sums, half = Sums(), len(probes)
     # some quantized layers would compile themselves anew for every length of text
     eager = torch.compiler.set_stance("force_eager")
-    with eager, tempfile.TemporaryDirectory() as folder:
-        waiting = [Path(folder) / f"{i}.npy" for i in range(half)]
-        model = answering(parent())
-        asked: list[Probe] = model.each(
-            [partial(_ask, model, probe, file) for probe, file in zip(probes, waiting, strict=True)],
-            lambda share: progress(round(share * half), 2 * half, "parity"),
-            1 + model.tokens,
-        )
-        del model
+    with eager, tempfile.TemporaryDirectory() as waiting:
+        before, after = Path(waiting) / "parent", Path(waiting) / "child"
+        asked = _ask(answering(parent()), probes, before, lambda n: progress(round(n), 2 * half, "parity"))
         gc.collect()
-        model = answering(child())
-        model.each(
-            [partial(_compare, model, probe, file, sums) for probe, file in zip(asked, waiting, strict=True)],
-            lambda share: progress(half + round(share * half), 2 * half, "parity"),
-            1,
-        )
+        _ask(answering(child()), asked, after, lambda n: progress(round(half + n), 2 * half, "parity"))
+        for i, probe in enumerate(asked):
+            sums.add(probe, *(torch.from_numpy(np.load(side / f"{i}.npy")) for side in (before, after)))
     return sums.result() | _prompts(probes)
 
 
-def _ask(model: Answering, probe: Probe, file: Path) -> Probe:
-    """Write the parent's logits to `file`; returns the probe with the answer, if it asks for one."""
-    if probe.asks:
-        probe = replace(probe, ids=model.answered(probe.ids, probe.stops), answer=len(probe.ids))
-    logits = model.logits(probe.ids).numpy()
-    try:
-        np.save(file, logits)
-    except OSError as error:
-        raise SuiteError(
-            f"the parent's logits cannot wait on the disk: {error.strerror or error}",
-            where=str(file.parent),
-            hint="set TMPDIR to a directory with more space",
-        ) from None
-    return probe
+def _ask(model: Answering, probes: Sequence[Probe], folder: Path, tell: Callable[[float], None]) -> list[Probe]:
+    """Write the logits for each probe to `folder`; returns the probes with the answers to those that ask for one."""
+    folder.mkdir()
 
+    def ask(probe: Probe, file: Path) -> Probe:
+        if probe.asks and not probe.answer:
+            probe = replace(probe, ids=model.answered(probe.ids, probe.stops), answer=len(probe.ids))
+        logits = model.logits(probe.ids).numpy()
+        try:
+            np.save(file, logits)
+        except OSError as error:
+            raise SuiteError(
+                f"the logits cannot wait on the disk: {error.strerror or error}",
+                where=str(folder),
+                hint="set TMPDIR to a directory with more space",
+            ) from None
+        return probe
 
-def _compare(model: Answering, probe: Probe, file: Path, sums: Sums) -> None:
-    sums.add(probe, torch.from_numpy(np.load(file)), model.logits(probe.ids))
+    passes = 1 + model.tokens * any(probe.asks and not probe.answer for probe in probes)
+    questions = [partial(ask, probe, folder / f"{i}.npy") for i, probe in enumerate(probes)]
+    return model.each(questions, lambda share: tell(share * len(probes)), passes)
 
 
 def _prompts(probes: Sequence[Probe]) -> dict[str, Any]:

@@ -108,6 +108,7 @@ class _Question(threading.Thread):
         self.call: Callable[[], Any] = lambda: None
         self.answer: Any = None
         self.error: BaseException | None = None
+        self.stopped = False
         self.mine, self.other = threading.Semaphore(0), threading.Semaphore(0)
 
     def start(self) -> None:
@@ -131,7 +132,7 @@ class _Question(threading.Thread):
         self.other.release()
         self.mine.acquire()
         answer, self.answer = self.answer, None
-        if self.unit is None:
+        if self.stopped:
             raise SystemExit
         return answer
 
@@ -145,7 +146,7 @@ class _Question(threading.Thread):
     def stop(self) -> None:
         """In the other thread: end this one wherever it waits."""
         if self.is_alive():
-            self.unit = None
+            self.stopped = True
             self.mine.release()
             self.join()
 

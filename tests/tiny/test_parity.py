@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,16 @@ def test_an_object_that_gives_logits_is_asked_as_a_model(greedy: bool) -> None:
     as_parent = parity.measure(lambda: given, lambda: Table(table(0)), [question])
     assert as_parent["positions"] == 2 + (3 if greedy else 16)
     assert as_parent["kl"] == 0
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numpy.save", full)
+    with pytest.raises(SuiteError, match="No space left on device") as caught:
+        measure(table(0), table(0), Probe("text", [1, 2]))
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_parent_and_child_are_never_in_memory_together() -> None:

