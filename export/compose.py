@@ -16,13 +16,12 @@ END = "eq (len (slice $.Messages $i)) 1"
 """The message is the last."""
 
 
+_EACH = "{{ range $i, $m := .Messages }}{{ if "
 VARIABLES = {
-    "$first": '{{ $first := -1 }}{{ range $i, $m := .Messages }}{{ if and (lt $first 0) (eq .Role "user") }}'
-    "{{ $first = $i }}{{ end }}{{ end }}",
-    "$last": '{{ $last := -1 }}{{ range $i, $m := .Messages }}{{ if eq .Role "user" }}'
-    "{{ $last = $i }}{{ end }}{{ end }}",
-    "$system": '{{ $system := "" }}{{ $given := false }}{{ range .Messages }}{{ if eq .Role "system" }}'
-    "{{ $system = .Content }}{{ $given = true }}{{ end }}{{ end }}",
+    "$first": f'{{{{ $first := -1 }}}}{_EACH}and (lt $first 0) (eq .Role "user") }}}}{{{{ $first = $i }}}}',
+    "$last": f'{{{{ $last := -1 }}}}{_EACH}eq .Role "user" }}}}{{{{ $last = $i }}}}',
+    "$system": f'{{{{ $system := "" }}}}{_EACH}eq .Role "system" }}}}{{{{ $system = .Content }}}}',
+    "$given": f'{{{{ $given := false }}}}{_EACH}eq .Role "system" }}}}{{{{ $given = true }}}}',
 }
 """What a template has to know before its first message, by the variables that it then uses."""
 
@@ -47,6 +46,7 @@ class System(NamedTuple):
 
 FIRST = System("(index $.Messages 0).Content", 'eq (index $.Messages 0).Role "system"')
 LAST = System("$system", "$given")
+ALL = System("$.System", "$given")
 
 
 class Series(NamedTuple):
@@ -131,7 +131,7 @@ class _Writer:
         if "$before" in uses:
             variables += action('{{ $before := "" }}')
             text += action("{{ $before = .Role }}")
-        variables += "".join(action(go) for name, go in VARIABLES.items() if name in uses)
+        variables += "".join(action(go + 2 * "{{ end }}") for name, go in VARIABLES.items() if name in uses)
         return variables + text + action("{{ end }}") + generate
 
     def question(self) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, get_args
 
-from export.compose import FIRST, LAST, Case, Given, Parts, Series, compose, merged
+from export.compose import ALL, FIRST, LAST, Case, Given, Parts, Series, System, compose, merged
 from export.dialogues import Dialogue, Message, Reference, Tool, call, tool
 from export.marks import Lifter, common_start, refused
 from suite.errors import SuiteError
@@ -27,7 +27,7 @@ def derive(reference: Reference, tools: bool, thinking: bool) -> str:
     """A Go template, with tools and thinking or without; raises SuiteError when the Jinja cannot be taken apart."""
     lifter = Lifter()
     plain = _Probe(reference, lifter, Case(False, "none", None), tools=False, thinking=False)
-    system = LAST if plain.collects_system() else FIRST
+    system = plain.system_place()
     found: dict[Case, Parts] = {}
     thinks = (None, True, False) if thinking and plain.heeds_think(tools) else (None,)
     for case in (Case(*given) for given in product((False, True), get_args(Given), thinks)):
@@ -97,13 +97,14 @@ class _Probe:
         with suppress(_RefusedByJinjaError):
             parts.update(more(parts))
 
-    def collects_system(self) -> bool:
-        """Whether a later system text stands before the first question."""
+    def system_place(self) -> System:
+        """Which system texts stand before the first question: that of the first message, the last, or all."""
+        probe = replace(self, case=self.case._replace(system="given"), system=FIRST.text)
         try:
-            marks = [mark for mark, _ in self.lift([self.user(1), self.later(), self.user(2)]) if mark]
+            marks = [mark for mark, _ in probe.lift([self.user(1), self.later(), self.user(2)]) if mark]
         except _RefusedByJinjaError:
-            return False
-        return marks[:1] == ["Later"]
+            return FIRST
+        return ALL if marks[:2] == ["System", "Later"] else LAST if marks[:1] == ["Later"] else FIRST
 
     def heeds_think(self, tools: bool) -> bool:
         """Whether switching thinking on or off changes anything."""
@@ -158,7 +159,20 @@ class _Probe:
             found[f"lead{' now' * now}{' content' * content}{' thinking' * thinking}"] = lead
         _, _, after, _ = self.split([self.user(1), self.calling(1), self.result(1)], "User1 Call1 Result1")
         ended = self.split([self.user(1), self.calling(1)], "User1 Call1", generate=False)[2]
-        return {**found, "call": self.spans["Call1"], "call tail": self.end(ended, after)}
+        return {**found, "call": self.with_constants(self.spans["Call1"]), "call tail": self.end(ended, after)}
+
+    def with_constants(self, call: str) -> str:
+        """A call whose arguments are written one by one, and perhaps True, False and None as Python does."""
+        as_json = self.lifter.action('{{ template "json" (json $value) }}')
+        if as_json not in call:
+            return call
+        python = {True: self.lifter.branch("$value", "True", "False"), None: "None"}
+        found = as_json
+        for value, kind in ((True, "bool"), (None, "<nil>")):
+            self.split([self.user(1), self.calling(1, second=value), self.result(1)], "User1 Call1 Result1")
+            if self.spans["Call1"] == call.replace(as_json, str(value)):
+                found = self.lifter.branch(f'eq (printf "%T" $value) "{kind}"', python[value], found)
+        return call.replace(as_json, found)
 
     def parallel(self, parts: Parts) -> Parts:
         """What stands between two calls of one message."""
@@ -213,12 +227,12 @@ class _Probe:
         more = {"thinking": self.lifter.content("Thinking", ".Thinking")} if thinking else {}
         return {"role": "assistant", "content": self.lifter.content(f"Answer{n}", ".Content"), **more}
 
-    def calling(self, *numbers: int, content: bool = False, thinking: bool = False) -> Message:
+    def calling(self, *numbers: int, content: bool = False, thinking: bool = False, **second: Any) -> Message:
         """An answer that calls tools; names, ids and arguments are marked, the latter as a whole and one by one."""
         calls = []
         for n in numbers:
             values: dict[str, Any] = {f"QxName{n}{i}Qx": f"QxValue{n}{i}Qx" for i in range(1, 5)}
-            values[f"QxName{n}2Qx"] = {f"QxInner{n}Qx": [1]}
+            values[f"QxName{n}2Qx"] = second.get("second", {f"QxInner{n}Qx": [1]})
             made = call(f"QxCall{n}Qx", f"QxCallId{n}", **values)
             self.lifter.mark(f"QxCall{n}Qx", f"Call{n}", "{{ .Function.Name }}")
             self.lifter.mark(f"QxCallId{n}", f"Call{n}", "{{ .ID }}")
@@ -226,7 +240,8 @@ class _Probe:
             for name, value in made["function"]["arguments"].items():
                 argument = f"Argument{name[6:8]}"
                 self.lifter.mark(name, argument, "{{ $name }}")
-                self.lifter.value(argument, value, "$value")
+                if not isinstance(value, bool | None):
+                    self.lifter.value(argument, value, "$value")
                 if isinstance(value, str):
                     self.lifter.mark(value, argument, "{{ $value }}")
             calls.append(made)
