@@ -110,7 +110,7 @@ class Adapter:
         _refuse(config, str(folder / "adapter_config.json"))
         parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
         patches: dict[str, dict[str, Any]] = defaultdict(dict)
-        for key, tensor in _weights(folder).items():
+        for key, tensor in read_weights(folder).items():
             name = key.removeprefix("base_model.model.")
             if ".original_module." in name:  # what modules_to_save replaces; peft saves it of a resized embedding
                 continue
@@ -140,7 +140,8 @@ class Adapter:
         return {name: patch.whole for name, patch in self.patches.items() if patch.whole}
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder; raises SuiteError for pickled ones."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise SuiteError(
@@ -207,6 +208,8 @@ def _lora(config: Mapping[str, Any], weight: str, parts: Mapping[str, Tensor]) -
     except KeyError:
         file = next(iter(parts.values())).file
         raise SuiteError(f"'{weight}' has only one half of its LoRA pair", where=str(file)) from None
+    if b.shape[1:2] != a.shape[:1]:
+        raise SuiteError(f"the halves of the LoRA pair of '{weight}' are of different ranks", where=str(a.file))
     alpha: float = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", weight.removesuffix(".weight")):  # the first that matches, as in peft

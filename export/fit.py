@@ -23,8 +23,6 @@ ON_DISK = (
 """How names in memory, which adapters use, differ from those in a checkpoint: GPT-2's, Mixtral's, Gemma 3's."""
 LEAVES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 """What one parameter for all experts in memory is called in a checkpoint that has tensors of each expert."""
-
-
 Method = Literal["sum", "ties", "dare"]
 
 
@@ -226,7 +224,7 @@ def _configured(
     config: Mapping[str, Any], base: Mapping[str, Tensor], edits: Sequence[Edit], embedding: str, tied: bool
 ) -> dict[str, Any]:
     """The base's configuration with what the merge changed: the tie, and the number of tokens."""
-    changed = {**config, "tie_word_embeddings": tied}
+    changed = {**config, **({"tie_word_embeddings": tied} if embedding else {})}
     rows = {e.target.name: e.target.shape[0] for e in edits if e.target.name in (embedding, HEAD)}
     if len(set(rows.values())) > 1:
         raise SuiteError(

@@ -109,6 +109,25 @@ def test_experts_are_one_parameter_in_memory_and_many_tensors_on_disk(
     assert not compare(base, random_adapter(base, tmp_path / "adapter", **lora), tmp_path)
 
 
+def test_an_adapter_of_each_expert_as_transformers_4_had_them(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", architecture="qwen3_moe", hidden=64, **EXPERTS["qwen3_moe"])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    torch.manual_seed(0)
+    pairs = {}
+    for name, weight in weights(base).items():
+        if ".experts." in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            pairs[f"{module}.lora_A.weight"] = 0.1 * torch.randn(4, weight.shape[1])
+            pairs[f"{module}.lora_B.weight"] = 0.1 * torch.randn(weight.shape[0], 4)
+    save_file(pairs, adapter / "adapter_model.safetensors")
+    modules = ["gate_proj", "up_proj", "down_proj"]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": modules}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    for ours, theirs in compare(base, adapter, tmp_path).values():  # peft sums gate and up with zeros between them
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_experts_in_bfloat16_are_rounded_once_where_peft_rounds_twice(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", architecture="mixtral", hidden=64, dtype="bfloat16", **EXPERTS["mixtral"])
     adapter = random_adapter(base, tmp_path / "adapter", target_modules=[], target_parameters=["experts.down_proj"])

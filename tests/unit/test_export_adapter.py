@@ -16,6 +16,7 @@ from export.merge import Merge, plan
 from suite.errors import SuiteError
 from suite.stages import Artifact
 
+W = "model.safetensors"
 EMBED, Q, HEAD = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head"
 
 
@@ -48,6 +49,14 @@ def test_only_the_named_weight_is_changed(tmp_path: Path) -> None:
     edits, config = plan(base(tmp_path / "b"), [adapter(tmp_path / "a")])
     assert {e.target.name: e.copied for e in edits} == {f"{EMBED}.weight": True, f"{Q}.weight": False}
     assert config["tie_word_embeddings"]
+
+
+def test_the_tie_of_a_head_that_is_not_known_stays_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    folder.mkdir()
+    save_file({"words.weight": np.ones((10, 8), np.float32), f"{Q}.weight": np.ones((6, 8), np.float32)}, folder / W)
+    (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+    assert plan(folder, [adapter(tmp_path / "a")])[1] == {"tie_word_embeddings": True}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +140,7 @@ def test_adapters_that_cannot_be_merged_exactly_are_refused(tmp_path: Path, conf
             | {f"{Q}.{name}.weight": (2, 2) for name in ("lora_A", "lora_B")},
             "its 2 LoRA pairs",
         ),
+        ({f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (6, 3)}, "different ranks"),
         ({f"{Q}.lora_lambda": (2,)}, "no kind of LoRA known"),
     ],
 )
