@@ -17,7 +17,3 @@ class Limits:
     top1: float = 0.0
     """Share of positions where both prefer the same next token, or one as good."""
     cure: str = ""
-
-
-COPY = Limits(kl=0, max_dlogit=0, top1=1, cure="the copy is damaged: make it again")
-"""The same tensors in other files."""

@@ -301,8 +301,7 @@ def require(result: Mapping[str, Any], limits: Limits, where: str = "") -> None:
         if not (math.isfinite(result[name]) and result[name] <= limit):
             beyond = f"above {limit:g}" if math.isfinite(result[name]) else "which is no number"
             raise SuiteError(f"{said.format(result[name])}, {beyond}; {worst}", where=where, hint=limits.cure)
-    if not result["top1"] + result.get("ties", 0.0) >= limits.top1:
-        message = (
-            f"parent and child prefer the same token at {result['top1']:.2%} of positions, below {limits.top1:.2%}"
-        )
+    same = result["top1"] + result["ties"]
+    if not same >= limits.top1:
+        message = f"parent and child prefer the same token at {same:.2%} of positions, below {limits.top1:.2%}"
         raise SuiteError(f"{message}; {worst}", where=where, hint=limits.cure)

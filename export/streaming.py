@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
+from export.adapter import read_weights
 from export.lora import DTYPES, one_thread
-from export.tensors import Tensor, read_checkpoint, read_header
+from export.tensors import Tensor, read_checkpoint
 from suite.errors import SuiteError
 
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -36,7 +37,7 @@ WHOLE = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torc
 class Streamed:
     """The model in `folder`, with an adapter on top if given; call it as any model of transformers.
 
-    Memory: the largest unit, twice that of its largest parameter where experts are fused, and what the questions need.
+    Memory: the largest unit (up to three times a parameter into which experts are fused), and what the questions need.
     Raises SuiteError where checkpoint or adapter lack a parameter.
     """
 
@@ -334,7 +335,7 @@ def _adapted(base: Any, adapter: Path, device: str) -> tuple[Any, list[tuple[str
     config.inference_mode = True
     own = set(map(id, base.state_dict(keep_vars=True).values()))
     model = PeftModel(base, config, low_cpu_mem_usage=True)
-    tensors = read_header(adapter / "adapter_model.safetensors")
+    tensors = read_weights(adapter)
     marks = {key: torch.nn.Parameter(torch.empty(t.shape, device="meta"), False) for key, t in tensors.items()}
     set_peft_model_state_dict(model, dict(marks), low_cpu_mem_usage=True)
     state = base.state_dict(keep_vars=True)

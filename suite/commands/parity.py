@@ -128,6 +128,7 @@ def _check(side: Side) -> None:
     """Find what is missing before torch is imported."""
     from export import llamacpp
     from export.folder import read_config
+    from export.merge import plan
     from export.tensors import read_checkpoint
     from suite import quantized
 
@@ -136,7 +137,11 @@ def _check(side: Side) -> None:
             raise SuiteError("only llama.cpp reads GGUF files", where=side.name, hint=llamacpp.HINT)
         return
     read_config(side.path)
-    if not quantized.settings(side.path):
+    if quantized.settings(side.path):
+        return
+    if side.adapter:
+        plan(side.path, [side.adapter])
+    else:
         read_checkpoint(side.path)
 
 
@@ -195,18 +200,22 @@ def _show(parent: Side, child: Side, found: dict[str, Any]) -> None:
         prompts += f"; other tokens for {found['other_prompt']!r}"
     rows = {
         "KL, nats a token": f"{found['kl']:.2g}",
-        "same preferred token": f"{found['top1']:.2%} of {found['positions']} positions",
+        "same preferred token": f"{found['top1']:.2%} of {found['positions']} positions; {found['ties']:.2%} as good",
         "greedy answers": f"{found['greedy']:.1%} the same, {found['greedy_tokens']:.1f} tokens of each",
         "perplexity, parent and child": f"{found['ppl_parent']:.4g}, {found['ppl_child']:.4g}",
         "logit difference, max and mean": f"{found['max_dlogit']:.2g}, {found['mean_dlogit']:.2g}",
         "same prompt tokens": prompts,
-        "vocabulary, parent and child": f"{found['vocabulary_parent']}, {found['vocabulary_child']}",
+        "vocabulary, parent and child": _vocabulary(found["vocabulary_parent"], found["vocabulary_child"]),
         "worst probe": f"KL {found['worst_kl']:.2g}: {found['worst_probe']!r}",
     }
     table = Table(f"{child.name} against {parent.name}", "", box=box.SIMPLE_HEAD)
     for name, value in rows.items():
         table.add_row(name, escape(value))
     Console().print(table)
+
+
+def _vocabulary(parent: int, child: int) -> str:
+    return f"{parent}, {child}" + (f"; the first {min(parent, child)} are compared" if parent != child else "")
 
 
 def _require(found: dict[str, Any], max_kl: float | None, min_top1: float | None) -> None:

@@ -25,6 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny_model(folder / "m", hidden=64)
     adapter = tiny_adapter(base, folder / "a")
     merge(base, [adapter], folder / "merged", 10**9)
+    tiny_model(folder / "wide", hidden=128)
     tiny_model(folder / "off", hidden=64)
     weights = load_file(folder / "off" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
@@ -92,6 +93,7 @@ def test_a_base_that_changed_since_is_not_taken(suite_home: Path, capsys: pytest
         (["m", "@nothing"], "no run has an artifact of a stage 'nothing'"),
         (["a", "m"], "does not record where its base is"),
         (["a", "m", "--base", "nowhere"], "--base: no such file or folder: nowhere"),
+        (["a", "m", "--base", "wide"], "the adapter is for another base"),
         (["m", "empty"], "no model*.safetensors"),
         (["m", "m", "--max-kl", "much"], "invalid float value: 'much'"),
         (["m", "key"], "begins the keys of 2 artifacts"),
@@ -107,7 +109,7 @@ def test_wrong_input_is_one_message_before_torch_is_imported(
     (tmp_path / "empty" / "config.json").write_text("{}")
     (tmp_path / "one.gguf").touch()
     (tmp_path / "two.gguf").touch()
-    for name in ("m", "a"):
+    for name in ("m", "a", "wide"):
         (tmp_path / name).symlink_to(Path(name).resolve())
     script = f"import sys; from suite.cli import main; code = main({['parity', *arguments]!r}); assert 'torch' not in sys.modules; sys.exit(code)"
     run = subprocess.run(
