@@ -133,7 +133,7 @@ class Merge(Stage):
     def _how(self, adapters: int) -> Combination:
         weights = tuple(self.weights) or (1.0,) * adapters
         if len(weights) != adapters:
-            raise SuiteError(f"{len(weights)} weights for {adapters} adapters", where="weights", hint="one each")
+            raise SuiteError(f"{len(weights)} for {adapters} adapters", where="weights", hint="give one each")
         if self.combine == "ties" and min(weights) <= 0:
             raise SuiteError("ties averages by weight: each must be above 0", where="weights")
         return Combination(weights, self.combine, self.density, self.seed)

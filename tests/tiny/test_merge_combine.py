@@ -156,7 +156,7 @@ def test_what_no_library_computes_is_said_not_to_be_compared(trained: tuple[Path
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"weights": [1.0]}, "1 weights for 2 adapters"),
+        ({"weights": [1.0]}, "1 for 2 adapters"),
         ({"weights": [1.0, -1.0], "combine": "ties"}, "each must be above 0"),
     ],
 )
