@@ -20,6 +20,8 @@ class Gives(Protocol):
 class Answering:
     """A model of transformers."""
 
+    how = "parity"
+    """What a progress bar calls it."""
     tokens = 16
     """Of a greedy answer."""
 
@@ -60,6 +62,7 @@ class AnsweringStreamed(Answering):
     """A model whose weights come from the disk; all questions are asked together."""
 
     model: Streamed
+    how = "parity, layer by layer"
     tokens = 8
     """Each is one more pass over all weights."""
 

@@ -49,6 +49,8 @@ FILLED = 0.8
 """Share of the free memory that weights may take; the rest is for activations and logits."""
 TIE = 0.05
 """Logits that are as good as equal: sums in float16 differ by as much."""
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says how much memory a container may take."""
 AT_ONCE = 1 << 22
 """Logits that are compared at once; a vocabulary may have 200 000 tokens."""
 
@@ -220,12 +222,21 @@ def load(folder: Path, adapter: Path | None = None, dtype: Any = torch.float32, 
 def fits(folder: Path, free: int | None = None) -> bool:
     """Whether the model in `folder` fits into memory in float32.
 
-    `free` is in bytes, by default what the GPU or else the machine has left.
+    `free` is in bytes, by default what the GPU, or else the machine, has left.
     """
     weights = sum(math.prod(tensor.shape) for tensor in read_checkpoint(folder).values()) * torch.float32.itemsize
     if free is None:
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _memory()
     return weights <= free * FILLED
+
+
+def _memory() -> int:
+    """Bytes that the machine has left, and the container that this may run in."""
+    free: int = psutil.virtual_memory().available
+    for file in CONTAINER:
+        if file.is_file() and (limit := file.read_text().strip()).isdigit():
+            free = min(free, int(limit) - psutil.Process().memory_info().rss)
+    return free
 
 
 def measure(
@@ -236,22 +247,23 @@ def measure(
     A model is one of transformers, as `load` gives it, or any object with `logits(ids) -> (T, V)` (see
     `export.answering`). Raises SuiteError when one of the two does not have a token that is asked.
     """
-    sums, half = Sums(), len(probes)
+    sums = Sums()
     # some quantized layers would compile themselves anew for every length of text
     eager = torch.compiler.set_stance("force_eager")
     with eager, tempfile.TemporaryDirectory() as waiting:
         before, after = Path(waiting) / "parent", Path(waiting) / "child"
-        asked = _ask(answering(parent()), probes, before, lambda n: progress(round(n), 2 * half, "parity"))
+        asked = _ask(answering(parent()), probes, before, progress, 0)
         gc.collect()
-        _ask(answering(child()), asked, after, lambda n: progress(round(half + n), 2 * half, "parity"))
+        _ask(answering(child()), asked, after, progress, len(probes))
         for i, probe in enumerate(asked):
             sums.add(probe, *(torch.from_numpy(np.load(side / f"{i}.npy")) for side in (before, after)))
     return sums.result() | _prompts(probes)
 
 
-def _ask(model: Answering, probes: Sequence[Probe], folder: Path, tell: Callable[[float], None]) -> list[Probe]:
+def _ask(model: Answering, probes: Sequence[Probe], folder: Path, progress: Progress, done: int) -> list[Probe]:
     """Write the logits for each probe to `folder`; returns the probes with the answers to those that ask for one."""
     folder.mkdir()
+    total = 2 * len(probes)
 
     def ask(probe: Probe, file: Path) -> Probe:
         if probe.asks and not probe.answer:
@@ -269,7 +281,7 @@ def _ask(model: Answering, probes: Sequence[Probe], folder: Path, tell: Callable
 
     passes = 1 + model.tokens * any(probe.asks and not probe.answer for probe in probes)
     questions = [partial(ask, probe, folder / f"{i}.npy") for i, probe in enumerate(probes)]
-    return model.each(questions, lambda share: tell(share * len(probes)), passes)
+    return model.each(questions, lambda share: progress(done + round(share * len(probes)), total, model.how), passes)
 
 
 def _prompts(probes: Sequence[Probe]) -> dict[str, Any]:

@@ -195,12 +195,17 @@ def test_a_model_without_template_or_system_role_still_has_probes(tmp_path: Path
     assert sum(p.asks for p in strict) == len(parity.dialogues())
 
 
-def test_what_fits_into_memory_is_not_streamed(tmp_path: Path) -> None:
+def test_what_fits_into_memory_is_not_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_model(tmp_path / "m", hidden=64, dtype="bfloat16")
     weights = 2 * (folder / "model.safetensors").stat().st_size
     assert parity.fits(folder)
     assert parity.fits(folder, free=2 * weights)
     assert not parity.fits(folder, free=weights)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(parity, "CONTAINER", (limit,))
+    for said, enough in (("max", True), (str(1 << 60), True), (str(weights), False)):
+        limit.write_text(f"{said}\n")
+        assert parity.fits(folder) == enough
 
 
 def test_a_changed_template_or_tokenizer_is_named(tmp_path: Path) -> None:
