@@ -194,9 +194,12 @@ class Unit:
     changes: list[tuple[Slot, Tensor]] = field(default_factory=list)
 
     def load(self) -> None:
-        """Read the weights."""
+        """Read the weights; raises SuiteError for one of another shape than the configuration says."""
         values = self.checkpoint.read([name for _, name in self.weights], self.device)
         for slot, name in self.weights:
+            has, wanted = tuple(values[name].shape), tuple(getattr(slot.module, slot.name).shape)
+            if has != wanted:
+                raise SuiteError(f"'{name}' is {has} in the checkpoint, and {wanted} by its config.json")
             slot.fill(values[name])
         for slot, tensor in self.changes:
             slot.fill(read(tensor, self.device))

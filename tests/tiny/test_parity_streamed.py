@@ -132,6 +132,14 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         parity.load(folder, adapter, streamed=True)
 
 
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", hidden=64)
+    name = "model.layers.0.mlp.up_proj.weight"
+    child = faulty(folder, tmp_path / "c", lambda tensors: tensors.update({name: tensors[name][:100].clone()}))
+    with pytest.raises(SuiteError, match=rf"'{name}' is \(100, 64\) in the checkpoint, and \(128, 64\)"):
+        parity.measure(opened(folder), opened(child), parity.probes(folder))
+
+
 def test_a_question_that_fails_ends_all_of_them(tmp_path: Path) -> None:
     model = parity.load(tiny_model(tmp_path / "m", hidden=64), streamed=True)
     before = threading.active_count()
