@@ -15,8 +15,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from export.folder import read_config
-from export.gguf_model import Model as Model
-from export.gguf_model import add_keys
+from export.gguf_model import Model, add_keys
 from export.gguf_tensors import Array, Entry, entries
 from export.gguf_tokenizer import add_tokenizer, check_tokenizer, telling_name
 from suite.errors import SuiteError

@@ -62,7 +62,7 @@ class ModelScope:
             return Remote("", info.visibility != Visibility.PUBLIC, files)
 
     def _download(self, path: str, folder: str) -> Path:
-        return self.api.download_file(self.repository, MODEL, path, revision=self.branch, local_dir=folder)
+        return Path(self.api.download_file(self.repository, MODEL, path, revision=self.branch, local_dir=folder))
 
     def create(self, *, public: bool) -> None:
         """The library's own default would be public, and Apache-2.0."""

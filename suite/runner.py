@@ -60,12 +60,13 @@ class View(Protocol):
 def libraries(node: Node) -> dict[str, str]:
     """Installed versions of the distributions that decide a stage's result, and those of its environment."""
     found = {}
-    for name in node.stage.libraries:
+    for name in (*node.stage.libraries, *node.stage.optional):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            hint = "run 'suite doctor' to see what is missing"
-            raise SuiteError(f"{node.name}: the library {name} is not installed", hint=hint) from None
+            if name in node.stage.libraries:
+                hint = "run 'suite doctor' to see what is missing"
+                raise SuiteError(f"{node.name}: the library {name} is not installed", hint=hint) from None
     if node.environment:
         found |= node.environment.libraries
     return found

@@ -124,6 +124,8 @@ class Stage(Config):
     """Raise it when the same settings and inputs would now give another result."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions whose installed versions decide the result; they enter the cache key."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Distributions that do so where they are installed, and are not needed."""
     preload: ClassVar[tuple[str, ...]] = ()
     """Modules that the warm server imports once, before it forks a process for this stage."""
 

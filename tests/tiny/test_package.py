@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export import hf
+from export import hf, modelfile
 from export.dialogues import Dialogue, go_prompt
 from export.package import Export
 from suite.chat import Chat
@@ -196,12 +195,10 @@ def test_the_ollama_folder_renders_as_the_model(tmp_path: Path) -> None:
     assert set(files(tmp_path / "out")) == {"Modelfile", "README.md", "checksums.txt", "lineage.json", "model-f16.gguf"}
     assert metrics["weights"]["max_relative"] <= 2**-11
     assert metrics["template"]["dialogues"] > 10
-    modelfile = (tmp_path / "out" / "Modelfile").read_text()
-    assert modelfile.startswith("FROM ./model-f16.gguf\n")
-    assert 'PARAMETER stop "<|im_end|>"\n' in modelfile
-    assert "PARAMETER num_ctx 2048\n" in modelfile
-    match = re.search(r'TEMPLATE """(.*?)"""\n', modelfile, re.DOTALL)
-    assert match
+    commands = dict(modelfile.parse((tmp_path / "out" / "Modelfile").read_text()))
+    assert commands["FROM"] == "./model-f16.gguf"
+    assert commands["PARAMETER stop"] == "<|im_end|>"
+    assert commands["PARAMETER num_ctx"] == "2048"
     messages = [
         {"role": "system", "content": "Be {{ kind }}."},
         {"role": "user", "content": "你好"},
@@ -209,24 +206,64 @@ def test_the_ollama_folder_renders_as_the_model(tmp_path: Path) -> None:
         {"role": "user", "content": "Bye"},
     ]
     for dialogue in (messages, messages[1:], messages[:2], messages[3:]):
-        assert go_prompt(match[1], Dialogue(dialogue)) == Chat.load(model).text(dialogue, generate=True)
+        assert go_prompt(commands["TEMPLATE"], Dialogue(dialogue)) == Chat.load(model).text(dialogue, generate=True)
 
 
 def test_sampling_settings_become_parameters(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m", hidden=64)
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "eos_token_id": [2, 0]}
     (model / "generation_config.json").write_text(json.dumps(settings))
-    run(Export(model="m", to="ollama", template="jinja", weights="q8_0"), tmp_path / "out", model=model)
-    modelfile = (tmp_path / "out" / "Modelfile").read_text()
-    assert modelfile.splitlines() == [
-        "FROM ./model-q8_0.gguf",
-        'PARAMETER stop "<|im_end|>"',
-        'PARAMETER stop "<|endoftext|>"',
-        "PARAMETER temperature 0.6",
-        "PARAMETER top_k 20",
-        "PARAMETER repeat_penalty 1.1",
-        "PARAMETER num_ctx 2048",
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    settings = Export(
+        model="m",
+        to="ollama",
+        template="jinja",
+        weights="q8_0",
+        system="Be kind.",
+        messages=turns,
+        context=512,
+        license="mit",
+    )
+    run(settings, tmp_path / "out", model=model)
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert "OLLAMA_GO_TEMPLATE=0" in text.partition("FROM")[0]  # the trap of templates that Ollama guesses
+    assert modelfile.parse(text) == [
+        ("FROM", "./model-q8_0.gguf"),
+        ("SYSTEM", "Be kind."),
+        ("PARAMETER stop", "<|im_end|>"),
+        ("PARAMETER stop", "<|endoftext|>"),
+        ("PARAMETER temperature", "0.6"),
+        ("PARAMETER top_k", "20"),
+        ("PARAMETER repeat_penalty", "1.1"),
+        ("PARAMETER num_ctx", "512"),
+        ("MESSAGE user", "Hi"),
+        ("MESSAGE assistant", "Hello."),
+        ("LICENSE", "mit"),
     ]
+
+
+@pytest.mark.parametrize("to", ["gguf", "ollama"])
+def test_an_adapter_lies_beside_its_base(tmp_path: Path, to: Any) -> None:
+    base = tiny_model(tmp_path / "base", hidden=64)
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    stage = Export(model="a", base="b", to=to, weights="f32")
+    metrics = run(stage, tmp_path / "out", model=Artifact(adapter, "adapter"), base=base)
+    assert {"model-f32.gguf", "adapter.gguf"} <= set(files(tmp_path / "out"))
+    assert metrics["adapter"]["weights"]["max_abs"] < 1e-6
+    if to == "ollama":
+        commands = dict(modelfile.parse((tmp_path / "out" / "Modelfile").read_text()))
+        assert (commands["FROM"], commands["ADAPTER"]) == ("./model-f32.gguf", "./adapter.gguf")
+
+
+def test_an_adapter_with_another_template_needs_a_go_template(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", hidden=64)
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text((base / "chat_template.jinja").read_text().replace("system", "rules"))
+    inputs = {"model": [Artifact(adapter, "adapter")], "base": [Artifact(base, "model")]}
+    Export(model="a", base="b", to="ollama").check(inputs)
+    for settings in ({"to": "gguf"}, {"to": "ollama", "template": "jinja"}):
+        with pytest.raises(SuiteError, match="a chat template of its own"):
+            Export(model="a", base="b", **settings).check(inputs)
 
 
 def test_a_template_that_go_cannot_match_stops_the_export(tmp_path: Path) -> None:

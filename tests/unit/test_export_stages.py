@@ -89,8 +89,8 @@ def test_bad_calibration_data_is_found_while_planning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "config", "said"),
     [
-        ("quantized", {}, "Ollama, which quantizes itself"),
-        ("adapter", {}, "an adapter alone"),
+        ("quantized", {}, "llama.cpp has its own ways"),
+        ("adapter", {}, "does not record where its base is"),
         ("model", {"architectures": ["MambaForCausalLM"]}, "no GGUF is written for MambaForCausalLM"),
         ("model", {"pre": {"type": "Digits", "individual_digits": True}}, "llama.cpp has no such pre-tokenizer"),
         ("model", {"pre": {**BYTE_LEVEL, "add_prefix_space": True}}, "llama.cpp has no such pre-tokenizer"),
