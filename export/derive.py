@@ -322,7 +322,8 @@ def _forms(made: Tool) -> list[tuple[str, str]]:
         '{{ template "function" .Function }}': function,
         '{{ template "parameters" .Function.Parameters }}': function["parameters"],
     }
-    forms = [(go, json.dumps(value, ensure_ascii=False)) for go, value in pieces.items()]
+    forms = [('{{ template "indented tool" . }}', json.dumps(made, ensure_ascii=False, indent=4))]
+    forms += [(go, json.dumps(value, ensure_ascii=False)) for go, value in pieces.items()]
     forms.append(("{{ .Function.Name }}", function["name"]))
     if "description" in function:
         text = function["description"]

@@ -37,23 +37,47 @@ SPACES = {
 }
 """What Python's str.strip takes away, by its bytes in UTF-8."""
 
-JSON = r"""{{ define "json" }}{{ if . }}{{ $c := slice . 0 1 }}{{ $c }}
-{{- if eq $c "\"" }}{{ template "text" (slice . 1) }}
+OUTSIDE = r"""{{ define "json" }}{{ if . }}{{ $c := slice . 0 1 }}{{ $c }}
+{{- if eq $c "\"" }}{{ template "json text" (slice . 1) }}
 {{- else }}{{ if eq $c "," ":" }} {{ end }}{{ template "json" (slice . 1) }}{{ end }}{{ end }}{{ end }}{{/*
-*/}}{{ define "text" }}{{ $c := slice . 0 1 }}
+*/}}"""
+INSIDE = r"""{{ define "json text" }}{{ $c := slice . 0 1 }}
 {{- if eq $c "\"" }}{{ $c }}{{ template "json" (slice . 1) }}
-{{- else if eq $c "\\" }}{{ template "escape" . }}
+{{- else if eq $c "\\" }}{{ template "json escape" . }}
 {{- else if and (gt (len .) 24) (eq (printf "%q" (slice . 0 24)) (printf "\"%s\"" (slice . 0 24))) }}
-{{- slice . 0 24 }}{{ template "text" (slice . 24) }}
-{{- else }}{{ $c }}{{ template "text" (slice . 1) }}{{ end }}{{ end }}{{/*
-*/}}{{ define "escape" }}{{ if ne (slice . 1 2) "u" }}{{ slice . 0 2 }}{{ template "text" (slice . 2) }}
+{{- slice . 0 24 }}{{ template "json text" (slice . 24) }}
+{{- else }}{{ $c }}{{ template "json text" (slice . 1) }}{{ end }}{{ end }}{{/*
+*/}}{{ define "json escape" }}{{ if ne (slice . 1 2) "u" }}{{ slice . 0 2 }}{{ template "json text" (slice . 2) }}
 {{- else }}{{ $u := slice . 2 6 }}
 {{- if eq $u "003c" }}<{{ else if eq $u "003e" }}>{{ else if eq $u "0026" }}&{{ else if eq $u "0008" }}\b
 {{- else if eq $u "000c" }}\f{{ else if eq $u "2028" }}{{ "\u2028" }}{{ else if eq $u "2029" }}{{ "\u2029" }}
-{{- else }}\u{{ $u }}{{ end }}{{ template "text" (slice . 6) }}{{ end }}{{ end }}{{/*
+{{- else }}\u{{ $u }}{{ end }}{{ template "json text" (slice . 6) }}{{ end }}{{ end }}{{/*
 */}}"""
+JSON = OUTSIDE + INSIDE
 """Go's JSON as Python writes it: with a space after each comma and colon, and without the escapes for HTML. "json"
-reads what is outside of strings, "text" what is inside, byte after byte; a chunk without quotes goes in one step."""
+reads what is outside of strings, "json text" what is inside, byte after byte; a chunk without quotes goes in one step."""
+INDENTED = r"""{{ define "indented" }}{{ if . }}{{ $c := slice . 0 1 }}{{ $rest := slice . 1 }}
+{{- if eq $c "\"" }}{{ $c }}{{ template "indented text" $rest }}
+{{- else if and (eq $c "{" "[") (eq (slice $rest 0 1) "}" "]") }}
+{{- slice . 0 2 }}{{ template "indented" (slice . 2) }}
+{{- else if eq $c "{" "[" }}{{ $c }}{{ "\n" }}{{ $more := printf "%s\t" $rest }}
+{{- template "tabs" $more }}{{ template "indented" $more }}
+{{- else if eq $c "}" "]" }}{{ "\n" }}{{ $less := slice $rest 0 (len (slice $rest 1)) }}
+{{- template "tabs" $less }}{{ $c }}{{ template "indented" $less }}
+{{- else if eq $c "," }}{{ $c }}{{ "\n" }}{{ template "tabs" $rest }}{{ template "indented" $rest }}
+{{- else if ne $c "\t" }}{{ $c }}{{ if eq $c ":" }} {{ end }}{{ template "indented" $rest }}
+{{- end }}{{ end }}{{ end }}{{/*
+*/}}{{ define "tabs" }}{{ if . }}{{ if eq (slice . (len (slice . 1))) "\t" }}    {{/*
+*/}}{{ template "tabs" (slice . 0 (len (slice . 1))) }}{{ end }}{{ end }}{{ end }}{{/*
+*/}}""" + INSIDE.replace('"json', '"indented')
+"""The same with line breaks and four spaces for each level; as many tabs as levels stand after the JSON."""
+INDENTED_TOOL = r"""{{ define "indented tool" }}{{ $about := "" }}{{ $required := "" }}{{ $p := .Function.Parameters }}
+{{- if .Function.Description }}{{ $about = printf "\"description\":%s," (json .Function.Description) }}{{ end }}
+{{- if $p.Required }}{{ $required = printf ",\"required\":%s" (json $p.Required) }}{{ end }}
+{{- template "indented" (printf
+ "{\"type\":\"function\",\"function\":{\"name\":%s,%s\"parameters\":{\"type\":%s,\"properties\":%s%s}}}"
+ (json .Function.Name) $about (json $p.Type) (json $p.Properties) $required) }}{{ end }}{{/*
+*/}}"""
 PARAMETERS = """{{ define "parameters" }}{"type": {{ template "json" (json .Type) }}
 {{- if .Defs }}, "$defs": {{ template "json" (json .Defs) }}{{ end }}, "properties": {{/*
 */}}{{ template "json" (json .Properties) }}
@@ -66,6 +90,7 @@ FUNCTION = """{{ define "function" }}{"name": {{ template "json" (json .Name) }}
 TOOL = """{{ define "tool" }}{"type": "function", "function": {{ template "function" .Function }}}{{ end }}{{/*
 */}}"""
 DEFINITIONS = {"tool": TOOL, "function": FUNCTION, "parameters": PARAMETERS, "json": JSON}
+DEFINITIONS |= {"indented tool": INDENTED_TOOL, "indented": INDENTED}
 
 
 class Lifter:
@@ -266,7 +291,7 @@ def _definitions(body: str) -> str:
     waiting = re.findall('template "([^"]+)"', body)
     while waiting:
         name = waiting.pop(0)
-        if name not in needed and name not in ("text", "escape"):
+        if name not in needed and (name in DEFINITIONS or name.startswith("strip ")):
             needed[name] = _strip(name) if name.startswith("strip ") else DEFINITIONS[name]
             waiting += re.findall('template "([^"]+)"', needed[name])
     return "".join(needed.values())

@@ -272,6 +272,10 @@ def test_json_and_stripping_in_go(go: Go) -> None:
         "{{ range .Messages }}{{ range .ToolCalls }}{{ template `json` (json .Function.Arguments) }}{{ end }}{{ end }}"
     )
     assert go.render([(marks.JSON + show, asked)]) == [json.dumps(dict(sorted(value.items())), ensure_ascii=False)]
+    show = show.replace("`json`", "`indented`")
+    expected = json.dumps(dict(sorted(value.items())), ensure_ascii=False, indent=4)
+    assert go.render([(marks.INDENTED + show, asked)]) == [expected]
+    assert go_prompt(marks.INDENTED + show, asked) == expected
     spaces = " \t\n\x0b\x1c\x85\xa0\u1680\u2003\u3000"
     messages = [{"role": role, "content": f"{spaces}a \u3000b{spaces[::-1]}"} for role in ("system", "user")]
     asked = [Dialogue(messages), Dialogue([{"role": "user", "content": spaces}]), Dialogue(messages[:1])]
