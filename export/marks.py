@@ -55,7 +55,7 @@ INSIDE = r"""{{ define "json text" }}{{ $c := slice . 0 1 }}
 */}}"""
 JSON = OUTSIDE + INSIDE
 """Go's JSON as Python writes it: with a space after each comma and colon, and without the escapes for HTML. "json"
-reads what is outside of strings, "json text" what is inside, byte after byte; a chunk without quotes goes in one step."""
+reads what is outside of strings, "json text" what is inside, byte after byte; a chunk without quotes in one step."""
 INDENTED = r"""{{ define "indented" }}{{ if . }}{{ $c := slice . 0 1 }}{{ $rest := slice . 1 }}
 {{- if eq $c "\"" }}{{ $c }}{{ template "indented text" $rest }}
 {{- else if and (eq $c "{" "[") (eq (slice $rest 0 1) "}" "]") }}

@@ -268,11 +268,10 @@ def test_json_and_stripping_in_go(go: Go) -> None:
         "long": "x" * 3000 + "你好" * 500,
     }
     asked = Dialogue([{"role": "assistant", "content": "", "tool_calls": [call("f", **value)]}])
-    show = (
-        "{{ range .Messages }}{{ range .ToolCalls }}{{ template `json` (json .Function.Arguments) }}{{ end }}{{ end }}"
-    )
+    each = "{{ range .Messages }}{{ range .ToolCalls }}%s{{ end }}{{ end }}"
+    show = each % '{{ template "json" (json .Function.Arguments) }}'
     assert go.render([(marks.JSON + show, asked)]) == [json.dumps(dict(sorted(value.items())), ensure_ascii=False)]
-    show = show.replace("`json`", "`indented`")
+    show = show.replace('"json"', '"indented"')
     expected = json.dumps(dict(sorted(value.items())), ensure_ascii=False, indent=4)
     assert go.render([(marks.INDENTED + show, asked)]) == [expected]
     assert go_prompt(marks.INDENTED + show, asked) == expected
