@@ -191,7 +191,7 @@ def _parameters(config: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str
     found: dict[str, str] = {}
     for module, keys in nested.items():
         names = dict.fromkeys(t.rpartition(".")[2] for t in wanted)
-        adapted = [n for n in names if any(f".{module}.{n}".endswith(f".{t}") for t in wanted)]
+        adapted = [n for n in names if any(_adapts(t, module, n) for t in wanted)]
         adapted.sort(key=lambda n: FUSED.index(n) if n in FUSED else -1)
         adapted = adapted or ["weight"]
         keys.sort(key=len, reverse=True)  # the first parameter is wrapped first, so its name is the longest
@@ -199,6 +199,16 @@ def _parameters(config: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str
             raise SuiteError(f"which parameters of '{module}' its {len(keys)} LoRA pairs change is not known here")
         found |= {key: f"{module}.{name}" for key, name in zip(keys, adapted, strict=True)}
     return found
+
+
+def _adapts(target: str, module: str, name: str) -> bool:
+    """Whether one of `target_parameters` means the parameter `name` of `module`.
+
+    A bare name such as "down_proj" is that of a parameter, which experts have; elsewhere it is the name of a layer.
+    """
+    return f".{module}.{name}".endswith(f".{target}") and (
+        "." in target or name not in FUSED or module.endswith("experts")
+    )
 
 
 def _lora(config: Mapping[str, Any], weight: str, parts: Mapping[str, Tensor]) -> Lora:

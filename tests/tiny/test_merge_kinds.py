@@ -109,6 +109,12 @@ def test_experts_are_one_parameter_in_memory_and_many_tensors_on_disk(
     assert not compare(base, random_adapter(base, tmp_path / "adapter", **lora), tmp_path)
 
 
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_all_linear_layers_of_a_mixture_are_its_router_and_experts_too(tmp_path: Path, architecture: str) -> None:
+    base = tiny_model(tmp_path / "base", architecture=architecture, hidden=64, **EXPERTS[architecture])
+    assert not compare(base, random_adapter(base, tmp_path / "adapter"), tmp_path)
+
+
 def test_an_adapter_of_each_expert_as_transformers_4_had_them(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", architecture="qwen3_moe", hidden=64, **EXPERTS["qwen3_moe"])
     adapter = tmp_path / "adapter"
