@@ -112,7 +112,10 @@ def test_experts_are_one_parameter_in_memory_and_many_tensors_on_disk(
 @pytest.mark.parametrize("architecture", EXPERTS)
 def test_all_linear_layers_of_a_mixture_are_its_router_and_experts_too(tmp_path: Path, architecture: str) -> None:
     base = tiny_model(tmp_path / "base", architecture=architecture, hidden=64, **EXPERTS[architecture])
-    assert not compare(base, random_adapter(base, tmp_path / "adapter"), tmp_path)
+    different = compare(base, random_adapter(base, tmp_path / "adapter"), tmp_path)
+    assert all(len(ours) == 1 for ours, _ in different.values())  # a weight of one row is summed in another order
+    for ours, theirs in different.values():
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_an_adapter_of_each_expert_as_transformers_4_had_them(tmp_path: Path) -> None:
