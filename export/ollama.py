@@ -144,10 +144,9 @@ def notes(folder: Path, template: GoTemplate | None) -> list[str]:
                 "Jinja. Start the server with OLLAMA_GO_TEMPLATE=1 for the Go template."
             )
     if "enable_thinking" in jinja:
-        unset = (
-            "where the Jinja is rendered, thinking is on" if preferred(jinja, template) else "it is as the model's own"
+        found.append(
+            'Set "think" to true or false in requests: left out, Ollama switches thinking on where it sees it.'
         )
-        found.append(f'Set "think" to true or false in requests; left out, {unset}.')
     return found
 
 

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from export.dialogues import collate
 from suite.chat import Chat
 from suite.errors import SuiteError
 
@@ -44,7 +45,8 @@ def create(folder: Path, name: str, say: Callable[[str], None], expected_tokens:
         )
     say(f"ollama create {name}")
     _ollama(folder, ["create", name, "-f", "Modelfile"], f"ollama create {name} failed")
-    reply = _post({"model": name, "messages": ASKED, "stream": False, "options": {"num_predict": 64}})
+    asked = {"model": name, "messages": ASKED, "think": False, "stream": False, "options": {"num_predict": 64}}
+    reply = _post(asked)
     read = reply.get("prompt_eval_count")
     if None not in (read, expected_tokens) and read != expected_tokens:
         raise SuiteError(
@@ -57,9 +59,12 @@ def create(folder: Path, name: str, say: Callable[[str], None], expected_tokens:
     return {"created": True, "question": QUESTION, "answer": answer, "prompt_tokens": read}
 
 
-def prompt_tokens(chat: Chat) -> int:
-    """How many tokens an engine reads for `ASKED`: those of the template, and a BOS that the tokenizer adds."""
-    ids = chat.ids(ASKED, generate=True)
+def prompt_tokens(chat: Chat, before: Sequence[dict[str, str]] = ()) -> int:
+    """How many tokens an engine reads for `ASKED` without thinking: the template's, and a BOS that the tokenizer adds.
+
+    `before` are the messages that the package puts before every conversation, its system text first.
+    """
+    ids = chat.ids(collate([*before, *ASKED])[1], generate=True, enable_thinking=False)
     added = list(chat.tokenizer("")["input_ids"][:1])
     return len(ids) + (added == [chat.tokenizer.bos_token_id] and ids[:1] != added)
 

@@ -221,21 +221,24 @@ class Export(Stage):
         reference = ollama.reference(speaker)
         template = ollama.go_template(reference, self.unequal) if self.template == "go" else None
         notes = ollama.notes(speaker, template)
+        messages = [message.model_dump() for message in self.messages]
         commands = modelfile.commands(
             whole.path,
             file.name,
             template=template.text if template else None,
             adapter=ADAPTER_FILE if adapter else "",
             system=self.system,
-            messages=[message.model_dump() for message in self.messages],
+            messages=messages,
             license_name=self.license_name or self.license,
             context=self.context,
         )
         (job.out / "Modelfile").write_text(modelfile.write(commands, notes), "utf-8")
         for dialogue in template.differs if template else ():
             job.warn(f"the Go template gives another prompt for: {dialogue}")
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = ollama_server.prompt_tokens(Chat.load(speaker), [*system, *messages])
         proved = template.as_json() if template else {}
-        return {**metrics, "template": proved, "prompt_tokens": ollama_server.prompt_tokens(Chat.load(speaker))}, notes
+        return {**metrics, "template": proved, "prompt_tokens": asked}, notes
 
     def _file(self) -> str:
         return f"model-{self.weights}.gguf"

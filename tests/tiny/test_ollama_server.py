@@ -5,6 +5,7 @@ No real Ollama is run here: the command and the server are stand-ins that only d
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from export import ollama_server
 from suite.chat import Chat
@@ -94,6 +96,7 @@ def test_the_model_is_made_and_asked(tmp_path: Path, install: object) -> None:
         f"{package}: create tiny -f Modelfile",
     ]
     assert server.asked[0]["messages"] == [{"role": "user", "content": "Who are you?"}]
+    assert server.asked[0]["think"] is False
     assert any("'Q.'" in line for line in said)
 
 
@@ -131,4 +134,17 @@ def test_a_server_that_counts_nothing_is_believed(tmp_path: Path, install: objec
 
 def test_the_tokens_that_an_engine_reads() -> None:
     chat = Chat(tiny_tokenizer())
-    assert ollama_server.prompt_tokens(chat) == len(chat.ids(ollama_server.ASKED, generate=True))
+    asked = ollama_server.ASKED
+    assert ollama_server.prompt_tokens(chat) == len(chat.ids(asked, generate=True))
+    before = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    merged = [before[0], {"role": "user", "content": "Hi\n\nWho are you?"}]
+    assert ollama_server.prompt_tokens(chat, before) == len(chat.ids(merged, generate=True))
+
+
+def test_a_bos_that_only_the_tokenizer_adds_is_counted() -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.bos_token = "<|endoftext|>"
+    plain = ollama_server.prompt_tokens(Chat(tokenizer))
+    adding = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adding
+    assert ollama_server.prompt_tokens(Chat(tokenizer)) == plain + 1
