@@ -31,7 +31,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 OURS = """
 from pathlib import Path
-from export import blocks
+from export.lora import blocks
 from export.merge import merge
 measure(lambda: merge(Path(base), [Path(adapter)], Path(out), 5 * 10**9))
 """

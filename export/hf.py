@@ -11,7 +11,7 @@ from typing import Any
 
 from export import older
 from export.folder import copy_beside, copy_tokenizer, eos_ids, read_config, read_json, write_json
-from export.gguf_tokenizer import chat_template
+from export.gguf.tokenizer import chat_template
 from suite.chat import Chat
 from suite.errors import SuiteError
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from export.adapter import Adapter
-from export.fit import ALONE, Combination, Edit, Method, fit
 from export.folder import copy_beside, copy_tokenizer, read_config, write_json
 from export.limits import Limits
+from export.lora.adapter import Adapter
+from export.lora.fit import ALONE, Combination, Edit, Method, fit
 from export.tensors import Tensor, is_pickled, read_checkpoint
 from export.writer import Block, Source, write_checkpoint
 from suite import quantized
@@ -86,7 +86,7 @@ class Merge(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         """Merge, then measure the merged model against base and adapter."""
-        from export.lora import is_zero
+        from export.lora.arithmetic import is_zero
 
         given = job.optional("base") or job.input("adapter").input("base")
         base = base_of(job.inputs["adapter"], job.optional("base"))
@@ -106,7 +106,8 @@ class Merge(Stage):
         self, job: Job, base: Path, adapters: Sequence[Path], how: Combination, edits: Sequence[Edit]
     ) -> dict[str, Any]:
         """Compare the merged model with base plus adapter, and require that it differs by rounding only."""
-        from export import combine, parity
+        from export import parity
+        from export.lora import combine
 
         with Source() as source:
             together = [Adapter.read(a) for a in adapters]
@@ -164,8 +165,8 @@ def merge(
     """
     import torch
 
-    from export.blocks import Merger
-    from export.lora import one_thread
+    from export.lora.arithmetic import one_thread
+    from export.lora.blocks import Merger
 
     edits, config = plan(base, adapters, how)
     total, done = sum(e.target.size for e in edits), 0

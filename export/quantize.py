@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from export import calibration, layers, mixes
-from export.calibration import Drawn
 from export.folder import read_config, read_json, weight_bytes
 from export.limits import Limits
 from export.merge import parse_size
-from export.recipe import METHODS, Blocks, Recipe
+from export.quantizers import calibration, layers, mixes
+from export.quantizers.calibration import Drawn
+from export.quantizers.recipe import METHODS, Blocks, Recipe
 from suite import data, quantized
 from suite.config import ArtifactType, Config, DatasetRef, ModelRef
 from suite.errors import SuiteError
@@ -248,7 +248,7 @@ class Quantize(Stage):
     def _search(
         self, job: Job, source: Path, blocks: Blocks, measure: Callable[[Path], dict[str, Any]]
     ) -> dict[str, Any]:
-        from export import search
+        from export.quantizers import search
 
         assert self.search is not None
         size = self.search.max_bytes

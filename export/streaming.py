@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from export.adapter import read_weights
-from export.lora import DTYPES, one_thread
+from export.lora.adapter import read_weights
+from export.lora.arithmetic import DTYPES, one_thread
 from export.tensors import Tensor, read_checkpoint
 from suite.errors import SuiteError
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from export.lora import DTYPES
+from export.lora.arithmetic import DTYPES
 from export.tensors import AGAIN, Tensor
 from suite.errors import SuiteError
 

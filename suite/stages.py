@@ -28,7 +28,7 @@ KINDS: dict[str, str] = {
     "merge": "export.merge:Merge",
     "quantize": "export.quantize:Quantize",
     "export": "export.package:Export",
-    "push": "export.push:Push",
+    "push": "export.hub.push:Push",
     "eval": "suite.evaluate:Evaluate",
 }
 

@@ -126,8 +126,8 @@ def _base(adapter: Artifact, base: str | None) -> Path:
 
 def _check(side: Side) -> None:
     """Find what is missing before torch is imported."""
-    from export import llamacpp
     from export.folder import read_config
+    from export.gguf import llamacpp
     from export.merge import plan
     from export.tensors import read_checkpoint
     from suite import quantized
@@ -173,7 +173,7 @@ def _quiet() -> Iterator[None]:
 
 def _opener(side: Side, open_files: contextlib.ExitStack) -> Callable[[], Any]:
     from export import parity
-    from export.llamacpp import LlamaCpp
+    from export.gguf.llamacpp import LlamaCpp
     from suite import quantized
 
     if side.is_gguf:

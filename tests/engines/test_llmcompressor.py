@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from export import calibration, parity
+from export import parity
 from export.folder import weight_bytes
-from export.recipe import Blocks, Recipe
+from export.quantizers import calibration
+from export.quantizers.recipe import Blocks, Recipe
 from suite.cli import main
 from suite.envs import Environment
 from suite.errors import StageFailed

@@ -19,8 +19,8 @@ import httpx
 import pytest
 import torch
 
-from export import calibration
-from export.recipe import METHODS, Blocks, Recipe
+from export.quantizers import calibration
+from export.quantizers.recipe import METHODS, Blocks, Recipe
 from suite import processes, quantized
 from suite.chat import Chat
 from suite.envs import Environment

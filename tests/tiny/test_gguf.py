@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.gguf import verify, write
-from export.gguf_tensors import interleave
+from export.gguf.tensors import interleave
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_model, tiny_tokenizer
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import gguf, gguf_adapter, llamacpp, parity
+from export import gguf, parity
+from export.gguf import adapter as gguf_adapter
+from export.gguf import llamacpp
 from suite.chat import load_tokenizer
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from export import gguf, llamacpp, parity
-from export.gguf_texts import TEXTS
+from export import gguf, parity
+from export.gguf import llamacpp
+from export.gguf.texts import TEXTS
 from suite.chat import load_tokenizer
 from suite.errors import SuiteError
 from tests.tiny.test_gguf import ARCHITECTURES, SETTINGS
@@ -308,7 +309,7 @@ def test_a_crash_of_native_code_is_an_error(nano: Path) -> None:
 
 def test_llama_cpp_ends_with_the_process_that_started_it(nano: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from export.llamacpp import LlamaCpp\n"
+        "import sys, time; from pathlib import Path; from export.gguf.llamacpp import LlamaCpp\n"
         "model = LlamaCpp(Path(sys.argv[1])); model.tokenize('x'); print('ready', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(nano / "f16.gguf")]

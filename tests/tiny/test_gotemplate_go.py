@@ -14,8 +14,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from export import marks, ollama
-from export.dialogues import Dialogue, call, go_prompt, probes
+from export import ollama
+from export.ollama import marks
+from export.ollama.dialogues import Dialogue, call, go_prompt, probes
 from suite.chat import Chat
 from suite.errors import SuiteError
 from tests.tiny.test_ollama_templates import dialogues

@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from export import hf
-from export.push import Push
+from export.hub.push import Push
 from suite import pipeline
 from suite.config import ArtifactType
 from suite.errors import SuiteError

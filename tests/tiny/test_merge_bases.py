@@ -113,7 +113,8 @@ def test_memory_does_not_grow_with_a_pickled_tensor(tmp_path: Path) -> None:
     code = """
 import re, sys
 from pathlib import Path
-from export import blocks, torchbin
+from export.lora import blocks
+from export import torchbin
 from export.merge import merge
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import blocks, combine
-from export.fit import Combination
+from export.lora import blocks, combine
+from export.lora.fit import Combination
 from export.merge import Merge, merge
 from suite.errors import SuiteError
 from suite.stages import Artifact

@@ -160,7 +160,7 @@ def test_a_killed_merge_leaves_no_model_and_the_next_one_completes_it(
 ) -> None:
     code = """
 import time
-from export.blocks import Merger
+from export.lora.blocks import Merger
 original, made = Merger._compute, []
 def slow(*given):
     made.append(None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from export import ollama_server
+from export.ollama import server as ollama_server
 from suite.chat import Chat
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_tokenizer

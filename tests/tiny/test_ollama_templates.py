@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export import ollama
-from export.dialogues import Dialogue, Message, call, go_prompt, probes, tool
+from export.ollama.dialogues import Dialogue, Message, call, go_prompt, probes, tool
 from suite.errors import SuiteError
 from tests.unit.jinja_templates import CHATML, LISTED, THINKING, XML, reference
 

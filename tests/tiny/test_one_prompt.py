@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from export import ollama
-from export.dialogues import go_prompt, probes, settled
+from export.ollama.dialogues import go_prompt, probes, settled
 from suite.chat import Chat
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_tokenizer

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export import hf, modelfile
-from export.dialogues import Dialogue, go_prompt
+from export import hf
+from export.ollama import modelfile
+from export.ollama.dialogues import Dialogue, go_prompt
 from export.package import Export
 from suite.chat import Chat
 from suite.errors import SuiteError

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from export import calibrated, calibration
-from export.awq import best_clip
 from export.folder import TOKENIZER
 from export.quantize import Quantize
+from export.quantizers import calibrated, calibration
+from export.quantizers.awq import best_clip
 from suite import quantized
 from suite.errors import SuiteError
 from tests.tiny.export_jobs import run

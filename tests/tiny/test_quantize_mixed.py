@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from export import calibration, parity, search
+from export import parity
 from export.folder import weight_bytes
-from export.layers import WHOLE, linear_layers
 from export.quantize import Quantize
+from export.quantizers import calibration, search
+from export.quantizers.layers import WHOLE, linear_layers
 from export.tensors import read_checkpoint
 from serve.generation import Request
 from serve.torch.engine import Engine

@@ -8,7 +8,7 @@ from functools import cache
 
 import jinja2
 
-from export.dialogues import Dialogue, Reference
+from export.ollama.dialogues import Dialogue, Reference
 from suite.errors import SuiteError
 
 CHATML = (

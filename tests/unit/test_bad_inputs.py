@@ -34,8 +34,8 @@ CASES = {
     ),
     "wrong reference type": (
         {"d.jsonl": ROW},
-        '[stage.train]\nbase = "nano"\ndata = "d.jsonl"\n[stage.export]\nto = "ollama"\nmodel = "@train"\n',
-        "adapter",
+        '[stage.train]\nbase = "nano"\ndata = "d.jsonl"\n[stage.quantize]\nmethod = "bnb"\nmodel = "@train"\n',
+        "pipeline.toml:6: 'model' takes a model, but '@train' makes an adapter",
     ),
     "unknown backend": (
         {},

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from export.compressed import SCRIPT, _schemes
 from export.quantize import Quantize
-from export.recipe import METHODS, Recipe
+from export.quantizers.compressed import SCRIPT, _schemes
+from export.quantizers.recipe import METHODS, Recipe
 from suite.config import Where, parse
 from suite.envs import BUILT_IN
 from suite.errors import SuiteError

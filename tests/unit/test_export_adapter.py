@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from export.adapter import Adapter
+from export.lora.adapter import Adapter
 from export.merge import Merge, plan
 from suite.errors import SuiteError
 from suite.stages import Artifact

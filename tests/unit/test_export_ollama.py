@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export import ollama
-from export.derive import derive
-from export.dialogues import Dialogue, call, collate, settled
+from export.ollama.derive import derive
+from export.ollama.dialogues import Dialogue, call, collate, settled
 from suite.errors import SuiteError
 from tests.unit.jinja_templates import CHATML, PLAIN, reference
 

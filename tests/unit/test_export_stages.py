@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from export.lineage import walk
 from export.merge import Merge, parse_size
 from export.package import Export
+from export.package.lineage import walk
 from export.quantize import Quantize
 from suite.errors import SuiteError
 from suite.stages import Artifact
@@ -38,7 +38,9 @@ def model(folder: Path, pre: dict[str, Any] = BYTE_LEVEL, template: str = "{{ me
 
 
 def test_importing_the_stages_leaves_torch_alone() -> None:
-    modules = "export.merge, export.quantize, export.package, export.gguf, export.ollama, export.hf, export.card"
+    modules = (
+        "export.merge, export.quantize, export.package, export.gguf, export.ollama, export.hf, export.package.card"
+    )
     code = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'gptqmodel')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from export import llamacpp
-from export.gguf_model import Model
-from export.gguf_tokenizer import GPT2, pre_tokenizer
+from export.gguf import llamacpp
+from export.gguf.model import Model
+from export.gguf.tokenizer import GPT2, pre_tokenizer
 from suite.errors import SuiteError
 
 BASE = {

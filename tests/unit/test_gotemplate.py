@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.dialogues import Dialogue, call, go_data, tool
-from export.gofunctions import TemplateSyntaxError, quote
-from export.gotemplate import render as render_data
+from export.ollama.dialogues import Dialogue, call, go_data, tool
+from export.ollama.gofunctions import TemplateSyntaxError, quote
+from export.ollama.gotemplate import render as render_data
 
 DIALOGUE = [
     {"role": "system", "content": "Be kind."},

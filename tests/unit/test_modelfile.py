@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export import modelfile
+from export.ollama import modelfile
 from suite.errors import SuiteError
 
 PRINTABLE = st.text(st.characters(codec="utf-8").filter(lambda c: c.isprintable() or c in "\n\t"), max_size=20)

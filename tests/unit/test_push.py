@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import card, hub
-from export.lineage import Step
-from export.package import Export
-from export.push import Push
+from export import hub
+from export.hub.push import Push
+from export.package import Export, card
+from export.package.lineage import Step
 from suite.config import ArtifactType
 from suite.errors import SuiteError
 from suite.stages import Artifact

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from export import calibration
-from export.layers import WHOLE, kept, linear_layers, pattern, torn
-from export.mixes import Mix, Option, families, front, group, layer_bytes
 from export.quantize import Quantize, Search
+from export.quantizers import calibration
+from export.quantizers.layers import WHOLE, kept, linear_layers, pattern, torn
+from export.quantizers.mixes import Mix, Option, families, front, group, layer_bytes
 from suite import quantized
 from suite.commands.flags import Parser, add_settings, values_of
 from suite.errors import SuiteError
