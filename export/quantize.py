@@ -137,6 +137,9 @@ class Quantize(Stage):
         for name in ("format", "double_quant"):
             if self._given(name) and (self.method, self.bits) != ("bnb", 4):
                 raise SuiteError(f"{name} is for bnb with 4 bits", where=name, hint="method = 'bnb', or leave it out")
+        for name in ("desc_act", "sym"):
+            if self._given(name) and self.method != "gptq":
+                raise SuiteError(f"{name} is for gptq", where=name, hint="method = 'gptq', or leave it out")
         if self.search and (chosen := [n for n in ("method", "bits", "keep", "max_kl") if self._given(n)]):
             raise SuiteError(f"search chooses {chosen[0]} itself", where=chosen[0], hint="leave it out")
         for rule, bits in self.keep.items():

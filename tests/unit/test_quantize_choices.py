@@ -137,6 +137,8 @@ def test_bytes_of_a_layer_by_hand() -> None:
         ({"keep": {"mlp": 3}}, "gptq with 4 bits keeps no layer at 3", "8 or 16"),
         ({"keep": {"mlp": 8}, "method": "awq"}, "awq with 4 bits keeps no layer at 8", "16"),
         ({"keep": {"mlp": 8}, "method": "bnb"}, "bnb with 4 bits keeps no layer at 8", "16"),
+        ({"desc_act": True, "method": "awq"}, "desc_act is for gptq", "method = 'gptq'"),
+        ({"sym": False, "method": "bnb"}, "sym is for gptq", "method = 'gptq'"),
         ({"format": "fp4"}, "format is for bnb with 4 bits", "leave it out"),
         ({"double_quant": True, "method": "bnb", "bits": 8}, "double_quant is for bnb with 4 bits", "leave it out"),
         ({"search": {"max_kl": 0.1}, "bits": 3}, "search chooses bits itself", "leave it out"),
