@@ -110,7 +110,7 @@ def test_killed_run_goes_on_to_the_same_bytes(make: Make) -> None:
         make("killed", kill)
     said = []
     resumed, _ = make("killed", lambda event: said.append(event.get("text", "")))
-    assert "going on from checkpoint-3" in said
+    assert any(text.startswith("going on from checkpoint-") for text in said)
     assert content(resumed) == content(whole)
 
 
