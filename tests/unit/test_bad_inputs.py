@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -62,21 +62,40 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_said_before_anything_runs(case: str, tmp_path: Path) -> None:
-    files, pipeline, said = CASES[case]
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text, "utf-8")
-    (tmp_path / "pipeline.toml").write_text(pipeline, "utf-8")
-    script = (
-        "import sys\nfrom suite.cli import main\n"
-        f"code = main(['run', {str(tmp_path / 'pipeline.toml')!r}])\n"
-        "print('torch' in sys.modules)\nsys.exit(code)"
+ALL = """
+import contextlib, io, json, sys
+from suite.cli import main
+for file in sys.argv[1:]:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(["run", file])
+    print(json.dumps([code, said.getvalue(), "torch" in sys.modules]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, bool]]:
+    """What the command says to each case, all in one interpreter: exit code, message, whether torch was imported."""
+    pipelines = []
+    for files, pipeline, _ in CASES.values():
+        folder = tmp_path_factory.mktemp("case")
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, "utf-8")
+        pipelines.append(folder / "pipeline.toml")
+        pipelines[-1].write_text(pipeline, "utf-8")
+    command = [sys.executable, "-c", ALL, *map(str, pipelines)]
+    home = str(tmp_path_factory.mktemp("home"))
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60, env={**os.environ, "SUITE_HOME": home}
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    assert done.stdout.split() == ["False"]
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_said_before_anything_runs(case: str, answers: dict[str, tuple[int, str, bool]]) -> None:
+    code, said, torch = answers[case]
+    assert code == 2, said
+    assert CASES[case][2] in said
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    assert not torch

@@ -231,7 +231,7 @@ rows = (
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.lists(rows, min_size=1, max_size=4), st.sampled_from([None, 2]), st.booleans())
 def test_every_row_is_used_or_accounted_for(
     tmp_path_factory: Any, content: list[Any], indent: int | None, lines: bool
@@ -248,7 +248,7 @@ def test_every_row_is_used_or_accounted_for(
     assert all(1 <= line <= len(file.read_text("utf-8").split("\n")) for line in at)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.text(alphabet="[]{},:\"\\ \n'ax1\u4f60", max_size=30))
 def test_any_text_is_read_or_refused_with_a_place(tmp_path_factory: Any, text: str) -> None:
     file = tmp_path_factory.mktemp("rows") / "rows.json"

@@ -57,7 +57,7 @@ def test_no_character_is_shown_before_it_is_whole(text: str) -> None:
         assert text.startswith(shown)
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
 def test_stop_strings_are_found_across_borders_and_never_shown(
     text: str, stops: list[str], data: st.DataObject
