@@ -122,7 +122,7 @@ class Merge(Stage):
         result = parity.measure(
             lambda: parity.load(base, adapter) if tokens is None else resized(base, adapter, tokens),
             lambda: parity.load(job.out),
-            parity.probes(job.out),
+            parity.probes(job.out, parent=next((a for a in adapters[:1] if (a / "tokenizer.json").is_file()), base)),
             job.progress,
         )
         changed = {e.target.dtype for e in edits if e.changed}

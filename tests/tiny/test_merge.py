@@ -106,6 +106,7 @@ def test_the_stage_keeps_dtype_and_files_and_records_parity(tmp_path: Path, dtyp
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert metrics["changed"] == 14
     parity = metrics["parity"]
+    assert parity["prompts"] == 1  # the merged model reads as the adapter was trained
     assert parity["max_dlogit"] < {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.3}[dtype]
     assert parity["kl"] < {"float32": 1e-9, "float16": 1e-4, "bfloat16": 5e-3}[dtype]
     assert parity["top1"] > 0.9
