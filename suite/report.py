@@ -175,7 +175,8 @@ def next_commands(plan: Plan, outcomes: Mapping[str, Outcome], run_dir: Path) ->
         if outcome.makes == "package" and outcome.passed and outcome.artifact:
             folder = link(run_dir, name)
             if (outcome.artifact.path / "Modelfile").is_file():
-                commands.append(f"cd {folder} && ollama create {plan.name} -f Modelfile")
+                made = outcome.artifact.metrics.get("name", name)
+                commands.append(f"cd {folder} && ollama create {made} -f Modelfile")
     return commands
 
 

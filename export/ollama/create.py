@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -38,12 +37,7 @@ class Create(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         """Make it; returns the answer and how many tokens were read."""
         package = job.input("package")
-        name = self.name or package.name
-        if shutil.which("ollama") is None:
-            typed = "; ".join([f"cd {package.path}", *ollama_server.commands(name)])
-            raise SuiteError(
-                "no ollama command was found; the package is made", hint=f"where there is one, type: {typed}"
-            )
+        name = self.name or str(package.metrics.get("name") or package.name)
         found = ollama_server.create(package.path, name, job.say, package.metrics.get("prompt_tokens"))
         write_json(job.out / "receipt.json", found)
         return found

@@ -22,21 +22,16 @@ WAIT = 600
 """Seconds for one command or answer; the weights are copied and loaded meanwhile."""
 
 
-def commands(name: str) -> list[str]:
-    """What to type in the package's folder to make the model and ask it a question."""
-    return [f"ollama create {name} -f Modelfile", f'ollama run {name} "{QUESTION}"']
-
-
 def create(folder: Path, name: str, say: Callable[[str], None], expected_tokens: int | None = None) -> dict[str, Any]:
     """Make the model `name` from the Modelfile in `folder`, and ask it a question.
 
     `expected_tokens` is `prompt_tokens` of the model that the package was made from, for `ASKED`. Returns the answer
-    and how many tokens Ollama read. Without an `ollama` command nothing is made, and the commands to type are returned.
-    Raises SuiteError when a model of that name exists, when the server does not answer, or when it read another number.
+    and how many tokens Ollama read. Raises SuiteError when there is no `ollama` command, with what to type where there
+    is one; when a model of that name exists, when the server does not answer, or when it read another number.
     """
     if shutil.which("ollama") is None:
-        say(f"no ollama command was found; in {folder}, type: {'; '.join(commands(name))}")
-        return {"created": False, "commands": commands(name)}
+        typed = "; ".join([f"cd {folder}", f"ollama create {name} -f Modelfile", f'ollama run {name} "{QUESTION}"'])
+        raise SuiteError("no ollama command was found; the package is made", hint=f"where there is one, type: {typed}")
     _ollama(folder, ["list"], "the Ollama server does not answer", hint="start it with: ollama serve")
     if subprocess.run(["ollama", "show", name], capture_output=True, timeout=WAIT, check=False).returncode == 0:
         raise SuiteError(
@@ -56,7 +51,7 @@ def create(folder: Path, name: str, say: Callable[[str], None], expected_tokens:
         )
     answer = reply.get("message", {}).get("content", "")
     say(f"{name} answers {QUESTION!r}: {answer!r}")
-    return {"created": True, "question": QUESTION, "answer": answer, "prompt_tokens": read}
+    return {"name": name, "question": QUESTION, "answer": answer, "prompt_tokens": read}
 
 
 def prompt_tokens(chat: Chat, before: Sequence[dict[str, str]] = ()) -> int:

@@ -206,7 +206,7 @@ class Export(Stage):
             use += "\n\n" + "\n".join(f"- {note}" for note in notes)
         self._describe(job, model, use)
         hf.write_checksums(job.out)
-        return metrics
+        return {"name": self._name(model), **metrics}
 
     def _gguf(self, job: Job, model: Artifact) -> tuple[dict[str, Any], list[str]]:
         """The GGUF, an adapter's beside it, and the Modelfile; returns metrics, and notes for the card."""

@@ -16,8 +16,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from export.ollama import server as ollama_server
+from export.package import Export
 from suite.chat import Chat
 from suite.errors import SuiteError
+from suite.stages import Artifact
+from tests.tiny.export_jobs import run
 from tests.tiny.tiny_models import tiny_tokenizer
 
 COMMAND = """#!/bin/sh
@@ -78,17 +81,30 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
 
 def test_without_ollama_the_commands_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    said: list[str] = []
-    made = ollama_server.create(tmp_path, "tiny", said.append)
-    assert made == {"created": False, "commands": ollama_server.commands("tiny")}
-    assert "ollama create tiny -f Modelfile" in said[0]
+    with pytest.raises(SuiteError, match="the package is made") as caught:
+        ollama_server.create(tmp_path, "tiny", lambda _: None)
+    assert caught.value.hint.endswith('ollama create tiny -f Modelfile; ollama run tiny "Who are you?"')
+
+
+def test_an_export_is_followed_by_making_its_model(tmp_path: Path, install: object) -> None:
+    log, _ = install()  # type: ignore[operator]
+    field, stage = Export(model="m", to="ollama", create=True).followers()["create"]
+    package = tmp_path / "package"
+    with pytest.raises(SuiteError, match="no Modelfile"):
+        stage.check({field: [Artifact(package, "package")]})
+    (package / "Modelfile").write_text("FROM ./model.gguf\n")
+    (package / "artifact.json").write_text(json.dumps({"metrics": {"name": "tiny", "prompt_tokens": 7}}))
+    metrics = run(stage, tmp_path / "out", package=Artifact(package, "package"))
+    assert metrics == json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert (metrics["name"], metrics["prompt_tokens"]) == ("tiny", 7)
+    assert "create tiny -f Modelfile" in log.read_text()
 
 
 def test_the_model_is_made_and_asked(tmp_path: Path, install: object) -> None:
     log, server = install()  # type: ignore[operator]
     said: list[str] = []
     made = ollama_server.create(tmp_path / "package", "tiny", said.append, expected_tokens=7)
-    assert made == {"created": True, "question": "Who are you?", "answer": "Q.", "prompt_tokens": 7}
+    assert made == {"name": "tiny", "question": "Who are you?", "answer": "Q.", "prompt_tokens": 7}
     package = tmp_path / "package"
     assert log.read_text().splitlines() == [
         f"{package}: list",
