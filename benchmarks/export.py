@@ -10,7 +10,6 @@ tokenizer by this script's word.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.merge import COPY, Bench, row  # noqa: E402
+from benchmarks.merge import COPY, Bench, row, show  # noqa: E402
 
 FOLDER = """
 from pathlib import Path
@@ -145,15 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     start = time.perf_counter()
     for found in rows(256 if options.quick else 1024, 3, options.converter):
-        if options.json:
-            print(json.dumps(found), flush=True)
-            continue
-        met = "met" if found["met"] else "missed"
-        print(
-            f"{found['measure']:65} {found['ours']:9.2f} {found['theirs']:9.2f} {found['unit']:4} "
-            f"ratio {found['ratio']:5.2f}  goal {found['goal']} {met}",
-            flush=True,
-        )
+        show(found, options.json)
     if not options.json:
         print(f"{time.perf_counter() - start:.0f} s")
 

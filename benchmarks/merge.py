@@ -214,6 +214,19 @@ def row(measure: str, ours: float, theirs: float, unit: str, goal: float) -> dic
     }
 
 
+def show(found: dict[str, Any], as_json: bool) -> None:
+    """Print a row."""
+    if as_json:
+        print(json.dumps(found), flush=True)
+        return
+    met = "met" if found["met"] else "missed"
+    print(
+        f"{found['measure']:65} {found['ours']:9.2f} {found['theirs']:9.2f} {found['unit']:4} "
+        f"ratio {found['ratio']:5.2f}  goal {found['goal']} {met}",
+        flush=True,
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -225,15 +238,7 @@ def main() -> None:
     start = time.perf_counter()
     for mib, rounds in ((256, 5),) if options.quick else ((1024, 7), (4096, 3)):
         for found in rows(mib, rounds, options.swift, options.llamafactory):
-            if options.json:
-                print(json.dumps(found), flush=True)
-                continue
-            met = "met" if found["met"] else "missed"
-            print(
-                f"{found['measure']:65} {found['ours']:9.2f} {found['theirs']:9.2f} {found['unit']:4} "
-                f"ratio {found['ratio']:5.2f}  goal {found['goal']} {met}",
-                flush=True,
-            )
+            show(found, options.json)
     if not options.json:
         print(f"{time.perf_counter() - start:.0f} s")
 
