@@ -107,6 +107,9 @@ def _explain(model: type[BaseModel], e: Any, where: Where) -> SuiteError:
     if e["type"] == "missing":
         doc = _describe(model, names)
         return SuiteError(f"'{'.'.join(names)}' is missing", where=where(loc[:-1]), hint=doc)
+    if e["type"] == "string_pattern_mismatch":  # what a pattern says is for no person
+        said = f"'{'.'.join(names)}' cannot be {e['input']!r}"
+        return SuiteError(said, where=where(loc), hint=_describe(model, names))
     text = e["msg"][0].lower() + e["msg"][1:]
     text = text.removeprefix("value error, ")
     return SuiteError(f"{'.'.join(names)}: {text}, got {e['input']!r}", where=where(loc))

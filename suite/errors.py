@@ -45,12 +45,19 @@ class Interrupted(SuiteError):
     exit_code = 130
 
 
+SHOWN = 20
+"""Known words that a hint lists at most."""
+
+
 def near(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt `word`: the closest known one, or all of them.
+    """A hint for a misspelt `word`: the closest known one, or those that are known.
 
     >>> near("rnak", ["rank", "alpha"])
     "did you mean 'rank'?"
     """
     options = list(known)
     close = difflib.get_close_matches(word, options, n=1)
-    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(options)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f" and {len(options) - SHOWN} more" if len(options) > SHOWN else ""
+    return "known: " + ", ".join(options[:SHOWN]) + more

@@ -201,7 +201,7 @@ def check(
 ) -> None:
     """Raise SuiteError, with the setting as its place, for metadata that the hub would refuse or misread."""
     if license and license not in LICENSES:
-        hint = f'{near(license, sorted(LICENSES))} Any else: license = "other", license_name and license_link'
+        hint = f'{near(license, sorted(LICENSES))}; any else: license = "other", license_name and license_link'
         raise SuiteError(f"the hub knows no licence '{license}'", where="license", hint=hint)
     if (license == "other") != bool(license_name):
         missing = "needs a license_name" if license == "other" else 'goes with license = "other" only'

@@ -39,9 +39,9 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[BaseModel]) -> 
     for name, info in walk(settings):
         required = " (required)" if info.is_required() else _default(info)
         text = f"{info.description or ''}{required}".replace("%", "%%")
-        parser.add_argument(
-            "--" + name.replace("_", "-"), dest=f"setting {name}", metavar=type_text(info), help=text, action="append"
-        )
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if set(_kinds(info.annotation)) == {bool} else {}
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, dest=f"setting {name}", metavar=type_text(info), help=text, action="append", **bare)
 
 
 def walk(settings: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from export.package import Export
 from suite import references
 from suite.cli import VERBS, main
+from suite.commands.flags import Parser, add_settings, values_of
 from suite.stages import KINDS, kind
 from tests.unit.kinds import pipeline_file
 
@@ -124,3 +126,10 @@ def test_json_events_are_one_object_a_line(tmp_path: Path, capsys: pytest.Captur
         "values": {"loss": 0.5},
     } in events
     assert events[-1]["ok"] is True
+
+
+def test_a_switch_needs_no_value() -> None:
+    parser = Parser("suite export", "")
+    add_settings(parser, Export)
+    values = [values_of(Export, parser.read(words)) for words in (["--create"], ["--create", "false", "--name", "x"])]
+    assert values == [{"create": True}, {"create": False, "name": "x"}]
