@@ -91,7 +91,7 @@ def test_the_hugging_face_folder_is_the_merged_model(quickstart: Quickstart) -> 
     assert said[0] == said[1]
     card = (quickstart.artifact("hf") / "README.md").read_text("utf-8")
     assert card.startswith("---\n")
-    assert "base_model" in card
+    assert "Base model: `nano`" in card  # in the metadata only what is on a hub
     assert "ceval-mini" in card
 
 
