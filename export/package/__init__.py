@@ -40,7 +40,7 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
 ```"""
 GGUF_USE = """```sh
-llama-server -m {file}
+llama-server -m {file}{lora}
 ```"""
 OLLAMA_USE = """```sh
 ollama create {name} -f Modelfile
@@ -202,9 +202,9 @@ class Export(Stage):
             use = ADAPTER_USE
         else:
             metrics = hf.write_model(model.path, job.out, job.progress)
-        if notes:
-            use += "\n\n" + "\n".join(f"- {note}" for note in notes)
-        self._describe(job, model, use)
+        lora = f" --lora {ADAPTER_FILE}" if model.type == "adapter" else ""
+        lines = [use.format(name=self._name(model), file=self._file(), lora=lora), *(f"- {note}" for note in notes)]
+        self._describe(job, model, "\n\n".join(lines))
         hf.write_checksums(job.out)
         return {"name": self._name(model), **metrics}
 
@@ -258,7 +258,7 @@ class Export(Stage):
             name=name,
             subject=model,
             steps=steps,
-            use=use.format(name=name, file=self._file()),
+            use=use,
             library="gguf" if self.to != "hf" else "peft" if model.type == "adapter" else "transformers",
             license=self.license,
             license_name=self.license_name,

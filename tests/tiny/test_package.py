@@ -251,6 +251,8 @@ def test_an_adapter_lies_beside_its_base(tmp_path: Path, to: Any) -> None:
     metrics = run(stage, tmp_path / "out", model=Artifact(adapter, "adapter"), base=base)
     assert {"model-f32.gguf", "adapter.gguf"} <= set(files(tmp_path / "out"))
     assert metrics["adapter"]["weights"]["max_abs"] < 1e-6
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("llama-server -m model-f32.gguf --lora adapter.gguf" in card) == (to == "gguf")
     if to == "ollama":
         commands = dict(modelfile.parse((tmp_path / "out" / "Modelfile").read_text()))
         assert (commands["FROM"], commands["ADAPTER"]) == ("./model-f32.gguf", "./adapter.gguf")
