@@ -204,7 +204,7 @@ class Export(Stage):
             metrics = hf.write_model(model.path, job.out, job.progress)
         lora = f" --lora {ADAPTER_FILE}" if model.type == "adapter" else ""
         lines = [use.format(name=self._name(model), file=self._file(), lora=lora), *(f"- {note}" for note in notes)]
-        self._describe(job, model, "\n\n".join(lines))
+        self._describe(job, model, "\n\n".join(lines), metrics.get("llamacpp", {}).get("parity", {}))
         hf.write_checksums(job.out)
         return {"name": self._name(model), **metrics}
 
@@ -248,7 +248,7 @@ class Export(Stage):
     def _file(self) -> str:
         return f"model-{self.weights}.gguf"
 
-    def _describe(self, job: Job, model: Artifact, use: str) -> None:
+    def _describe(self, job: Job, model: Artifact, use: str, run_by_llamacpp: Mapping[str, Any]) -> None:
         """Lineage, model card, and the bill of materials if one is wanted."""
         steps, name = lineage.walk(model), self._name(model)
         used = lineage.installed((*self.libraries, *self.optional, "suite"))
@@ -271,6 +271,7 @@ class Export(Stage):
             datasets=self.datasets,
             tags={"hf": [], "gguf": ["gguf"], "ollama": ["gguf", "ollama"]}[self.to],
             reports=job.inputs.get("reports", []),
+            run_by_llamacpp=run_by_llamacpp,
         ).text()
         (job.out / "README.md").write_text(text, "utf-8")
         if self.sbom:

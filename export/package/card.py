@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ Relation = Literal["finetune", "adapter", "quantized", "merge"]
 class Card:
     """What a card says; `use` is Markdown that shows how to load it, `library` what loads it.
 
-    `root` names the model that everything began with, where `base_model`, its name on the hub, is not given.
+    `root` names the model that everything began with, where `base_model`, its name on the hub, is not given;
+    `run_by_llamacpp` is the parity of a GGUF file.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Card:
     datasets: Sequence[str] = ()
     tags: Sequence[str] = ()
     reports: Sequence[Artifact] = field(default_factory=list)
+    run_by_llamacpp: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
         """The whole file; the same for the same lineage. Raises SuiteError when huggingface_hub cannot read it back."""
@@ -114,15 +116,12 @@ class Card:
         return f"{base}{data}\n" if base or data else ""
 
     def _parity(self) -> str:
-        parity = self.subject.metrics.get("parity")
-        if not parity:
-            return ""
-        return (
-            "## Against its parent\n\n"
-            f"Measured on fixed probes when it was made: mean KL {parity['kl']:.2g} nats a token, "
-            f"the same next token at {parity['top1']:.1%} of positions, largest logit difference "
-            f"{parity['max_dlogit']:.2g}, perplexity {parity['ppl_child']:.2f} (parent {parity['ppl_parent']:.2f}).\n"
-        )
+        made, run = self.subject.metrics.get("parity"), self.run_by_llamacpp
+        parts = [f"Measured on fixed probes when it was made: {_compared(made)}\n" if made else ""]
+        if run:
+            parts.append(f"The GGUF file, run by llama.cpp, against that model: {_compared(run)}\n")
+        text = "\n".join(part for part in parts if part)
+        return f"## Against its parent\n\n{text}" if text else ""
 
     def _training(self) -> str:
         rows = []
@@ -150,6 +149,14 @@ class Card:
 Score = tuple[str, str, float, dict[str, Any]]
 """Question set, metric, value, and the set's other numbers."""
 HEADLINES = {"acc": "accuracy", "rougeL": "rougeL", "bleu": "bleu", "ppl": "perplexity"}
+
+
+def _compared(parity: Mapping[str, Any]) -> str:
+    return (
+        f"mean KL {parity['kl']:.2g} nats a token, the same next token at {parity['top1']:.1%} of positions, "
+        f"largest logit difference {parity['max_dlogit']:.2g}, perplexity {parity['ppl_child']:.2f} "
+        f"(parent {parity['ppl_parent']:.2f})."
+    )
 
 
 def _scores(reports: Iterable[Artifact]) -> list[Score]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export import hf
+from export.gguf import llamacpp
 from export.ollama import modelfile
 from export.ollama.dialogues import Dialogue, go_prompt
 from export.package import Export
@@ -252,6 +253,7 @@ def test_an_adapter_lies_beside_its_base(tmp_path: Path, to: Any) -> None:
     assert {"model-f32.gguf", "adapter.gguf"} <= set(files(tmp_path / "out"))
     assert metrics["adapter"]["weights"]["max_abs"] < 1e-6
     card = (tmp_path / "out" / "README.md").read_text()
+    assert ("The GGUF file, run by llama.cpp" in card) == llamacpp.installed()
     assert ("llama-server -m model-f32.gguf --lora adapter.gguf" in card) == (to == "gguf")
     if to == "ollama":
         commands = dict(modelfile.parse((tmp_path / "out" / "Modelfile").read_text()))
