@@ -42,7 +42,7 @@ def compare(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2"]
+    "architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2"]
 )
 def test_every_architecture_merges_bit_for_bit_as_in_peft(tmp_path: Path, architecture: str, dtype: str) -> None:
     config = GPT2 if architecture == "gpt2" else {}
