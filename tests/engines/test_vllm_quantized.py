@@ -53,7 +53,7 @@ def make(
     installed: Callable[[str], Environment], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, Recipe], Path]:
     """Makes nano smaller by a recipe; returns the folder."""
-    blocks: Blocks = calibration.draw(NANO, [CHATS], {}, samples=32, length=256, seed=0).blocks
+    blocks: Blocks = calibration.draw(NANO, [CHATS], {}, samples=256, length=256, seed=0).blocks
     root = tmp_path_factory.mktemp("made")
 
     def quantize(name: str, recipe: Recipe) -> Path:
@@ -134,7 +134,7 @@ def test_vllm_answers_as_transformers_does(
     with server(vllm, folder, tmp_path / "log") as url:
         there = answers_there(url)
     assert there == answers_here(folder)
-    assert there[0] == "The capital of France is Paris."
+    assert "Paris" in there[0]
 
 
 @pytest.mark.timeout(600)
