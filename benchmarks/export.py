@@ -3,8 +3,8 @@
     python benchmarks/export.py [--quick] [--converter convert_hf_to_gguf.py] [--json]
 
 On a random model of 1 GiB (`--quick`: of 256 MiB) in bfloat16; every way runs in a process of its own, alternating, on
-the same disk. Time and memory are without imports. `--converter`: llama.cpp's own, of the same version; it knows the
-tokenizer by this script's word.
+the same disk. Time and memory are without imports. `--converter`: llama.cpp's own, of the same version (it needs
+sentencepiece); it knows the tokenizer by this script's word.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from benchmarks.merge import COPY, Bench, row, show  # noqa: E402
 FOLDER = """
 from pathlib import Path
 from export import hf
+from suite.chat import Chat
+Chat.load(Path(base))
 def work():
     Path(out).mkdir()
     hf.write_model(Path(base), Path(out), lambda *_: None)
