@@ -157,12 +157,6 @@ class Export(Stage):
             read_config(model.path)
 
     def _check_gguf(self, model: Artifact, base: Artifact | None) -> None:
-        if model.type == "quantized":
-            raise SuiteError(
-                "a quantized model cannot become a GGUF: llama.cpp has its own ways to quantize",
-                where=model.name,
-                hint="give it the model that this one was made from, and e.g. weights = 'q4_k_m'",
-            )
         whole = model
         if model.type == "adapter":
             whole = base_of([model], base)

@@ -91,7 +91,6 @@ def test_bad_calibration_data_is_found_while_planning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "config", "said"),
     [
-        ("quantized", {}, "llama.cpp has its own ways"),
         ("adapter", {}, "does not record where its base is"),
         ("model", {"architectures": ["MambaForCausalLM"]}, "no GGUF is written for MambaForCausalLM"),
         ("model", {"pre": {"type": "Digits", "individual_digits": True}}, "llama.cpp has no such pre-tokenizer"),
@@ -146,3 +145,8 @@ def test_a_lineage_names_each_step_once_and_no_path(tmp_path: Path) -> None:
     assert [step.kind for step in steps] == ["", "", "train", "merge"]
     assert steps[2].settings == {"lr": 0.1}
     assert str(tmp_path) not in json.dumps([step.as_json() for step in steps])
+
+
+def test_only_a_hub_takes_what_is_quantized_already() -> None:
+    takes = {to: Export(model="m", to=to).accepts()["model"].types for to in ("hf", "gguf", "ollama")}
+    assert ["quantized" in types for types in takes.values()] == [True, False, False]
