@@ -11,13 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from serve.folders import check_fits, read_adapter, read_model
 from serve.generation import Finish, Generation, Request
-from serve.torch.cache import SlotCache
+from serve.torch.forward import Forward
 from serve.torch.loading import cache_cells, load_model
 from serve.torch.lora import MultiLora
 from serve.torch.sampling import sample, score
@@ -59,9 +58,7 @@ class Engine:
         self.scheduler = Scheduler(max_batch, cells, chunk=min(512, budget), budget=budget)
         self.failures = 0
         """Steps that ended in an exception, since the start."""
-        self._cache = SlotCache()
-        self._keep: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
+        self._forward = Forward(self.model, self.adapters)
         self._notify = notify
         self._inbox: deque[Generation] = deque()
         self._wake = threading.Condition()
@@ -127,7 +124,7 @@ class Engine:
                     self._fail(error)
         for generation in [*self.scheduler.running, *self.scheduler.waiting, *self._inbox]:
             self._end(generation, "cancelled")
-        self._cache.clear()
+        self._forward.clear()
 
     def _collect(self) -> bool:
         """Take in what was submitted or cancelled; waits while there is nothing to do. False when closing."""
@@ -144,11 +141,10 @@ class Engine:
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
-        for move in self.scheduler.take_moves():
-            self._cache.move(*move)
+        self._forward.move(self.scheduler.take_moves())
         if step is None:
             return
-        logits = self._forward(step)  # (B, Q, V), or (B, 1, V) of each row's last token
+        logits = self._forward.run(step, self.scheduler.running)
         self._score_prompts(step, logits)
         ready = set(map(id, self.scheduler.advance(step)))
         rows = [i for i, generation in enumerate(step.rows) if id(generation) in ready]
@@ -156,35 +152,6 @@ class Engine:
             last = [step.counts[i] - 1 if logits.shape[1] > 1 else 0 for i in rows]
             everyone = len(rows) == len(logits) and logits.shape[1] == 1
             self._sample([step.rows[i] for i in rows], logits[:, 0] if everyone else logits[rows, last])
-
-    def _forward(self, step: Step) -> torch.Tensor:
-        device, width = self.model.device, step.width
-        starts = torch.tensor([row.cached for row in step.rows])
-        counts = torch.tensor(step.counts)
-        ids = [
-            row.tokens[row.cached : row.cached + read] + [0] * (width - read)
-            for row, read in zip(step.rows, step.counts, strict=True)
-        ]
-        running = self.scheduler.running
-        self._cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
-        self._cache.begin(step.first, starts.to(device), width, int((starts + width).max()))
-        if self.adapters:
-            self.adapters.select([row.request.adapter for row in step.rows])
-        scoring = any(row.request.prompt_logprobs is not None for row in step.rows)
-        self._keep = None if scoring or width == 1 else (torch.arange(len(ids), device=device), (counts - 1).to(device))
-        # padding repeats the last position: models with a position table have none behind max_length
-        positions = torch.minimum(self._cache.positions, (starts + counts - 1).to(device)[:, None])
-        logits: torch.Tensor = self.model(
-            input_ids=torch.tensor(ids, device=device),
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).logits
-        return logits
-
-    def _keep_last(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Before the output layer, (B, Q, hidden): logits of a whole prompt are large, and only the last is sampled."""
-        return inputs if self._keep is None else (inputs[0][self._keep][:, None], *inputs[1:])
 
     def _score_prompts(self, step: Step, logits: torch.Tensor) -> None:
         for row, generation in enumerate(step.rows):
@@ -244,4 +211,4 @@ class Engine:
             if generation.finish is None:
                 self._end(generation, "error", f"{type(error).__name__}: {error}")
         self.scheduler.take_moves()
-        self._cache.clear()
+        self._forward.clear()

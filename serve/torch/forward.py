@@ -1,0 +1,64 @@
+"""One forward pass of a step: token ids, positions, cache and adapters in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from serve.generation import Generation
+from serve.torch.cache import SlotCache
+from serve.torch.lora import MultiLora
+from serve.torch.scheduler import Move, Step
+
+
+class Forward:
+    """A model, the keys and values of the rows that run, and the adapters that they ask for."""
+
+    def __init__(self, model: Any, adapters: MultiLora | None) -> None:
+        self.model, self.adapters = model, adapters
+        self.cache = SlotCache()
+        self._keep: tuple[torch.Tensor, torch.Tensor] | None = None
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy rows of the cache, in this order."""
+        for move in moves:
+            self.cache.move(*move)
+
+    def clear(self) -> None:
+        """Give the cache's memory back; all rows are lost."""
+        self.cache.clear()
+
+    def run(self, step: Step, running: Sequence[Generation]) -> torch.Tensor:
+        """Logits (B, 1, V) of each row's last token, or (B, Q, V) where a row wants its prompt scored.
+
+        `running` are all rows that the cache must have room for.
+        """
+        device, width = self.model.device, step.width
+        starts = torch.tensor([row.cached for row in step.rows])
+        counts = torch.tensor(step.counts)
+        ids = [
+            row.tokens[row.cached : row.cached + read] + [0] * (width - read)
+            for row, read in zip(step.rows, step.counts, strict=True)
+        ]
+        self.cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
+        self.cache.begin(step.first, starts.to(device), width, int((starts + width).max()))
+        if self.adapters:
+            self.adapters.select([row.request.adapter for row in step.rows])
+        scoring = any(row.request.prompt_logprobs is not None for row in step.rows)
+        self._keep = None if scoring or width == 1 else (torch.arange(len(ids), device=device), (counts - 1).to(device))
+        # padding repeats the last position: models with a position table have none behind max_length
+        positions = torch.minimum(self.cache.positions, (starts + counts - 1).to(device)[:, None])
+        logits: torch.Tensor = self.model(
+            input_ids=torch.tensor(ids, device=device),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        return logits
+
+    def _keep_last(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Before the output layer, (B, Q, hidden): logits of a whole prompt are large, and only the last is sampled."""
+        return inputs if self._keep is None else (inputs[0][self._keep][:, None], *inputs[1:])
