@@ -11,7 +11,7 @@ from serve.protocol import ApiError
 
 @dataclass
 class Serving:
-    """A server, starting or running. Engine and catalog are None until loading is done; `problem` says why it failed."""
+    """A server, starting or running. Engine and catalog are None until loading is done; else `problem` says why."""
 
     engine: Engine | None = None
     catalog: Catalog | None = None
