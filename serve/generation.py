@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-Finish = Literal["stop", "length", "cancelled", "error"]
+Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
+Pooling = Literal["mean", "last"]
 
 _arrivals = count()
 
@@ -54,30 +56,54 @@ class Request:
     """Score the new tokens, with that many of the likeliest at each place."""
     prompt_logprobs: int | None = None
     """Score the prompt too; its first token has no score."""
+    embed: Pooling | None = None
+    """Generate nothing; pool the prompt's last hidden states to one vector instead."""
+    deadline: float | None = None
+    """When, on the clock of `time.monotonic`, it ends with what it has by then, running or waiting."""
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether the outputs at all places of the prompt are asked for, not only at its last one."""
+        return self.prompt_logprobs is not None or self.embed == "mean"
 
 
 class Generation:
     """A request on its way: `tokens` (prompt and answer) grows while it runs; `finish` says why it ended.
 
-    `cached` tokens of it have keys and values in the engine's cache.
+    `cached` tokens of it have keys and values in the engine's cache; the outputs at the first `observed` places of its
+    prompt went into `prompt_scores` or `embedding`. Times are those of `time.monotonic`, None for what did not happen.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.tokens = list(request.prompt)
+        self.weights: Hashable = request.adapter
+        """What keys and values depend on beside the tokens: the adapter, in the version that reads this request."""
         self.cached = 0
+        self.observed = 0
         self.arrival = next(_arrivals)
         self.scores: list[Scored] = []
         self.prompt_scores: list[Scored] = []
+        self.embedding: list[float] = []
+        """(hidden size,), of length 1 once it has ended; empty where none was asked for."""
         self.finish: Finish | None = None
         self.error = ""
         self.cancelled = False
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
         self._done = threading.Event()
 
     @property
     def new(self) -> list[int]:
         """The tokens generated so far."""
         return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def count(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def left(self) -> int:
@@ -92,5 +118,30 @@ class Generation:
 
     def end(self, finish: Finish, error: str = "") -> None:
         """Note why it ended, and wake whoever waits."""
+        self.ended = time.monotonic()
         self.finish, self.error = finish, error
         self._done.set()
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What an engine does at the moment, and did since its start."""
+
+    running: int
+    waiting: int
+    cells: int
+    """Tokens that the cache of running requests may hold, and (`cells_used`) does, padding included."""
+    cells_used: int
+    prefix_cells: int
+    """Tokens that are kept for requests that begin alike, at most, and (`prefix_cells_used`) now."""
+    prefix_cells_used: int
+    prefix_queries: int
+    """Tokens that were looked for among those, and (`prefix_hits`) found."""
+    prefix_hits: int
+    preemptions: int
+    steps: int
+    failures: int
+    """Steps that ended in an exception."""
+    last_failure: str
+    last_failure_time: float | None
+    """Seconds since the epoch."""
