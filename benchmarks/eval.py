@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from evalsets.ask import Client, Request
+from evalsets.ask import Client, Journal, Request
 from evalsets.evaluation import evaluate
 from evalsets.sets import load
 
@@ -76,7 +76,7 @@ def ask(url: str, n: int, concurrency: int, folder: Path) -> None:
     """Our client."""
     body = {"model": "m", "max_tokens": 16, "temperature": 0.0}
     requests = [Request(str(i), "chat/completions", body | {"messages": prompt(i)}) for i in range(n)]
-    replies = Client(url, concurrency=concurrency).ask(requests, folder / f"{time.monotonic_ns()}.jsonl")
+    replies = Client(url, concurrency=concurrency).ask(requests, Journal(folder / f"{time.monotonic_ns()}.jsonl"))
     assert sum(reply.text == "B" for reply in replies.values()) == n
 
 

@@ -8,6 +8,7 @@ Whatever else goes wrong with a request, a time-out and an unreadable answer too
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import aiohttp
 
@@ -67,6 +68,48 @@ class Reply:
     refused: bool = False
 
 
+class Journal:
+    """Replies as they come, one JSON object a line, in a file that outlives a kill at any moment.
+
+    A kind with lines of its own overrides `line` and `reply`, each the other's inverse.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def line(self, request: Request, reply: Reply) -> dict[str, Any]:
+        """What is kept of a reply."""
+        del request
+        return vars(reply)
+
+    def reply(self, line: dict[str, Any]) -> Reply:
+        """The reply that left a line; raises ValueError, KeyError or TypeError for a line that is none."""
+        return Reply(**line | {"logprobs": tuple(line["logprobs"])})
+
+    def read(self) -> list[Reply]:
+        """The replies of an earlier run; lines that a kill cut short are skipped, so they are asked again."""
+        if not self.path.is_file():
+            return []
+        replies = []
+        for line in self.path.read_text("utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                replies.append(self.reply(json.loads(line)))
+        return replies
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Callable[[Request, Reply], None]]:
+        """What appends a reply as one whole line; a line torn by a kill is closed first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            if file.tell() and not self.path.read_bytes().endswith(b"\n"):
+                file.write(b"\n")
+
+            def write(request: Request, reply: Reply) -> None:
+                file.write(json.dumps(self.line(request, reply), ensure_ascii=False).encode() + b"\n")
+
+            yield write
+
+
 Progress = Callable[[Reply, bool], None]
 """Called with each reply, and whether it was asked now rather than found in the journal."""
 
@@ -89,11 +132,18 @@ class Client:
 
     def check_model(self, model: str) -> None:
         """Raise SuiteError when nothing answers at the URL, or it lists models and `model` is none of them."""
-        listed = asyncio.run(self._models())
+        listed = self.models()
         if listed and model not in listed:
             raise SuiteError(f"{self.root} serves no model '{model}'", hint=near(model, listed))
 
-    async def _models(self) -> list[str]:
+    def models(self) -> dict[str, dict[str, Any]]:
+        """What the endpoint says of each of its models, by name; empty for one that lists none.
+
+        Raises SuiteError when nothing answers at the URL, or the API key is refused.
+        """
+        return asyncio.run(self._models())
+
+    async def _models(self) -> dict[str, dict[str, Any]]:
         async with self._session() as session:
             try:
                 async with session.get(f"{self.root}/models") as response:
@@ -104,20 +154,20 @@ class Client:
         if response.status in (401, 403):
             raise SuiteError(f"{self.root} refuses the API key (HTTP {response.status})", hint="give the right one")
         try:
-            return [str(model["id"]) for model in json.loads(body)["data"]]
+            return {str(model["id"]): model for model in json.loads(body)["data"]}
         except (ValueError, KeyError, TypeError):
-            return []  # listing models is optional; a wrong name shows in the first reply
+            return {}  # listing models is optional; a wrong name shows in the first reply
 
-    def ask(self, requests: Iterable[Request], journal: Path, progress: Progress | None = None) -> dict[str, Reply]:
+    def ask(self, requests: Iterable[Request], journal: Journal, progress: Progress | None = None) -> dict[str, Reply]:
         """All replies by request id. Answers in `journal` to the same requests are used; failures are asked again."""
         wanted = list(requests)
-        kept = {reply.digest: reply for reply in read_journal(journal) if not reply.error}
+        kept = {reply.digest: reply for reply in journal.read() if not reply.error}
         replies = {r.id: replace(kept[r.digest], id=r.id) for r in wanted if r.digest in kept}
         for reply in replies.values():
             if progress:
                 progress(reply, False)
-        with open_journal(journal) as file:
-            run = _Run(self, iter([r for r in wanted if r.id not in replies]), file, progress, replies)
+        with journal.writing() as write:
+            run = _Run(self, iter([r for r in wanted if r.id not in replies]), write, progress, replies)
             asyncio.run(run.all())
         return replies
 
@@ -138,7 +188,7 @@ class _Run:
 
     client: Client
     queue: Iterator[Request]
-    journal: TextIO
+    write: Callable[[Request, Reply], None]
     progress: Progress | None
     replies: dict[str, Reply]
     lost: int = 0  # requests in a row that the endpoint did not answer
@@ -153,7 +203,7 @@ class _Run:
                 reply = Reply(request.id, request.digest, attempts=0, error="not asked: the endpoint does not answer")
             else:
                 reply = await self.one(session, request)
-            self.journal.write(json.dumps(vars(reply), ensure_ascii=False) + "\n")
+            self.write(request, reply)
             self.replies[request.id] = reply
             if self.progress:
                 self.progress(reply, True)
@@ -194,7 +244,7 @@ def parse(request: Request, status: int, content: bytes) -> Reply:
     try:
         body = json.loads(content)
         choice = body["choices"][0]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        text = said(choice["message"]) if "message" in choice else choice["text"]
         usage = body.get("usage") or {}
         finish, tokens = choice.get("finish_reason") or "", int(usage.get("completion_tokens") or 0)
         if not isinstance(text, str | None):
@@ -208,6 +258,25 @@ def parse(request: Request, status: int, content: bytes) -> Reply:
     except (LookupError, TypeError, ValueError) as error:
         return replace(failed, error=f"no log-probabilities of the prompt: {error}", refused=True)
     return replace(failed, logprobs=logprobs)
+
+
+def said(message: Mapping[str, Any]) -> str | None:
+    """What an assistant's message says: its text, and below that each tool call as a line of JSON.
+
+    >>> said({"content": "", "tool_calls": [{"function": {"name": "add", "arguments": '{"b": 1, "a": 2}'}}]})
+    '{"arguments": {"a": 2, "b": 1}, "name": "add"}'
+    """
+    if not message.get("tool_calls"):
+        content: str | None = message["content"]
+        return content
+    lines = [message.get("content")]
+    for function in (call["function"] for call in message["tool_calls"]):
+        arguments = function["arguments"]
+        with contextlib.suppress(ValueError):
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        call = {"name": function["name"], "arguments": arguments}
+        lines.append(json.dumps(call, sort_keys=True, ensure_ascii=False))
+    return "\n".join(filter(None, lines))
 
 
 def _prompt_logprobs(choice: Any, usage: Any, text: str, prompt: str) -> tuple[float, ...]:
@@ -245,27 +314,3 @@ def _excerpt(content: bytes) -> str:
 
 def _seconds(header: str | None) -> float:
     return float(header) if header and header.isdigit() else 0.0
-
-
-def open_journal(path: Path) -> TextIO:
-    """The journal opened for appending whole lines; a line torn by a kill is closed first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    file = path.open("a", encoding="utf-8", buffering=1)
-    if torn:
-        file.write("\n")
-    return file
-
-
-def read_journal(path: Path) -> list[Reply]:
-    """The replies of an earlier run; lines that a kill cut short are skipped, so they are asked again."""
-    if not path.is_file():
-        return []
-    replies = []
-    for line in path.read_text("utf-8", errors="replace").split("\n"):
-        try:
-            values = json.loads(line)
-            replies.append(Reply(**values | {"logprobs": tuple(values["logprobs"])}))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return replies

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evalsets import report
-from evalsets.ask import Client, Reply
+from evalsets.ask import Client, Journal, Reply
 from evalsets.score import headline, request, score
 from evalsets.sets import EvalSet, Question
 
@@ -80,7 +80,7 @@ def _one(
     """Everything about one set, as report.json has it."""
     about = {"kind": asked.kind, "title": asked.file.title, "digest": asked.digest, "headline": headline(asked)}
     requests = [request(asked, q, model) for q in questions]
-    journal = journals / f"{asked.name}.jsonl"
+    journal = Journal(journals / f"{asked.name}.jsonl")
     if asked.kind == "perplexity":
         # one by one: which texts share a batch moves the last digits of their probabilities
         client = replace(client, concurrency=1)

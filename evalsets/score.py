@@ -7,7 +7,7 @@ counted beside the score.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -76,12 +76,16 @@ def _choice(_: EvalSet, question: Question, reply: Reply) -> Row:
 
 
 def _qa(asked: EvalSet, question: Question, reply: Reply) -> Row:
-    row: Row = {"expected": question.expected}
-    if "rouge" in asked.file.metrics:
-        row |= metrics.rouge(question.language, reply.text, question.expected)
-    if "exact" in asked.file.metrics:
-        row["exact"] = metrics.exact(reply.text, question.expected) if not reply.error else 0.0
+    row = {"expected": question.expected, **likeness(asked.file.metrics, question.language, reply, question.expected)}
     return row | {"score": row[headline(asked)]}
+
+
+def likeness(asked: Collection[str], language: str, reply: Reply, expected: str) -> dict[str, float]:
+    """How far a reply is what was expected, by those of the metrics in `asked` that one reply has."""
+    found = metrics.rouge(language, reply.text, expected) if "rouge" in asked else {}
+    if "exact" in asked:
+        found["exact"] = metrics.exact(reply.text, expected) if not reply.error else 0.0
+    return found
 
 
 def _perplexity(_: EvalSet, question: Question, reply: Reply) -> Row:
@@ -102,25 +106,34 @@ def headline(asked: EvalSet) -> str:
 
 def figures(asked: EvalSet, rows: list[Row]) -> dict[str, Any]:
     """The figures of some scored rows of a set."""
-    counts = {
-        "n": len(rows),
-        "failed": sum(bool(r["error"]) for r in rows),
-        "truncated": sum(r["finish"] == "length" for r in rows),
-    }
+    counts = _counts(rows)
     if asked.kind == "choice":
         right = sum(r["score"] == 1 for r in rows)
         low, high = wilson(right, len(rows))
         unparsed = sum(r["parsed"] is None and not r["error"] for r in rows)
         return {"acc": right / len(rows), "low": low, "high": high, **counts, "unparsed": unparsed}
     if asked.kind == "qa":
-        low, high = bootstrap([r["score"] for r in rows])
-        return {**_qa_figures(asked, rows), "low": low, "high": high, **counts}
+        return text_figures(asked.file.metrics, rows)
     return {**_perplexity_figures(rows), **counts}
 
 
-def _qa_figures(asked: EvalSet, rows: list[Row]) -> dict[str, float]:
+def _counts(rows: list[Row]) -> dict[str, int]:
+    return {
+        "n": len(rows),
+        "failed": sum(bool(r["error"]) for r in rows),
+        "truncated": sum(r["finish"] == "length" for r in rows),
+    }
+
+
+def text_figures(asked: Iterable[str], rows: list[Row]) -> dict[str, Any]:
+    """The means of some rows' likeness, their corpus BLEU, and the interval of what `score` holds."""
+    low, high = bootstrap([r["score"] for r in rows])
+    return {**_likeness_figures(asked, rows), "low": low, "high": high, **_counts(rows)}
+
+
+def _likeness_figures(asked: Iterable[str], rows: list[Row]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for metric in asked.file.metrics:
+    for metric in asked:
         if metric == "bleu":
             found["bleu"] = _bleu(rows)
         else:

@@ -149,7 +149,7 @@ class EvalSet:
             return "en" if row["lang"] == "en" else "zh"
         if len(self.file.languages) == 1:
             return self.file.languages[0]
-        return "zh" if any(CHINESE.search(text) for text in texts) else "en"
+        return language_of(*texts)
 
     def _prompt(self, language: Language) -> str:
         prompts = PROMPTS[self.kind] | self.file.prompt
@@ -200,6 +200,11 @@ class EvalSet:
             content = self._prompt(language).format(question=question)
             messages = (*system, {"role": "user", "content": content})
             yield Question(name, path.stem, language, messages, expected=expected)
+
+
+def language_of(*texts: str) -> Language:
+    """Chinese if there is a Chinese character in any of them."""
+    return "zh" if any(CHINESE.search(text) for text in texts) else "en"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ VERBS = {
     "export": ("make a Hugging Face folder or an Ollama package", "suite.commands.stage:command"),
     "push": ("upload a package to a model hub", "suite.commands.stage:command"),
     "eval": ("score an artifact, or any OpenAI endpoint (--url)", "suite.commands.evaluate:command"),
+    "predict": (
+        "answer every row of a data file, resumably; metrics against its labels",
+        "suite.commands.predict:command",
+    ),
     "parity": ("compare two models: logits, preferred tokens, answers", "suite.commands.parity:command"),
     "pretrain": ("train a small model and its tokenizer from nothing", "suite.commands.stage:command"),
     "serve": ("serve a model and its adapters over HTTP", "suite.commands.serve:command"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from suite.commands import stage
-from suite.commands.flags import Parser
-from suite.errors import SuiteError
+from suite.commands.flags import Parser, key_in
 
 
 def command(verb: str, arguments: list[str]) -> int:
@@ -33,9 +31,6 @@ def command(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     given = parser.read(arguments)
-    key = os.environ.get(given.api_key_env) if given.api_key_env else None
-    if given.api_key_env and not key:
-        raise SuiteError(f"--api-key-env: {given.api_key_env} is not set", hint=f"export {given.api_key_env}=...")
     sets = [s for s in given.sets.split(",") if s]
     scores = evaluate_url(
         given.url,
@@ -44,7 +39,7 @@ def command(verb: str, arguments: list[str]) -> int:
         out=given.out,
         concurrency=given.concurrency,
         limit=given.limit,
-        api_key=key,
+        api_key=key_in(given.api_key_env),
         show=not given.json,
     )
     if given.json:

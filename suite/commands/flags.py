@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -73,16 +74,30 @@ def values_of(settings: type[BaseModel], arguments: argparse.Namespace) -> dict[
 def _value(name: str, info: FieldInfo, given: list[str]) -> Any:
     kinds = list(_kinds(info.annotation))
     if dict in kinds:
-        pairs = [item.partition("=") for item in given]
-        if any(not equals for _, equals, _ in pairs):
-            raise SuiteError(f"--{name}: expected KEY=VALUE, got '{' '.join(given)}'")
-        return {key: _toml(value) for key, _, value in pairs}
+        return pairs(f"--{name}", given)
     choices = {str(choice).lower(): choice for choice in _choices(info.annotation)}
     if list in kinds:
         return [choices.get(part, part) for item in given for part in item.split(",") if part]
     if given[-1] in ("true", "false") and str not in kinds:
         return given[-1] == "true"
     return choices.get(given[-1], given[-1])
+
+
+def pairs(flag: str, given: Sequence[str]) -> dict[str, Any]:
+    """`KEY=VALUE` words as a table; a value is TOML, or else plain text."""
+    split = [word.partition("=") for word in given]
+    if any(not equals for _, equals, _ in split):
+        raise SuiteError(f"{flag}: expected KEY=VALUE, got '{' '.join(given)}'")
+    return {key: _toml(value) for key, _, value in split}
+
+
+def key_in(variable: str | None) -> str | None:
+    """The API key that an environment variable holds; None where none is named. Raises SuiteError when it is empty."""
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise SuiteError(f"--api-key-env: {variable} is not set", hint=f"export {variable}=...")
+    return key
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

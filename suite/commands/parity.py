@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from suite import store
+from suite.commands import named
 from suite.commands.flags import Parser
 from suite.config import Takes
 from suite.errors import GateFailed, SuiteError
@@ -105,23 +106,8 @@ def _artifact(text: str) -> Artifact:
 
 
 def _base(adapter: Artifact, base: str | None) -> Path:
-    if base:
-        found = on_command_line(base, Takes("model", "quantized"), Path.cwd())
-        if isinstance(found, SuiteError):
-            raise SuiteError(found.message, where="--base", hint=found.hint)
-        return found.artifact.path
-    recorded = adapter.input("base")
-    if recorded is None:
-        raise SuiteError(
-            "the adapter's folder does not record where its base is", where=str(adapter.path), hint="--base MODEL"
-        )
-    if store.Store(store.home()).digest(recorded.path) != recorded.digest:
-        raise SuiteError(
-            f"{recorded.path} has changed since the adapter was trained on it",
-            where=str(adapter.path),
-            hint="name the model that it was trained on: --base MODEL",
-        )
-    return recorded.path
+    found = named.artifact(base, "--base", "model", "quantized") if base else named.base_of(adapter, "--base")
+    return found.path
 
 
 def _check(side: Side) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai_fake import Say, serve
 
-from evalsets.ask import Client, Reply, Request, open_journal, parse, read_journal
+from evalsets.ask import Client, Journal, Reply, Request, parse
 from suite.errors import SuiteError
 
 
@@ -35,7 +34,7 @@ def client(url: str, **settings: Any) -> Client:
 
 def test_every_question_gets_its_own_answer(tmp_path: Path) -> None:
     with serve(lambda body: Say(f"is {number(body)}")) as fake:
-        replies = client(fake.url).ask(requests(50), tmp_path / "j")
+        replies = client(fake.url).ask(requests(50), Journal(tmp_path / "j"))
     assert {i: r.text for i, r in replies.items()} == {f"q{i}": f"is {i}" for i in range(50)}
     assert len(fake.asked) == 50
     assert 1 < fake.most_at_once <= 4
@@ -45,7 +44,7 @@ def test_every_question_gets_its_own_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
 def test_the_url_may_end_in_v1(tmp_path: Path, ending: str) -> None:
     with serve(lambda body: Say("ok")) as fake:
-        assert client(fake.url + ending).ask(requests(1), tmp_path / "j")["q0"].text == "ok"
+        assert client(fake.url + ending).ask(requests(1), Journal(tmp_path / "j"))["q0"].text == "ok"
 
 
 def test_what_was_not_answered_is_sent_again(tmp_path: Path) -> None:
@@ -60,7 +59,7 @@ def test_what_was_not_answered_is_sent_again(tmp_path: Path) -> None:
         return faults[i] if i in faults and seen.count(i) < 3 else Say("right")
 
     with serve(rule) as fake:
-        replies = client(fake.url).ask(requests(6), tmp_path / "j")
+        replies = client(fake.url).ask(requests(6), Journal(tmp_path / "j"))
     assert {r.text for r in replies.values()} == {"right"}
     assert {i: r.attempts for i, r in replies.items()} == {"q0": 1, "q1": 3, "q2": 3, "q3": 3, "q4": 3, "q5": 1}
 
@@ -84,7 +83,7 @@ FAULTS = [
 def test_a_failure_is_a_reply_with_its_reason(tmp_path: Path) -> None:
     n = len(FAULTS)
     with serve(lambda body: FAULTS[number(body)][0] if number(body) < n else Say("fine")) as fake:
-        replies = client(fake.url, attempts=3, timeout=2).ask(requests(n + 20), tmp_path / "j")
+        replies = client(fake.url, attempts=3, timeout=2).ask(requests(n + 20), Journal(tmp_path / "j"))
     failed = [replies[f"q{i}"] for i in range(n)]
     assert [(r.error, r.refused, r.attempts, r.text) for r in failed] == [(*fault[1:], "") for fault in FAULTS]
     assert [replies[f"q{i}"].text for i in range(n, n + 20)] == ["fine"] * 20
@@ -93,7 +92,7 @@ def test_a_failure_is_a_reply_with_its_reason(tmp_path: Path) -> None:
 def test_an_endpoint_that_is_gone_is_not_asked_for_ever(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    replies = client(f"http://127.0.0.1:{port}", attempts=2).ask(requests(100), tmp_path / "j")
+    replies = client(f"http://127.0.0.1:{port}", attempts=2).ask(requests(100), Journal(tmp_path / "j"))
     assert len(replies) == 100
     assert all(r.error for r in replies.values())
     assert sum(r.attempts for r in replies.values()) < 40
@@ -102,7 +101,7 @@ def test_an_endpoint_that_is_gone_is_not_asked_for_ever(tmp_path: Path) -> None:
 
 def test_an_endpoint_that_hangs_is_not_waited_for_a_hundred_times(tmp_path: Path) -> None:
     with serve(lambda body: Say("late", delay=60)) as fake:
-        replies = client(fake.url, timeout=0.2, concurrency=10).ask(requests(100), tmp_path / "j")
+        replies = client(fake.url, timeout=0.2, concurrency=10).ask(requests(100), Journal(tmp_path / "j"))
     assert 10 <= sum(r.attempts for r in replies.values()) <= 20
     assert {r.error for r in replies.values()} == {"no answer within 0.2 s", "not asked: the endpoint does not answer"}
 
@@ -116,30 +115,30 @@ def test_an_endpoint_that_dies_half_way_fails_the_rest_only(tmp_path: Path) -> N
         return Say("x", cut=True) if died else Say("fine")
 
     with serve(rule) as fake:
-        replies = client(fake.url, attempts=2).ask(requests(60), tmp_path / "j")
+        replies = client(fake.url, attempts=2).ask(requests(60), Journal(tmp_path / "j"))
     answered = {i for i, r in replies.items() if not r.error}
     assert {f"q{i}" for i in range(27)} <= answered <= {f"q{i}" for i in range(30)}
     assert len(replies) == 60
-    kept = [r for r in read_journal(tmp_path / "j") if not r.error]
+    kept = [r for r in Journal(tmp_path / "j").read() if not r.error]
     assert {r.id for r in kept} == answered
 
 
 def test_answers_of_a_killed_run_are_used_and_nothing_else_is(tmp_path: Path) -> None:
     journal = tmp_path / "deep" / "j"
     with serve(lambda body: Say(status=400) if number(body) == 2 else Say(f"first {number(body)}")) as fake:
-        client(fake.url).ask(requests(5), journal)
+        client(fake.url).ask(requests(5), Journal(journal))
     text = journal.read_text("utf-8").split("\n")
     kept = [line for line in text if '"q2"' in line or '"q0"' in line or '"q1"' in line]
     journal.write_text("\n".join(kept) + '\n{"id": "q3", "digest": "tor', "utf-8")  # killed while it wrote
     calls: list[tuple[str, bool]] = []
     with serve(lambda body: Say(f"second {number(body)}")) as fake:
-        client(fake.url).ask(requests(5), journal, lambda reply, fresh: calls.append((reply.text, fresh)))
+        client(fake.url).ask(requests(5), Journal(journal), lambda reply, fresh: calls.append((reply.text, fresh)))
         assert sorted(map(number, fake.asked)) == [2, 3, 4]
         assert sorted(calls) == [
             ("first 0", False), ("first 1", False), ("second 2", True), ("second 3", True), ("second 4", True),
         ]  # fmt: skip
         fake.asked.clear()
-        replies = client(fake.url).ask(requests(5), journal)
+        replies = client(fake.url).ask(requests(5), Journal(journal))
     assert fake.asked == []
     assert replies["q3"].text == "second 3"
 
@@ -148,8 +147,8 @@ def test_another_request_is_another_question(tmp_path: Path) -> None:
     with serve(lambda body: Say(str(body.get("max_tokens")))) as fake:
         first = Request("q", "chat/completions", {"model": "m", "messages": [user(1)], "max_tokens": 1})
         second = Request("q", "chat/completions", {"model": "m", "messages": [user(1)], "max_tokens": 2})
-        assert client(fake.url).ask([first], tmp_path / "j")["q"].text == "1"
-        assert client(fake.url).ask([second], tmp_path / "j")["q"].text == "2"
+        assert client(fake.url).ask([first], Journal(tmp_path / "j"))["q"].text == "1"
+        assert client(fake.url).ask([second], Journal(tmp_path / "j"))["q"].text == "2"
 
 
 def test_models_are_checked_before_anything_is_asked() -> None:
@@ -167,7 +166,7 @@ def test_models_are_checked_before_anything_is_asked() -> None:
 def test_the_api_key_is_sent_and_never_shown(tmp_path: Path) -> None:
     with serve(lambda body: Say("ok")) as fake:
         asked = client(fake.url, api_key="secret-1")
-        asked.ask(requests(1), tmp_path / "j")
+        asked.ask(requests(1), Journal(tmp_path / "j"))
     assert fake.headers[0]["authorization"] == "Bearer secret-1"
     assert "secret-1" not in repr(asked)
     assert "secret-1" not in (tmp_path / "j").read_text("utf-8")
@@ -229,15 +228,15 @@ def test_half_a_surrogate_pair_is_no_end(tmp_path: Path) -> None:
     halves = Say(body=b'{"choices": [{"message": {"content": "cut \\ud83d"}}]}')
     journal = tmp_path / "j"
     with serve(lambda body: halves if number(body) else Say(status=400, body=b'{"error": "\\udc00"}')) as fake:
-        replies = client(fake.url).ask(requests(2), journal)
+        replies = client(fake.url).ask(requests(2), Journal(journal))
     assert (replies["q1"].text, replies["q0"].error) == ("cut ?", "HTTP 400: ?")
-    assert sorted(r.id for r in read_journal(journal)) == ["q0", "q1"]
+    assert sorted(r.id for r in Journal(journal).read()) == ["q0", "q1"]
 
 
 @given(st.text(st.characters(codec="utf-8")))
 def test_any_text_survives_the_journal(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     journal = tmp_path_factory.mktemp("journal") / "j"
     reply = Reply("q", "d", text=text, logprobs=(-1.0,))
-    with open_journal(journal) as file:
-        file.write(json.dumps(asdict(reply), ensure_ascii=False) + "\n")
-    assert read_journal(journal) == [reply]
+    with Journal(journal).writing() as write:
+        write(ECHO, reply)
+    assert Journal(journal).read() == [reply]

@@ -1,0 +1,35 @@
+"""The artifacts that flags name: folders, `@stage` of the newest run, and the base that an adapter records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from suite import store
+from suite.config import ArtifactType, Takes
+from suite.errors import SuiteError
+from suite.pipeline import on_command_line
+from suite.stages import Artifact
+
+
+def artifact(text: str, flag: str, *types: ArtifactType) -> Artifact:
+    """What a flag's value names; raises SuiteError for what does not exist or is of another type."""
+    found = on_command_line(text, Takes(*types), Path.cwd())
+    if isinstance(found, SuiteError):
+        raise SuiteError(found.message, where=flag, hint=found.hint)
+    return found.artifact
+
+
+def base_of(adapter: Artifact, flag: str) -> Artifact:
+    """The model that an adapter was trained on; raises SuiteError, with a hint at `flag`, where it is not known."""
+    recorded = adapter.input("base")
+    if recorded is None:
+        raise SuiteError(
+            "the adapter's folder does not record where its base is", where=str(adapter.path), hint=f"{flag} MODEL"
+        )
+    if store.Store(store.home()).digest(recorded.path) != recorded.digest:
+        raise SuiteError(
+            f"{recorded.path} has changed since the adapter was trained on it",
+            where=str(adapter.path),
+            hint=f"name the model that it was trained on: {flag} MODEL",
+        )
+    return recorded
