@@ -61,6 +61,10 @@ class Request:
     deadline: float | None = None
     """When, on the clock of `time.monotonic`, it ends with what it has by then, running or waiting."""
 
+    def __post_init__(self) -> None:
+        if self.embed:
+            object.__setattr__(self, "max_tokens", 0)
+
     @property
     def reads_all(self) -> bool:
         """Whether the outputs at all places of the prompt are asked for, not only at its last one."""
@@ -88,7 +92,6 @@ class Generation:
         """(hidden size,), of length 1 once it has ended; empty where none was asked for."""
         self.finish: Finish | None = None
         self.error = ""
-        self.cancelled = False
         self.submitted = time.monotonic()
         self.started: float | None = None
         self.first_token: float | None = None

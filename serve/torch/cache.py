@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import Cache
+
+from serve.torch.scheduler import Copy, Move
 
 BLOCK = 64
 """Rows grow by this many positions: a copy of the cache every 64 steps costs little beside reading it every step."""
@@ -17,12 +21,18 @@ class SlotCache(Cache):  # type: ignore[misc]
     Per layer `keys` and `values` are `(rows, kv_heads, length, head_dim)`. A forward pass works on the slice of rows
     that `begin` names; each row's new tokens go behind what it already has. What lies behind a row's end is finite
     rubbish, and masked.
+
+    Beside them stand `blocks` kept blocks of `size` tokens, `(blocks, kv_heads, size, head_dim)` per layer: rows that
+    begin with the same tokens get copies, once for each request: reading shared blocks in place would gather keys anew
+    in every step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int, size: int) -> None:
         super().__init__(layers=[])
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._blocks, self._size = blocks, size
         self._shape = (0, 0)
         self.first, self.last, self.length = 0, 0, 0
         self.starts = self.positions = self._batch = torch.empty(0, dtype=torch.long)
@@ -47,18 +57,24 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = starts[:, None] + torch.arange(width, device=starts.device)  # (B, Q)
         self._batch = torch.arange(first, self.last, device=starts.device)[:, None]
 
-    def move(self, source: int, target: int, exchange: bool = False) -> None:
-        """Copy the keys and values of row `source` to row `target`, and the other way too to `exchange` them."""
-        for tensor in (*self.keys.values(), *self.values.values()):
-            if exchange:
-                tensor[[source, target]] = tensor[[target, source]]
-            else:
-                tensor[target].copy_(tensor[source])
+    def apply(self, moves: Iterable[Move | Copy]) -> None:
+        """Copy rows to rows, and blocks of rows to be kept, in this order."""
+        for _, several in groupby(moves, type):
+            group = list(several)
+            self._copy([copy for copy in group if isinstance(copy, Copy)], keep=True)
+            for move in group:
+                if isinstance(move, Move):
+                    self._move(*move)
+
+    def load(self, copies: Sequence[Copy]) -> None:
+        """Copy kept blocks into rows, which `fit` made room in."""
+        self._copy(copies, keep=False)
 
     def clear(self) -> None:
         """Give the memory back."""
         self.keys.clear()
         self.values.clear()
+        self._kept.clear()
         self._shape = (0, 0)
 
     def update(
@@ -89,6 +105,33 @@ class SlotCache(Cache):  # type: ignore[misc]
     def is_sliding(self) -> list[bool]:
         """No layer forgets: windows are in the masks alone."""
         return [False]
+
+    def _move(self, source: int, target: int, exchange: bool) -> None:
+        for tensor in (*self.keys.values(), *self.values.values()):
+            if exchange:
+                tensor[[source, target]] = tensor[[target, source]]
+            else:
+                tensor[target].copy_(tensor[source])
+
+    def _copy(self, copies: Sequence[Copy], keep: bool) -> None:
+        if not copies:
+            return
+        rows, numbers, places = torch.tensor(copies).T  # each (N,)
+        for layer, keys in self.keys.items():
+            values = self.values[layer]
+            if layer not in self._kept:
+                self._kept[layer] = self._empty_blocks(keys), self._empty_blocks(values)
+            for tensor, kept in zip((keys, values), self._kept[layer], strict=True):
+                blocks = tensor.view(
+                    *tensor.shape[:2], -1, self._size, tensor.shape[3]
+                )  # (rows, kv_heads, N, size, dim)
+                if keep:
+                    kept[places] = blocks[rows, :, numbers]
+                else:
+                    blocks[rows, :, numbers] = kept[places]
+
+    def _empty_blocks(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(self._blocks, like.shape[1], self._size, like.shape[3])
 
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(self._shape[0], like.shape[1], self._shape[1], like.shape[3])

@@ -6,32 +6,43 @@ submit ──> waiting ──> running rows ──> done          a step: schedu
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.nn.functional import normalize
 
 from serve.folders import check_fits, read_adapter, read_model
-from serve.generation import Finish, Generation, Request
+from serve.generation import Finish, Generation, Request, Stats
+from serve.torch.cache import SlotCache
 from serve.torch.forward import Forward
 from serve.torch.loading import cache_cells, load_model
 from serve.torch.lora import MultiLora
+from serve.torch.prefix import Prefixes
 from serve.torch.sampling import sample, score
 from serve.torch.scheduler import Scheduler, Step
 from suite.errors import SuiteError, near
 
 log = logging.getLogger("serve")
 
+PREFIX_SHARE = 0.25
+"""How much of the cache may hold keys and values for requests that begin alike."""
+PREFIX_BLOCK = 16
+"""How many tokens are kept together: a request reads again what is behind its last whole block."""
+
 
 class Engine:
     """One model, its adapters, and the thread that runs them.
 
     `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; prompt and answer
-    have at most `max_length` tokens together. `notify` is called in the engine's thread after each step, with the
-    generations that have new tokens or ended.
+    have at most `max_length` tokens together. With `prefix_cache` prompts are not read again where they begin like
+    earlier ones. `notify` is called in the engine's thread after each step, with the generations that have new tokens
+    or ended.
     """
 
     def __init__(
@@ -42,6 +53,7 @@ class Engine:
         dtype: str = "auto",
         max_batch: int = 64,
         max_length: int | None = None,
+        prefix_cache: bool = True,
         notify: Callable[[list[Generation]], None] = lambda _: None,
     ) -> None:
         folder = read_model(model)
@@ -51,16 +63,24 @@ class Engine:
         self.model = load_model(folder, dtype)
         self.adapters = MultiLora(self.model, loras) if loras else None
         cells = cache_cells(self.model)
+        kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK if prefix_cache else 0
+        cells -= kept * PREFIX_BLOCK
         self.max_length = min(max_length or folder.max_length, cells)
         self.vocabulary = int(self.model.config.get_text_config().vocab_size)
         # prompt logprobs need all logits of a step at once: 2**26 of them are 256 MB in float32
         budget = max(64, min(1024, 2**26 // self.vocabulary))
-        self.scheduler = Scheduler(max_batch, cells, chunk=min(512, budget), budget=budget)
+        prefixes = Prefixes(kept, PREFIX_BLOCK)
+        self.scheduler = Scheduler(max_batch, cells, prefixes, chunk=min(512, budget), budget=budget)
+        self.steps = 0
+        """Forward passes since the start."""
         self.failures = 0
         """Steps that ended in an exception, since the start."""
-        self._forward = Forward(self.model, self.adapters)
+        self._last_failure: tuple[str, float | None] = "", None
+        self._forward = Forward(self.model, self.adapters, SlotCache(kept, PREFIX_BLOCK))
         self._notify = notify
         self._inbox: deque[Generation] = deque()
+        self._gone: deque[Generation] = deque()
+        self._due = math.inf  # no generation's deadline is earlier
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -83,6 +103,8 @@ class Engine:
             raise SuiteError(f"token ids must be from 0 to {self.vocabulary - 1}")
         generation = Generation(request)
         with self._wake:
+            if self._closing:
+                raise SuiteError("the engine is closed")
             self._inbox.append(generation)
             self._wake.notify()
         return generation
@@ -94,7 +116,7 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """End a generation; its row is free before the next step."""
         with self._wake:
-            generation.cancelled = True
+            self._gone.append(generation)
             self._wake.notify()
 
     @property
@@ -107,6 +129,26 @@ class Engine:
         """How many generations run, and how many wait."""
         return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._inbox)
 
+    def stats(self) -> Stats:
+        """What it does at the moment, and did since its start."""
+        scheduler, (running, waiting) = self.scheduler, self.load
+        prefixes, (failure, failure_time) = scheduler.prefixes, self._last_failure
+        return Stats(
+            running=running,
+            waiting=waiting,
+            cells=scheduler.max_cells,
+            cells_used=scheduler.cells,
+            prefix_cells=prefixes.blocks * prefixes.size,
+            prefix_cells_used=len(prefixes) * prefixes.size,
+            prefix_queries=scheduler.looked_for,
+            prefix_hits=scheduler.found,
+            preemptions=scheduler.preemptions,
+            steps=self.steps,
+            failures=self.failures,
+            last_failure=failure,
+            last_failure_time=failure_time,
+        )
+
     def close(self) -> None:
         """Cancel everything and end the thread."""
         with self._wake:
@@ -115,37 +157,55 @@ class Engine:
         self._thread.join()
 
     def _loop(self) -> None:
-        with torch.inference_mode():
-            while self._collect():
-                try:
+        try:
+            with torch.inference_mode():
+                while self._collect():
                     self._step()
-                except Exception as error:
-                    log.exception("a step failed; its requests end with an error")
-                    self._fail(error)
-        for generation in [*self.scheduler.running, *self.scheduler.waiting, *self._inbox]:
-            self._end(generation, "cancelled")
-        self._forward.clear()
+        finally:
+            self._closing = True
+            for generation in [*self.scheduler.running, *self.scheduler.waiting, *self._inbox]:
+                self._end(generation, "cancelled")
+            self._forward.clear()
 
     def _collect(self) -> bool:
-        """Take in what was submitted or cancelled; waits while there is nothing to do. False when closing."""
+        """Take in what came, end what was cancelled or is due; wait while there is nothing to do. False to close."""
         with self._wake:
-            while not (self._closing or self._inbox or self.scheduler.running or self.scheduler.waiting):
+            while not (self._closing or self._inbox or self._gone or self.scheduler.running or self.scheduler.waiting):
                 self._wake.wait()
             while self._inbox:
-                self.scheduler.add(self._inbox.popleft())
-        for generation in [*self.scheduler.running, *self.scheduler.waiting]:
-            if generation.cancelled:
-                self.scheduler.remove(generation)
-                self._end(generation, "cancelled")
+                generation = self._inbox.popleft()
+                self._due = min(self._due, generation.request.deadline or math.inf)
+                self.scheduler.add(generation)
+        while self._gone:
+            self._drop(self._gone.popleft(), "cancelled")
+        if time.monotonic() >= self._due:
+            self._expire()
         return not self._closing
+
+    def _expire(self) -> None:
+        now, self._due = time.monotonic(), math.inf
+        for generation in [*self.scheduler.running, *self.scheduler.waiting]:
+            if (deadline := generation.request.deadline) is not None:
+                if deadline <= now:
+                    self._drop(generation, "timeout")
+                else:
+                    self._due = min(self._due, deadline)
 
     def _step(self) -> None:
         step = self.scheduler.schedule()
-        self._forward.move(self.scheduler.take_moves())
-        if step is None:
-            return
+        try:
+            self._forward.move(self.scheduler.take_moves())
+            if step is not None:
+                self._run(step)
+        except Exception as error:
+            self._recover(step, error)
+
+    def _run(self, step: Step) -> None:
+        self.steps += 1
+        for generation in step.rows:
+            generation.started = generation.started or time.monotonic()
         logits = self._forward.run(step, self.scheduler.running)
-        self._score_prompts(step, logits)
+        self._observe(step, logits)
         ready = set(map(id, self.scheduler.advance(step)))
         rows = [i for i, generation in enumerate(step.rows) if id(generation) in ready]
         if rows:
@@ -153,14 +213,30 @@ class Engine:
             everyone = len(rows) == len(logits) and logits.shape[1] == 1
             self._sample([step.rows[i] for i in rows], logits[:, 0] if everyone else logits[rows, last])
 
-    def _score_prompts(self, step: Step, logits: torch.Tensor) -> None:
+    def _observe(self, step: Step, logits: torch.Tensor) -> None:
+        """Score or pool what was read of prompts, but not what a preempted generation reads a second time."""
         for row, generation in enumerate(step.rows):
-            top = generation.request.prompt_logprobs
-            begin = generation.cached
-            following = generation.request.prompt[begin + 1 : begin + 1 + step.counts[row]]
-            # what a preempted generation reads again was scored the first time
-            if top is not None and following and len(generation.prompt_scores) == begin:
-                generation.prompt_scores += score(logits[row, : len(following)], following, top)
+            request, begin = generation.request, generation.cached
+            first, last = max(begin, generation.observed), begin + step.counts[row]
+            if request.prompt_logprobs is not None and (following := request.prompt[first + 1 : last + 1]):
+                scored = logits[row, first - begin : first - begin + len(following)]
+                generation.prompt_scores += score(scored, following, request.prompt_logprobs)
+            if request.embed and self._forward.hidden is not None:
+                self._pool(generation, self._forward.hidden[row, first - begin : last - begin], last)
+            if request.reads_all:
+                generation.observed = max(generation.observed, last)
+
+    @staticmethod
+    def _pool(generation: Generation, hidden: torch.Tensor, last: int) -> None:
+        """Add the last hidden states (N, hidden size) before place `last` of the prompt to the embedding."""
+        whole = last == len(generation.request.prompt)
+        if generation.request.embed == "mean":
+            total = hidden.float().sum(0)
+            if generation.embedding:
+                total += torch.tensor(generation.embedding, device=total.device)
+            generation.embedding = (normalize(total, dim=0) if whole else total).tolist()
+        elif whole:
+            generation.embedding = normalize(hidden[-1].float(), dim=0).tolist()
 
     def _sample(self, generations: list[Generation], logits: torch.Tensor) -> None:
         for generation in generations:
@@ -190,10 +266,11 @@ class Engine:
     def _take(self, generation: Generation, token: int) -> None:
         request = generation.request
         generation.tokens.append(token)
+        generation.first_token = generation.first_token or time.monotonic()
         finish: Finish | None = None
         if token in request.stop_ids or (request.stop is not None and request.stop(token)):
             finish = "stop"
-        elif len(generation.new) >= request.max_tokens or len(generation.tokens) >= self.max_length:
+        elif generation.count >= request.max_tokens or len(generation.tokens) >= self.max_length:
             finish = "length"
         if finish:
             self.scheduler.remove(generation)
@@ -203,12 +280,31 @@ class Engine:
         generation.end(finish, error)
         self._notify([generation])
 
-    def _fail(self, error: Exception) -> None:
-        """End what ran with an error; what waits goes on with an empty cache."""
-        self.failures += 1
-        for generation in [*self.scheduler.running]:
+    def _drop(self, generation: Generation, finish: Finish, error: str = "") -> None:
+        """End a generation early, wherever it is; nothing is done for one that has ended."""
+        if generation.finish is None:
             self.scheduler.remove(generation)
-            if generation.finish is None:
-                self._end(generation, "error", f"{type(error).__name__}: {error}")
-        self.scheduler.take_moves()
+            self._end(generation, finish, error)
+
+    def _recover(self, step: Step | None, error: Exception) -> None:
+        """End what the step was made for with an error; all else goes on, with an empty cache.
+
+        Where the memory was short, nothing ends: half as much is tried, down to a request that does not fit alone.
+        """
+        together = len(self.scheduler.running)
+        short = _is_out_of_memory(error) and together > 1
+        self.scheduler.reset(together // 2 if short else None)
         self._forward.clear()
+        if short:
+            log.warning("out of memory with %d requests at once; half of them wait: %s", together, error)
+            return
+        log.error("a step failed; its requests end with an error", exc_info=error)
+        text = f"{type(error).__name__}: {error}"
+        self.failures, self._last_failure = self.failures + 1, (text, time.time())
+        for generation in step.rows if step else []:
+            self._drop(generation, "error", text)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # on a CPU torch raises a plain RuntimeError
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)

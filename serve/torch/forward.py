@@ -10,22 +10,23 @@ import torch
 from serve.generation import Generation
 from serve.torch.cache import SlotCache
 from serve.torch.lora import MultiLora
-from serve.torch.scheduler import Move, Step
+from serve.torch.scheduler import Copy, Move, Step
 
 
 class Forward:
     """A model, the keys and values of the rows that run, and the adapters that they ask for."""
 
-    def __init__(self, model: Any, adapters: MultiLora | None) -> None:
-        self.model, self.adapters = model, adapters
-        self.cache = SlotCache()
+    def __init__(self, model: Any, adapters: MultiLora | None, cache: SlotCache) -> None:
+        self.model, self.adapters, self.cache = model, adapters, cache
+        self.hidden: torch.Tensor | None = None
+        """The last hidden states of a step, (B, Q, hidden size), where a row is to be embedded."""
+        self._embed = False
         self._keep: tuple[torch.Tensor, torch.Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 
-    def move(self, moves: Sequence[Move]) -> None:
+    def move(self, moves: Sequence[Move | Copy]) -> None:
         """Copy rows of the cache, in this order."""
-        for move in moves:
-            self.cache.move(*move)
+        self.cache.apply(moves)
 
     def clear(self) -> None:
         """Give the cache's memory back; all rows are lost."""
@@ -44,9 +45,11 @@ class Forward:
             for row, read in zip(step.rows, step.counts, strict=True)
         ]
         self.cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
+        self.cache.load(step.loads)
         self.cache.begin(step.first, starts.to(device), width, int((starts + width).max()))
         if self.adapters:
             self.adapters.select([row.request.adapter for row in step.rows])
+        self._embed = any(row.request.embed for row in step.rows)
         scoring = any(row.request.prompt_logprobs is not None for row in step.rows)
         self._keep = None if scoring or width == 1 else (torch.arange(len(ids), device=device), (counts - 1).to(device))
         # padding repeats the last position: models with a position table have none behind max_length
@@ -61,4 +64,5 @@ class Forward:
 
     def _keep_last(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Before the output layer, (B, Q, hidden): logits of a whole prompt are large, and only the last is sampled."""
+        self.hidden = inputs[0] if self._embed else None
         return inputs if self._keep is None else (inputs[0][self._keep][:, None], *inputs[1:])

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serve.generation import Generation, Request
+from serve.torch.prefix import Prefixes
 from serve.torch.scheduler import Scheduler, Step
 
 BLOCK = 4
@@ -70,7 +71,7 @@ def generation(prompt: int, new: int) -> Generation:
 
 
 def machine(rows: int = 4, cells: int = 200, chunk: int = 8, budget: int = 16) -> Machine:
-    return Machine(Scheduler(rows, cells, chunk=chunk, budget=budget, block=BLOCK))
+    return Machine(Scheduler(rows, cells, Prefixes(0, BLOCK), chunk=chunk, budget=budget, block=BLOCK))
 
 
 lengths = st.tuples(st.integers(1, 40), st.integers(1, 20))
