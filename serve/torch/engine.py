@@ -40,9 +40,10 @@ class Engine:
     """One model, its adapters, and the thread that runs them.
 
     `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; prompt and answer
-    have at most `max_length` tokens together. With `prefix_cache` prompts are not read again where they begin like
-    earlier ones. `notify` is called in the engine's thread after each step, with the generations that have new tokens
-    or ended.
+    have at most `max_length` tokens together. `cache_memory` bytes hold keys and values, by default a share of the
+    machine's; with `prefix_cache` a part of them is for prompts that begin like earlier ones, which are not read again
+    so far. `notify` is called in the engine's thread after each step, with the generations that have new tokens or
+    ended.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Engine:
         dtype: str = "auto",
         max_batch: int = 64,
         max_length: int | None = None,
+        cache_memory: int | None = None,
         prefix_cache: bool = True,
         notify: Callable[[list[Generation]], None] = lambda _: None,
     ) -> None:
@@ -62,7 +64,7 @@ class Engine:
             check_fits(lora, folder)
         self.model = load_model(folder, dtype)
         self.adapters = MultiLora(self.model, loras) if loras else None
-        cells = cache_cells(self.model)
+        cells = cache_cells(self.model, cache_memory)
         kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK if prefix_cache else 0
         cells -= kept * PREFIX_BLOCK
         self.max_length = min(max_length or folder.max_length, cells)

@@ -40,14 +40,14 @@ def load_model(folder: ModelFolder, dtype: str) -> Any:
     return model.eval()
 
 
-def cache_cells(model: Any) -> int:
-    """How many tokens the cache may hold in all."""
+def cache_cells(model: Any, memory: int | None = None) -> int:
+    """How many tokens the cache may hold in `memory` bytes, by default the shares above."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
-    if model.device.type == "cuda":
-        memory = GPU_SHARE * torch.cuda.mem_get_info(model.device)[0]
-    else:
-        memory = CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1024, int(memory / per_token))
+    if memory is None and model.device.type == "cuda":
+        memory = int(GPU_SHARE * torch.cuda.mem_get_info(model.device)[0])
+    elif memory is None:
+        memory = int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(1024, memory // per_token)
