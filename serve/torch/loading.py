@@ -9,6 +9,7 @@ import torch
 
 from serve.folders import ModelFolder
 from serve.torch.attention import register
+from serve.torch.fused import fuse
 from suite import quantized
 from suite.errors import SuiteError, near
 
@@ -18,7 +19,7 @@ CPU_SHARE, GPU_SHARE = 0.25, 0.6
 
 
 def load_model(folder: ModelFolder, dtype: str) -> Any:
-    """The model, ready for inference, on the GPUs there are or else on the CPU.
+    """The model, ready for inference, on the GPUs there are or else on the CPU; its `parts` are those of `fuse`.
 
     `dtype` "auto" is the checkpoint's on a GPU, and float32 on a CPU: answers then do not depend on what shares the
     batch, and few CPUs are faster in bfloat16. Quantized layers compute in it too.
@@ -37,7 +38,9 @@ def load_model(folder: ModelFolder, dtype: str) -> Any:
     if getattr(model.config, "quantization_config", None) is not None:
         # GPTQModel's kernels in torch would be compiled anew, for seconds, with every shape of a batch
         torch.compiler.set_stance("force_eager")
-    return model.eval()
+    model.eval()
+    model.parts = fuse(model)
+    return model
 
 
 def cache_cells(model: Any, memory: int | None = None) -> int:
@@ -50,4 +53,4 @@ def cache_cells(model: Any, memory: int | None = None) -> int:
         memory = int(GPU_SHARE * torch.cuda.mem_get_info(model.device)[0])
     elif memory is None:
         memory = int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return max(1024, memory // per_token)
+    return max(1024, int(memory // per_token))

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from serve.folders import AdapterFolder
+from serve.torch.fused import Part
 
 
 class MultiLora:
@@ -37,9 +38,11 @@ class MultiLora:
             self._stack(stacked, folder, first, sum(ranks))
             first += rank
         for path, (a, b) in stacked.items():
-            layer = model.get_submodule(path)
+            part = model.parts.get(path, Part(path, 0, b.shape[1]))
+            layer = model.get_submodule(part.path)
             device = next((t.device for t in (*layer.parameters(), *layer.buffers())), model.device)
-            layer.register_forward_hook(self._hook(a.T.contiguous().to(device, model.dtype), b.to(device, model.dtype)))
+            down, up = a.T.contiguous().to(device, model.dtype), b.to(device, model.dtype)
+            layer.register_forward_hook(self._hook(down, up, slice(part.first, part.last)))
 
     def select(self, rows: Sequence[str]) -> None:
         """Name the adapter of each row of the next forward pass; "" is the base."""
@@ -63,7 +66,7 @@ class MultiLora:
                 a[rows] = file.get_tensor(names[f"{path}.lora_A"]).float()
                 b[rows] = file.get_tensor(names[f"{path}.lora_B"]).float().T * module.scaling
 
-    def _hook(self, a: torch.Tensor, b: torch.Tensor) -> Any:
+    def _hook(self, a: torch.Tensor, b: torch.Tensor, columns: slice) -> Any:
         def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if self._mask is None:
                 return None
@@ -71,7 +74,7 @@ class MultiLora:
             if x.dim() == 2:  # (B * Q, in), as mixture-of-experts layers flatten it
                 mask = mask.expand(-1, len(x) // len(mask), -1).flatten(0, 1)
             low = (x @ a) * mask
-            output.view(-1, b.shape[1]).addmm_(low.view(-1, b.shape[0]), b)
+            output.flatten(0, -2)[:, columns].addmm_(low.view(-1, b.shape[0]), b)
             return output
 
         return add
