@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,49 +12,98 @@ from hypothesis import strategies as st
 
 from serve.generation import Generation, Request
 from serve.torch.prefix import Prefixes
-from serve.torch.scheduler import Scheduler, Step
+from serve.torch.scheduler import CALM_STEPS, Copy, Scheduler, Step
 
 BLOCK = 4
 
 
 @dataclass
 class Machine:
-    """A scheduler with a cache that only remembers whose tokens stand in each row."""
+    """A scheduler with a cache that remembers of each cell what its keys and values would depend on.
+
+    That is a number for the adapter and all tokens up to there, the same for the same beginnings only.
+    """
 
     scheduler: Scheduler
-    rows: dict[int, list[tuple[Generation, int]]] = field(default_factory=dict)
+    rows: dict[int, list[int]] = field(default_factory=dict)
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    numbers: dict[tuple[str | int, int], int] = field(default_factory=dict)
+    observed: dict[Generation, list[int]] = field(default_factory=dict)
     finished: list[Generation] = field(default_factory=list)
     started: list[Generation] = field(default_factory=list)
+
+    def cells(self, row: Generation) -> list[int]:
+        """What the cells of a generation must hold."""
+        cells: list[int] = []
+        for token in row.tokens:
+            key = cells[-1] if cells else row.request.adapter, token
+            cells.append(self.numbers.setdefault(key, len(self.numbers)))
+        return cells
 
     def step(self) -> Step | None:
         step = self.scheduler.schedule()
         self.apply_moves()
         if step is None:
             return None
+        for row, block, place in step.loads:
+            self.write(row, block * BLOCK, self.kept[place])
         running = self.scheduler.running
         assert running[step.first : step.first + len(step.rows)] == step.rows
         assert all(0 < count <= row.left for row, count in zip(step.rows, step.counts, strict=True))
         for index, (row, count) in enumerate(zip(step.rows, step.counts, strict=True), step.first):
-            tokens = self.rows.setdefault(index, [])
             # what the model reads back must be this generation's own tokens, all of them, in order
-            assert tokens[: row.cached] == [(row, position) for position in range(row.cached)]
-            self.rows[index] = tokens[: row.cached] + [(row, row.cached + i) for i in range(count)]
+            assert self.rows.get(index, [])[: row.cached] == self.cells(row)[: row.cached]
+            self.write(index, row.cached, self.cells(row)[row.cached : row.cached + count])
+            self.observe(row, count)
             if row not in self.started:
                 self.started.append(row)
         for row in self.scheduler.advance(step):
-            row.tokens.append(0)
-            if len(row.new) == row.request.max_tokens:
+            row.tokens.append(len(row.tokens) % 2)
+            if row.count == row.request.max_tokens:
                 self.scheduler.remove(row)
                 self.finished.append(row)
         self.check()
         return step
 
+    def write(self, row: int, start: int, cells: list[int]) -> None:
+        held = self.rows.setdefault(row, [])
+        assert len(held) >= start
+        held[start : start + len(cells)] = cells
+
+    def observe(self, row: Generation, count: int) -> None:
+        if row.request.reads_all:
+            last = min(row.cached + count, len(row.request.prompt))
+            self.observed.setdefault(row, []).extend(range(max(row.cached, row.observed), last))
+            row.observed = max(row.observed, last)
+
     def apply_moves(self) -> None:
         for move in self.scheduler.take_moves():
+            if isinstance(move, Copy):
+                start = move.block * BLOCK
+                self.kept[move.place] = self.rows[move.row][start : start + BLOCK]
+                assert len(self.kept[move.place]) == BLOCK
+                continue
             source, target = self.rows.get(move.source, []), self.rows.get(move.target, [])
             self.rows[move.target] = list(source)
             if move.exchange:
                 self.rows[move.source] = list(target)
+
+    def lose_the_cache(self, limit: int | None) -> None:
+        self.scheduler.reset(limit)
+        self.rows.clear()
+        self.kept.clear()
+
+    def run(self) -> None:
+        """Until there is nothing to do, or far longer than that takes."""
+        everyone = [*self.scheduler.running, *self.scheduler.waiting]
+        for _ in range(100 * (len(everyone) + 1) * 61):
+            if self.step() is None:
+                break
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
+        assert set(everyone) <= set(self.finished)
+        for row, places in self.observed.items():
+            assert row not in self.finished or places == list(range(len(row.request.prompt)))
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -66,42 +116,122 @@ class Machine:
         assert arrivals == sorted(arrivals)
 
 
-def generation(prompt: int, new: int) -> Generation:
-    return Generation(Request(prompt=[0] * prompt, max_tokens=new))
+def generation(prompt: int, new: int, odd: int = -1, adapter: str = "", scored: bool = False) -> Generation:
+    """A prompt of zeros, so that all begin alike, but for a one at place `odd`."""
+    tokens = [int(place == odd) for place in range(prompt)]
+    return Generation(Request(tokens, adapter, new, prompt_logprobs=0 if scored else None))
 
 
-def machine(rows: int = 4, cells: int = 200, chunk: int = 8, budget: int = 16) -> Machine:
-    return Machine(Scheduler(rows, cells, Prefixes(0, BLOCK), chunk=chunk, budget=budget, block=BLOCK))
+def machine(rows: int = 4, cells: int = 200, chunk: int = 8, budget: int = 16, kept: int = 0) -> Machine:
+    prefixes = Prefixes(kept, BLOCK)
+    return Machine(Scheduler(rows, cells, prefixes, chunk=chunk, budget=budget, block=BLOCK))
 
 
 lengths = st.tuples(st.integers(1, 40), st.integers(1, 20))
-actions = st.lists(st.one_of(lengths, st.integers(0, 50), st.none()), max_size=60)
+requests = st.builds(
+    generation,
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.one_of(st.just(-1), st.integers(0, 39)),
+    st.sampled_from(["", "a"]),
+    st.booleans(),
+)
+steps = st.just("step")
+cancels = st.integers(0, 50)
+losses = st.sampled_from([None, 1, 2]).map(lambda limit: ("lost", limit))
+actions = st.lists(st.one_of(requests, steps, steps, cancels, losses), max_size=60)
 
 
 @settings(max_examples=150, deadline=None)
-@given(actions, st.integers(1, 6), st.integers(64, 300), st.integers(1, 16), st.integers(1, 40))
-def test_everything_finishes_and_rows_stay_their_owners(
-    actions: list[tuple[int, int] | int | None], rows: int, cells: int, chunk: int, budget: int
+@given(actions, st.integers(1, 6), st.integers(64, 300), st.integers(1, 16), st.integers(1, 40), st.integers(0, 12))
+def test_everything_finishes_and_no_cell_is_another_ones(
+    actions: list[Any], rows: int, cells: int, chunk: int, budget: int, kept: int
 ) -> None:
-    run = machine(rows, cells, chunk, budget)
+    run = machine(rows, cells, chunk, budget, kept)
     added: list[Generation] = []
     cancelled: list[Generation] = []
     for action in actions:
-        if isinstance(action, tuple):  # a request comes
-            added.append(generation(*action))
-            run.scheduler.add(added[-1])
-        elif action is None:
+        if isinstance(action, Generation):  # a request comes
+            added.append(action)
+            run.scheduler.add(action)
+        elif action == "step":
             run.step()
+        elif isinstance(action, tuple):  # a step failed, and all that was in memory is gone
+            run.lose_the_cache(action[1])
         elif alive := [*run.scheduler.running, *run.scheduler.waiting]:  # a client goes
             cancelled.append(alive[action % len(alive)])
             run.scheduler.remove(cancelled[-1])
-    for _ in range(100 * (len(added) + 1) * 61):
-        if run.step() is None:
-            break
-    assert not run.scheduler.running
-    assert not run.scheduler.waiting
+    run.run()
     assert len(run.finished) + len(cancelled) == len(added)
-    assert set(map(id, run.finished)) | set(map(id, cancelled)) == set(map(id, added))
+    assert set(run.finished) | set(cancelled) == set(added)
+
+
+@pytest.mark.parametrize("kept", [0, 8])
+def test_a_tiny_cache_makes_256_requests_wait_and_all_finish(kept: int) -> None:
+    run = machine(rows=64, cells=96, chunk=16, budget=32, kept=kept)
+    for number in range(256):
+        run.scheduler.add(generation(1 + number % 30, 1 + number % 20, odd=number % 7))
+    run.run()
+    assert len(run.finished) == 256
+    assert run.scheduler.preemptions > 0
+
+
+def test_what_another_one_read_is_not_read_again() -> None:
+    run = machine(rows=2, chunk=64, budget=64, kept=20)
+    for _ in range(3):
+        run.scheduler.add(generation(30, 6))
+    read = []
+    while step := run.step():
+        if step.width > 1:
+            read += step.counts
+    # the first two are read together; the third leaves out seven whole blocks
+    assert read == [30, 30, 2]
+    # its answer stands too: the next turn of a chat reads what is new, behind the last whole block
+    turn = Generation(Request([*run.finished[0].tokens, 5, 5, 5], "", 2))
+    run.scheduler.add(turn)
+    run.step()
+    assert (run.scheduler.looked_for, run.scheduler.found) == (129, 28 + 32)
+
+
+def test_adapters_share_nothing() -> None:
+    run = machine(chunk=64, budget=64, kept=20)
+    for adapter in ("", "a", ""):
+        run.scheduler.add(generation(30, 2, adapter=adapter))
+        run.run()
+    assert run.scheduler.found == 28
+
+
+def test_another_one_may_read_on_while_a_prompt_waits() -> None:
+    run = machine(chunk=6, budget=6, kept=20)
+    old, young = generation(30, 2), generation(30, 2)
+    run.scheduler.add(young)
+    run.step()
+    run.scheduler.add(old)  # it was in the way of something else so far
+    run.run()
+    assert run.scheduler.found == 4 + 28 - 6
+
+
+def test_a_preempted_generation_comes_back_cheaply() -> None:
+    run = machine(rows=2, cells=64, chunk=64, budget=64, kept=40)
+    run.scheduler.add(generation(20, 20))
+    run.scheduler.add(generation(20, 20, odd=1))
+    run.run()
+    assert run.scheduler.preemptions > 0
+    assert run.scheduler.found > 16 * run.scheduler.preemptions
+
+
+def test_after_a_lack_of_memory_fewer_run_at_once_for_a_while() -> None:
+    run = machine(rows=8, cells=10_000)
+    for _ in range(8):
+        run.scheduler.add(generation(4, 2 * CALM_STEPS))
+    widths = []
+    run.step()
+    run.lose_the_cache(4)
+    while run.step():
+        widths.append(len(run.scheduler.running))
+    assert widths[0] == 4
+    assert max(widths) == 8
+    assert len(run.finished) == 8
 
 
 @settings(max_examples=80, deadline=None)
@@ -117,15 +247,15 @@ def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], cel
         assert len(running) == 1 or len(running) * longest <= cells
         for row in run.scheduler.advance(step):
             row.tokens.append(0)
-            if len(row.new) == row.request.max_tokens:
+            if row.count == row.request.max_tokens:
                 run.scheduler.remove(row)
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(lengths, min_size=2, max_size=20), st.integers(64, 200))
-@example([(1, 1), (1, 2), (6, 1), (1, 1), (1, 2)], 64)
-def test_the_oldest_is_never_put_back(requests: list[tuple[int, int]], cells: int) -> None:
-    run = machine(rows=8, cells=cells)
+@given(st.lists(lengths, min_size=2, max_size=20), st.integers(64, 200), st.sampled_from([0, 10]))
+@example([(1, 1), (1, 2), (6, 1), (1, 1), (1, 2)], 64, 0)
+def test_the_oldest_is_never_put_back(requests: list[tuple[int, int]], cells: int, kept: int) -> None:
+    run = machine(rows=8, cells=cells, kept=kept)
     for request in requests:
         run.scheduler.add(generation(*request))
     while run.scheduler.running or run.scheduler.waiting:
