@@ -1,26 +1,24 @@
-"""`python -m serve SETTINGS`: a server for `serve.backends`, on the listening socket that it inherits.
+"""`python -m serve SETTINGS FD PARENT`: a server for `serve.backends`.
 
-SETTINGS is JSON: the fields of `serve.server.Settings`, `fd` of the socket, and `parent`, whose death ends the server.
+SETTINGS is a `serve.settings.Settings` in JSON, FD the listening socket that it inherits, and PARENT the process whose
+death ends it.
 """
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
-from pathlib import Path
 
-from serve.server import Settings, run
+from serve.server import run
+from serve.settings import Settings
 from suite.processes import die_with
 
 
 def main() -> int:
     """Serve until told to stop."""
-    given = json.loads(sys.argv[1])
-    die_with(given.pop("parent"))
-    sock = socket.socket(fileno=given.pop("fd"))
-    adapters = {name: Path(path) for name, path in given.pop("adapters").items()}
-    return run(Settings(**{**given, "model": Path(given["model"]), "adapters": adapters}), sock)
+    settings, fd, parent = sys.argv[1:]
+    die_with(int(parent))
+    return run(Settings.model_validate_json(settings), socket.socket(fileno=int(fd)))
 
 
 if __name__ == "__main__":

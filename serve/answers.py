@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
-from serve.generation import Generation, Request
+from serve.generation import Generation, Request, Stats
 from serve.protocol import ApiError
 from serve.text import TextStream
 from suite.errors import SuiteError
@@ -18,8 +19,6 @@ class Engine(Protocol):
     """What the gateway needs of an engine."""
 
     max_length: int
-    failures: int
-    """Steps that ended in an exception, since the start."""
 
     def submit(self, request: Request) -> Generation:
         """Queue a request; raises SuiteError for one that can never run."""
@@ -34,6 +33,15 @@ class Engine(Protocol):
     @property
     def load(self) -> tuple[int, int]:
         """How many generations run, and how many wait."""
+
+    def stats(self) -> Stats:
+        """What it does at the moment, and did since its start."""
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make an adapter known by its headers, or replace the one of that name; raises SuiteError."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that run with it end with it."""
 
     def close(self) -> None:
         """Cancel everything and end."""

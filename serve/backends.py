@@ -1,6 +1,6 @@
 """Engines behind an OpenAI endpoint, each in a process of its own that never outlives the one that started it.
 
-starting ──/health──> ready ──SIGTERM──> draining ──> stopped
+starting ──/ready──> ready ──SIGTERM──> draining ──> stopped
     └────────────── exits ──> failed: its last log lines are the error
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import os
 import signal
 import socket
@@ -18,13 +17,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
-from serve.server import Settings, listen, run
+from serve.server import listen, run
+from serve.settings import Settings
 from suite.errors import SuiteError, near
 from suite.processes import die_with
+from suite.serving import Precision
 
 BACKENDS: dict[str, str] = {
     "torch": "our own engine: any machine, base and adapters mixed in one batch",
@@ -77,7 +78,7 @@ def endpoint(
     name: str = "base",
     backend: str = "torch",
     log: Path | None = None,
-    dtype: str = "auto",
+    dtype: Precision = "auto",
 ) -> Iterator[Endpoint]:
     """Serve a model and its adapters on a free local port for as long as the block lasts.
 
@@ -87,7 +88,8 @@ def endpoint(
     of its log.
     """
     check_backend(backend)
-    settings = Settings(model.resolve(), {k: p.resolve() for k, p in (adapters or {}).items()}, name, dtype)
+    adapters = {adapter: path.resolve() for adapter, path in (adapters or {}).items()}
+    settings = Settings(model=model.resolve(), adapters=adapters, name=name, dtype=dtype, log="off")
     settings.check()
     with contextlib.ExitStack() as stack:
         output: Any = stack.enter_context(log.open("a+b") if log else tempfile.TemporaryFile())  # noqa: SIM115
@@ -156,9 +158,8 @@ def _serve_in_child(settings: Settings, sock: socket.socket, output: BinaryIO, p
 def _spawned(settings: Settings, sock: socket.socket, output: BinaryIO) -> Child:
     root = str(Path(__file__).parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    given = {**asdict(settings), "fd": sock.fileno(), "parent": os.getpid()}
     return subprocess.Popen(
-        [sys.executable, "-m", "serve", json.dumps(given, default=str)],
+        [sys.executable, "-m", "serve", settings.model_dump_json(), str(sock.fileno()), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -181,7 +182,7 @@ def _await_ready(child: Child, port: int, output: BinaryIO) -> None:
 def _is_ready(port: int) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
-        connection.request("GET", "/health")
+        connection.request("GET", "/ready")
         return connection.getresponse().status == 200
     except OSError:
         return False

@@ -1,23 +1,31 @@
-"""The models that one server answers for: the base and its adapters, each with its tokenizer and chat template."""
+"""The models that one server answers for: the base, its adapters and aliases, each with tokenizer and chat template."""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from serve.aliases import Aliases
 from serve.protocol import ApiError
 from serve.text import TOOL_CALL, special_ids
 from suite.chat import Chat, load_tokenizer
-from suite.errors import SuiteError
+from suite.errors import SHOWN, SuiteError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """OpenAI's, where generation_config.json does not ask for sampling of its own."""
+
+Visible = Callable[[str], bool]
+"""Which names a client may know of."""
+EVERY: Visible = lambda _: True  # noqa: E731
 
 
 @dataclass(frozen=True)
@@ -44,44 +52,116 @@ class Served:
 
 
 class Catalog:
-    """What `/v1/models` lists."""
+    """What `/v1/models` lists, and what changes it; used in the event loop only.
 
-    def __init__(self, model: Path, adapters: Mapping[str, Path], name: str) -> None:
+    `adapters` are known to the engine; those in `offers` are `register`ed with it when they are first asked for.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        adapters: Mapping[str, Path],
+        name: str,
+        offers: Mapping[str, Path],
+        aliases: Mapping[str, Mapping[str, float]],
+        register: Callable[[str, Path], None],
+    ) -> None:
         self.created = int(time.time())
-        self.base = name
+        self.model, self.base = model, name
+        self.aliases = Aliases(aliases)
+        self.folders = {**adapters, **offers}
+        """Of all adapters, by name."""
+        self._unregistered = set(offers)
+        self._register = register
         base = _served(name, "", model, model)
-        self.models = {name: base}
-        for adapter, folder in adapters.items():
-            same = _tokenizer_bytes(folder) in (_tokenizer_bytes(model), (b"", b"", b""))
-            # an adapter tuned with a template of its own is asked with that one
-            own = base if same else _served(adapter, adapter, folder, model)
-            self.models[adapter] = Served(
-                adapter,
-                adapter,
-                own.tokenizer,
-                own.chat or base.chat,
-                base.no_chat,
-                own.stops | base.stops,
-                base.sampling,
-            )
+        self._served = {name: base}
+        self._by_tokenizer = {"": base, _tokenizer_digest(model): base}
+        self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    def find(self, name: str) -> Served:
-        """The model of that name; raises ApiError 404 that lists what there is."""
-        if name not in self.models:
-            there = ", ".join(f"'{known}'" for known in self.models)
-            raise ApiError(
-                404, f"The model '{name}' does not exist; there are {there}.", param="model", code="model_not_found"
-            )
-        return self.models[name]
+    def __contains__(self, name: str) -> bool:
+        return name == self.base or name in self.folders
 
-    def listing(self) -> dict[str, Any]:
+    @property
+    def names(self) -> list[str]:
+        """Of the base, the adapters and the aliases."""
+        return [self.base, *self.folders, *self.aliases]
+
+    async def find(self, name: str, user: str = "", visible: Visible = EVERY) -> Served:
+        """What answers a request for `name`; an alias sends all requests of one `user` to the same target.
+
+        Raises ApiError: 404 for a name that does not exist or is not `visible`, 400 for an adapter with wrong files.
+        """
+        target = self.aliases.pick(name, user) if name in self.aliases else name
+        if target in self.folders and target not in self._served and visible(name):
+            async with self._changing[target]:
+                if target in self.folders and target not in self._served:
+                    await self._open(target)
+        if target not in self._served or not visible(name):
+            raise self._unknown(name, visible)
+        return self._served[target]
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Add an adapter, or give the one of that name other weights; raises SuiteError for one that does not fit."""
+        async with self._changing[name]:
+            await asyncio.to_thread(self._register, name, folder)
+            self._unregistered.discard(name)
+            self.folders[name] = folder
+            self._served.pop(name, None)
+
+    async def unload(self, name: str, forget: Callable[[str], None]) -> None:
+        """Offer an adapter no more, and have the engine `forget` it."""
+        async with self._changing[name]:
+            if self.folders.pop(name, None) is None:
+                return
+            self._served.pop(name, None)
+            if name in self._unregistered:
+                self._unregistered.remove(name)
+            else:
+                await asyncio.to_thread(forget, name)
+
+    def listing(self, visible: Visible = EVERY) -> dict[str, Any]:
         """The body of `/v1/models`."""
-        return {"object": "list", "data": [self.card(name) for name in self.models]}
+        return {"object": "list", "data": [self._card(name) for name in self.names if visible(name)]}
 
-    def card(self, name: str) -> dict[str, Any]:
-        """One entry of it; `parent` is the base of an adapter."""
-        parent = {} if name == self.base else {"parent": self.base}
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "suite", **parent}
+    def card(self, name: str, visible: Visible = EVERY) -> dict[str, Any]:
+        """One entry of it; raises ApiError 404."""
+        if name not in self.names or not visible(name):
+            raise self._unknown(name, visible)
+        return self._card(name)
+
+    def _card(self, name: str) -> dict[str, Any]:
+        """`parent` is the base of an adapter, `targets` are the shares of an alias."""
+        card = {"id": name, "object": "model", "created": self.created, "owned_by": "suite"}
+        if name in self.aliases:
+            return {**card, "targets": self.aliases.shares(name)}
+        return card if name == self.base else {**card, "parent": self.base}
+
+    def _unknown(self, name: str, visible: Visible) -> ApiError:
+        there = [f"'{known}'" for known in self.names if visible(known)]
+        more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
+        text = f"The model '{name}' does not exist; there are {', '.join(there[:SHOWN])}{more}."
+        return ApiError(404, text, param="model", code="model_not_found")
+
+    async def _open(self, name: str) -> None:
+        folder = self.folders[name]
+        try:
+            if name in self._unregistered:
+                await asyncio.to_thread(self._register, name, folder)
+                self._unregistered.discard(name)
+            served = await asyncio.to_thread(self._read, name, folder)
+        except SuiteError as error:
+            raise ApiError(400, f"the adapter '{name}' cannot be served: {error.message}", param="model") from None
+        self._served[name] = served
+
+    def _read(self, name: str, folder: Path) -> Served:
+        """An adapter tuned with a template of its own is asked with that one; equal tokenizers exist once."""
+        digest = _tokenizer_digest(folder)
+        if digest not in self._by_tokenizer:
+            own, base = _served(name, name, folder, self.model), self._by_tokenizer[""]
+            self._by_tokenizer[digest] = replace(
+                own, chat=own.chat or base.chat, no_chat=base.no_chat, stops=own.stops | base.stops
+            )
+        return replace(self._by_tokenizer[digest], name=name, adapter=name)
 
 
 def _served(name: str, adapter: str, folder: Path, model: Path) -> Served:
@@ -103,5 +183,10 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _tokenizer_bytes(folder: Path) -> tuple[bytes, ...]:
-    return tuple(file.read_bytes() if (file := folder / name).is_file() else b"" for name in TOKENIZER_FILES)
+def _tokenizer_digest(folder: Path) -> str:
+    """Of all that makes a folder's tokenizer; "" where there is none."""
+    contents = {name: file.read_bytes() for name in TOKENIZER_FILES if (file := folder / name).is_file()}
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest() if contents else ""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serve.backends import check_backend
-from serve.server import Settings, listen, run
+from serve.keys import ENVIRONMENT, read_keys
+from serve.offers import NAME
+from serve.server import listen, run
+from serve.settings import Settings
 from suite.errors import SuiteError
-
-NAME = re.compile(r"[\w.@:/-]+")
 
 
 def parse_loras(text: str) -> dict[str, Path]:
@@ -36,33 +35,29 @@ def parse_loras(text: str) -> dict[str, Path]:
     return found
 
 
-def serve(
-    model: Path,
-    adapters: Mapping[str, Path],
-    *,
-    name: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    backend: str = "torch",
-    api_keys: Sequence[str] = (),
-    dtype: str = "auto",
-    max_batch: int = 64,
-    max_length: int | None = None,
-) -> None:
+def serve(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM; running requests are allowed to end. Raises SuiteError when it cannot start."""
-    check_backend(backend)
-    settings = Settings(model, dict(adapters), name, dtype, max_batch, max_length, tuple(api_keys))
+    check_backend(settings.backend)
+    keys = read_keys(Path(settings.api_key_file) if settings.api_key_file else None)
+    if not (keys or settings.local or settings.no_key):
+        raise SuiteError(
+            f"anybody who reaches {settings.host} could use this server",
+            where="--host",
+            hint=f"name API keys with --api-key-file or {ENVIRONMENT}, or say --no-key",
+        )
     settings.check()
-    with listen(host, port) as sock:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    with listen(settings.host, settings.port) as sock:
+        scheme = "https" if settings.tls_cert else "http"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"{scheme}://{host}:{sock.getsockname()[1]}"
         started = time.monotonic()
-        print(f"loading {model} ...", flush=True)
-        status = run(settings, sock, lambda: _announce(url, settings, time.monotonic() - started))
+        print(f"loading {settings.model} ...", flush=True)
+        status = run(settings, sock, lambda: _announce(url, settings, bool(keys), time.monotonic() - started), keys)
     if status:
         raise SuiteError("the server could not start; the reason is above")
 
 
-def _announce(url: str, settings: Settings, seconds: float) -> None:
+def _announce(url: str, settings: Settings, keys: bool, seconds: float) -> None:
     adapters = "".join(f", {name} (adapter)" for name in settings.adapters)
     body = {
         "model": next(iter(settings.adapters), settings.name),
@@ -70,7 +65,7 @@ def _announce(url: str, settings: Settings, seconds: float) -> None:
         "max_tokens": 100,
         "temperature": 0,
     }
-    key = " -H 'Authorization: Bearer KEY'" if settings.api_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if keys else ""
     print(
         f"ready in {seconds:.1f} s at {url}/v1\n"
         f"models: {settings.name}{adapters}\n"

@@ -5,56 +5,55 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import IO
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from serve.answers import Bridge, Engine
-from serve.catalog import Catalog
+from serve.admission import Admission
+from serve.keys import Key, Keys
+from serve.metrics import Metrics
 from serve.middleware import ApiKeys, BodyLimit
 from serve.protocol import ApiError
-from serve.routes import completions, state
+from serve.routes import adapters, aliases, completions, state
 from serve.serving import Serving
+from serve.settings import Settings
+from serve.traffic import OPEN_PATHS, Observed, Observer, RequestLog
 from suite.errors import SuiteError
 
 log = logging.getLogger("serve")
 
-BODY_LIMIT = 16 * 2**20
-
-Notify = Callable[[list[Any]], None]
-StartEngine = Callable[[Notify], Engine]
-
 
 def create_app(
-    model: Path,
-    adapters: Mapping[str, Path],
-    name: str,
-    start_engine: StartEngine,
+    settings: Settings,
     *,
-    api_keys: Sequence[str] = (),
-    body_limit: int = BODY_LIMIT,
+    keys: Sequence[Key] = (),
+    log_to: IO[str] | None = None,
     loaded: Callable[[SuiteError | None], None] = lambda _: None,
 ) -> FastAPI:
-    """The application; the model is loaded in the background and `loaded` told how that went."""
-    server = Serving()
+    """The application; the model is loaded in the background and `loaded` told how that went.
+
+    Its `state.serving` is what a server needs to end it.
+    """
+    admission = Admission(settings.max_queue)
+    server = Serving(settings, admission)
+    metrics = Metrics(server.stats)
 
     async def load() -> None:
-        loop = asyncio.get_running_loop()
-        server.bridge = Bridge(loop)
         error = None
         try:
-            server.catalog = await asyncio.to_thread(Catalog, model, adapters, name)
-            server.engine = await asyncio.to_thread(start_engine, server.bridge.notify)
+            await server.load()
         except SuiteError as refused:
             error = refused
         except Exception as failed:
             log.exception("loading failed")
-            error = SuiteError(f"the model cannot be loaded: {type(failed).__name__}: {failed}", where=str(model))
+            error = SuiteError(
+                f"the model cannot be loaded: {type(failed).__name__}: {failed}", where=str(settings.model)
+            )
         server.problem = str(error) if error else ""
         loaded(error)
 
@@ -67,19 +66,34 @@ def create_app(
             await asyncio.to_thread(server.engine.close)
 
     app = FastAPI(title="suite", lifespan=lifespan)
+    app.state.serving = server
     _add_errors(app)
-    for routes in (state, completions):
+    state.add(app, server, metrics)
+    adapters.add(app, server, metrics)
+    for routes in (aliases, completions):
         routes.add(app, server)
-    app.add_middleware(BodyLimit, limit=body_limit)
-    if api_keys:
-        app.add_middleware(ApiKeys, keys=api_keys)
+    # the last one added is the first one asked
+    app.add_middleware(BodyLimit, limit=settings.max_body)
+    if keys:
+        opened = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
+        app.add_middleware(ApiKeys, keys=Keys(keys), open_paths=opened)
+    if settings.cors:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-model", "retry-after"],
+        )
+    observers: list[Observer] = [metrics, admission, *([RequestLog(log_to)] if log_to else [])]
+    app.add_middleware(Observed, traffic=server.traffic, observers=observers)
     return app
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status)
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -90,13 +104,13 @@ def _add_errors(app: FastAPI) -> None:
         else:
             what = first["msg"].removeprefix("Value error, ")
             refused = ApiError(400, f"{'.'.join(path)}: {what}" if path else what, param=path[0] if path else None)
-        return JSONResponse(refused.body, refused.status)
+        return refused.response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         # uvicorn logs it with its traceback
         failed = ApiError(500, f"the server failed: {type(error).__name__}", kind="server_error")
-        return JSONResponse(failed.body, failed.status)
+        return failed.response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:

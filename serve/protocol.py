@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import JSONResponse
 
 UNSUPPORTED: dict[str, Any] = {
     "response_format": {"type": "text"},
@@ -37,12 +38,19 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
+        """`retry_after` seconds the client should wait before it asks again."""
         super().__init__(message)
         # a message may quote what JSON can say and UTF-8 cannot: half a surrogate pair
         message = message.encode("utf-8", "replace").decode()
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 class StreamOptions(BaseModel):
@@ -57,6 +65,8 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
+    user: str | None = None
+    """Of an alias, all requests of one user are answered by the same model."""
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)

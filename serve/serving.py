@@ -1,25 +1,137 @@
-"""What all routes share: the engine, the models by name, and the bridge between them."""
+"""What all routes share: who answers a request, on which terms, and what is noted of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
-from serve.answers import Bridge, Engine
-from serve.catalog import Catalog
+from starlette.requests import Request as HttpRequest
+
+from serve.admission import Admission
+from serve.answers import Bridge, Engine, Group
+from serve.catalog import Catalog, Served
+from serve.generation import Request, Stats
+from serve.offers import offers
 from serve.protocol import ApiError
+from serve.settings import Settings
+from serve.text import TextStream
+from serve.traffic import Answered, Exchange, Traffic
 
 
 @dataclass
 class Serving:
     """A server, starting or running. Engine and catalog are None until loading is done; else `problem` says why."""
 
+    settings: Settings
+    admission: Admission
+    traffic: Traffic = field(default_factory=Traffic)
     engine: Engine | None = None
     catalog: Catalog | None = None
     bridge: Bridge | None = None
     problem: str = ""
+    groups: set[Group] = field(default_factory=set)
+    """What runs at the moment."""
+
+    async def load(self) -> None:
+        """Load tokenizers and model; raises SuiteError."""
+        given = self.settings
+        self.bridge = Bridge(asyncio.get_running_loop())
+        offered = offers(given.lora_dir, given.adapters)
+        self.catalog = await asyncio.to_thread(
+            Catalog, given.model, given.adapters, given.name, offered, given.alias, self._register
+        )
+        self.engine = await asyncio.to_thread(given.start_engine, self.bridge.notify)
+
+    def stats(self) -> Stats | None:
+        """What the engine does; None while loading."""
+        return self.engine.stats() if self.engine else None
+
+    @property
+    def state(self) -> Literal["loading", "ready", "draining", "failed"]:
+        """Where it is between its start and its end."""
+        if self.problem or (self.engine is not None and not self.engine.alive):
+            return "failed"
+        if self.traffic.until is not None:
+            return "draining"
+        return "loading" if self.engine is None else "ready"
 
     def ready(self) -> tuple[Engine, Catalog, Bridge]:
         """Raises ApiError 503 while requests cannot be answered."""
         if self.engine is None or self.catalog is None or self.bridge is None or not self.engine.alive:
-            raise ApiError(503, self.problem or "the model is still loading", kind="server_error")
+            raise ApiError(503, self.problem or "the model is still loading", kind="server_error", retry_after=1)
         return self.engine, self.catalog, self.bridge
+
+    async def find(self, request: HttpRequest, name: str, user: str | None = None) -> Served:
+        """The model that answers this request: an alias shares them out, by `user` where the client names one.
+
+        Raises ApiError: 503 while loading, 404 for what does not exist, or not for the request's API key.
+        """
+        found = await self.ready()[1].find(name, user or "", visible(request))
+        exchange = Exchange.of(request)
+        exchange.model, exchange.adapter, exchange.alias = found.name, found.adapter, name if name != found.name else ""
+        return found
+
+    @contextlib.contextmanager
+    def open(
+        self, request: HttpRequest, prompts: Sequence[tuple[Request, TextStream]], stream: bool, samples: int = 1
+    ) -> Iterator[Group]:
+        """Submit the prompts of one request, `samples` of each in a row, and note how they end.
+
+        Raises ApiError: 429 when too many wait, 400 for a prompt that is too long.
+        """
+        engine, _, bridge = self.ready()
+        self.admission.check(engine.load[1])
+        exchange = Exchange.of(request)
+        bounded = [(self._bounded(prompt, exchange.started), text) for prompt, text in prompts]
+        with bridge.open(engine, bounded, stream) as group:
+            self.groups.add(group)
+            try:
+                yield group
+            finally:
+                self.groups.discard(group)
+                exchange.answers += [
+                    # the prompt of several samples counts once
+                    Answered.of(a.generation, len(a.generation.request.prompt) if i % samples == 0 else 0)
+                    for i, a in enumerate(group.answers)
+                ]
+
+    def _bounded(self, request: Request, since: float) -> Request:
+        """The request within the server's limits."""
+        limits = self.settings
+        if limits.max_prompt is not None and len(request.prompt) > limits.max_prompt:
+            said = f"the prompt has {len(request.prompt)} tokens; this server takes {limits.max_prompt}"
+            raise ApiError(400, said, param="prompt", code="context_length_exceeded")
+        most = request.max_tokens if limits.max_tokens is None else min(request.max_tokens, limits.max_tokens)
+        deadline = None if limits.timeout is None else since + limits.timeout
+        return replace(request, max_tokens=most, deadline=deadline)
+
+    def administer(self, request: HttpRequest) -> None:
+        """Raise ApiError 403 unless the request may change the server.
+
+        That takes an API key with admin rights; where there are no keys, only this machine itself may, and no web page.
+        """
+        key, origin = Exchange.of(request).key, request.headers.get("origin")
+        if key is not None and not key.rights.admin:
+            raise ApiError(403, f"this needs an API key with admin = true, and '{key.name}' has not")
+        if key is None and not self.settings.local:
+            raise ApiError(403, "this needs an API key with admin = true, and this server has none")
+        if key is None and origin is not None and origin not in self.settings.cors:
+            raise ApiError(403, f"web pages of {origin} may not change this server")
+
+    def _register(self, name: str, folder: Path) -> None:
+        self.ready()[0].load_adapter(name, folder)
+
+    def cancel(self) -> None:
+        """End all that runs: its time is over."""
+        for group in self.groups:
+            group.cancel()
+
+
+def visible(request: HttpRequest) -> Callable[[str], bool]:
+    """Which names the request's API key may use."""
+    key = Exchange.of(request).key
+    return key.may_use if key else lambda _: True

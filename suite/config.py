@@ -44,6 +44,11 @@ class Names:
     """Marks a list of names among which a path, told by its slash, is relative to the pipeline file."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Marks a path, or a list of paths, that a pipeline file gives relative to itself."""
+
+
 ModelRef = Annotated[str, Takes("model")]
 AdapterRef = Annotated[str, Takes("adapter")]
 DatasetRef = Annotated[str, Takes("dataset")]

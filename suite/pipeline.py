@@ -17,11 +17,12 @@ from pydantic import Field
 
 from suite import envs, runs, store, toml
 from suite import gate as gates
-from suite.config import ArtifactType, Config, Names, Takes, Where, marker, parse
+from suite.config import ArtifactType, Beside, Config, Names, Takes, Where, marker, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
 from suite.places import Flags, Lines, cell_places
 from suite.references import External, external
+from suite.serving import Options, check_aliases
 from suite.stages import Artifact, Stage, kind
 
 TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve", "env")
@@ -45,19 +46,18 @@ class Wiring(Config):
     """Conditions on what this stage measures; if one fails, what depends on it does not run."""
 
 
-class Serve(Config):
+class Serve(Options):
     """The `[serve]` table: what `suite run --serve` puts behind one endpoint."""
 
     base: str
     """The model that every adapter shares: `@stage`, or a folder."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """Adapters by the name that requests give as `model`."""
-    backend: str = "torch"
-    """Engine: torch, vllm or lmdeploy."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = 8000
-    """Port to listen on."""
+
+    @property
+    def name(self) -> str:
+        """What requests call the base."""
+        return Path(self.base.lstrip("@")).name
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,8 @@ def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None
 def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
     if "serve" not in data:
         return plan
-    settings = parse(Serve, data["serve"], where)
+    settings = _beside(parse(Serve, data["serve"], where), where.file.parent)
+    _check_aliases(settings, where)
     sources: dict[str, Source] = {}
     wanted = {"base": (settings.base, Takes("model", "quantized"))}
     wanted |= {f"adapters.{n}": (r, Takes("adapter")) for n, r in settings.adapters.items()}
@@ -362,6 +363,24 @@ def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
                 )
         sources[field] = source
     return Plan(plan.name, plan.file, plan.text, plan.nodes, settings, sources)
+
+
+def _beside(settings: Serve, folder: Path) -> Serve:
+    """The settings with paths made absolute."""
+    fields = [name for name, info in Serve.model_fields.items() if marker(info, Beside)]
+    given = {name: value for name in fields if (value := getattr(settings, name))}
+    placed = {n: str(folder / v) if isinstance(v, str) else [str(folder / p) for p in v] for n, v in given.items()}
+    return settings.model_copy(update=placed)
+
+
+def _check_aliases(settings: Serve, where: Lines) -> None:
+    """What a folder of adapters holds is seen when it is served; all else is known now."""
+    if settings.lora_dir:
+        return
+    try:
+        check_aliases(settings.alias, [settings.name, *settings.adapters])
+    except SuiteError as error:
+        raise SuiteError(error.message, where=where(tuple(error.where.split(".", 1))), hint=error.hint) from None
 
 
 def one_stage(name: str, stage: Stage, folder: Path) -> Plan:

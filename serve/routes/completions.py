@@ -27,18 +27,20 @@ def add(app: FastAPI, server: Serving) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, request: Request) -> Response:
-        engine, catalog, bridge = server.ready()
+        served = await server.find(request, body.model, body.user)
+        body.model = served.name  # an alias: the answer says who gave it
         parsed = bool(body.tools) and body.tool_choice != "none"
-        context = bridge.open(engine, _chat_prompts(body, catalog.find(body.model), engine), body.stream)
+        context = server.open(request, _chat_prompts(body, served, server.ready()[0]), body.stream, body.n)
         if body.stream:
             return EventStream(context, request, lambda group: chat_events(group, body, parsed))
         return await _answer(context, request, lambda answers: forms.chat_completion(body, answers, parsed))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        engine, catalog, bridge = server.ready()
-        prompts, echoes = _completion_prompts(body, catalog.find(body.model), engine)
-        context = bridge.open(engine, prompts, body.stream)
+        served = await server.find(request, body.model, body.user)
+        body.model = served.name
+        prompts, echoes = _completion_prompts(body, served, server.ready()[0])
+        context = server.open(request, prompts, body.stream, body.n)
         if body.stream:
             return EventStream(context, request, lambda group: completion_events(group, body, echoes))
         return await _answer(context, request, lambda answers: forms.completion(body, answers, echoes))

@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type[BaseModel]) -> None:
+def add_settings(parser: argparse.ArgumentParser | argparse._ArgumentGroup, settings: type[BaseModel]) -> None:
     """A flag for every field of `settings`, fields of tables inside it as `--table.field`."""
     for name, info in walk(settings):
         required = " (required)" if info.is_required() else _default(info)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +15,8 @@ import httpx
 import pytest
 
 from serve.backends import endpoint
+from serve.command import serve
+from serve.settings import Settings
 from suite.errors import SuiteError
 from tests.contract.conftest import Served
 from tests.tiny.tiny_models import tiny_model
@@ -26,6 +27,8 @@ import sys, time
 from pathlib import Path
 {imports}
 from serve.backends import endpoint
+from serve.command import serve
+from serve.settings import Settings
 with endpoint(Path(sys.argv[1])) as running:
     print(running.url, flush=True)
     time.sleep(600)
@@ -58,7 +61,7 @@ def test_the_server_dies_with_its_parent(folder: Path, imports: str, how: signal
     try:
         assert parent.stdout is not None
         url = parent.stdout.readline().strip()
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/ready").status_code == 200
         parent.send_signal(how)
         parent.wait(30)
         assert until(lambda: refuses(url))
@@ -87,9 +90,12 @@ def test_why_it_cannot_start_is_the_error(folder: Path, tmp_path: Path) -> None:
 
 
 def test_suite_serve_says_where_and_ends_cleanly(folder: Path) -> None:
-    code = "import sys; from pathlib import Path; from serve.command import serve; serve(Path(sys.argv[1]), {}, name='nano', port=0)"
     server = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "suite.cli", "serve", "--model", str(folder), "--name", "nano", "--port", "0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert server.stdout is not None
@@ -107,32 +113,8 @@ def test_suite_serve_says_where_and_ends_cleanly(folder: Path) -> None:
         server.kill()
 
 
-def test_api_keys(folder: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from serve.command import serve; "
-        "serve(Path(sys.argv[1]), {}, name='nano', port=0, api_keys=['one', 'two'])"
-    )
-    server = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        lines = [server.stdout.readline() for _ in range(2)]
-        url = lines[1].split(" at ")[1].strip()
-        statuses = [
-            httpx.get(f"{url}/models", headers={"Authorization": value} if value else {}).status_code
-            for value in ("", "Bearer three", "Basic one", "Bearer one", "bearer two")
-        ]
-        assert statuses == [401, 401, 401, 200, 200]
-        assert httpx.get(url.replace("/v1", "/health")).status_code == 200
-        os.kill(server.pid, signal.SIGTERM)
-        assert server.wait(30) == 0
-    finally:
-        server.kill()
-        server.wait()
-
-
 def test_two_servers_of_one_port(served: Served) -> None:
-    from serve.command import serve
-
     port = int(served.endpoint.url.rpartition(":")[2])
-    with pytest.raises(SuiteError, match="cannot listen"):
-        serve(served.base, {}, name="base", port=port)
+    with pytest.raises(SuiteError) as error:
+        serve(Settings(model=served.base, port=port))
+    assert "another server listens there" in error.value.hint

@@ -76,7 +76,7 @@ def serving(home: Path, port: int, *arguments: str) -> Iterator[str]:
             while (
                 time.monotonic() < deadline
                 and process.poll() is None
-                and not answers(f"http://127.0.0.1:{port}/health")
+                and not answers(f"http://127.0.0.1:{port}/ready")
             ):
                 time.sleep(0.2)
             assert process.poll() is None

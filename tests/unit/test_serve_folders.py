@@ -15,6 +15,7 @@ from serve.backends import check_backend, endpoint
 from serve.command import parse_loras, serve
 from serve.folders import check_fits, read_adapter, read_model, tensor_shapes
 from serve.server import listen
+from serve.settings import Settings
 from suite.errors import SuiteError
 
 SHAPES = {"model.embed_tokens.weight": (64, 8), "model.layers.0.self_attn.q_proj.weight": (16, 8)}
@@ -157,11 +158,11 @@ def test_unknown_and_unbuilt_backends(tmp_path: Path) -> None:
 def test_serve_refuses_before_it_loads(tmp_path: Path) -> None:
     folder = model(tmp_path / "m")
     with pytest.raises(SuiteError, match="both named 'm'"):
-        serve(folder, {"m": tmp_path}, name="m")
+        serve(Settings(model=folder, adapters={"m": tmp_path}, name="m"))
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SuiteError, match=f"127.0.0.1:{port}"):
-            serve(folder, {}, name="m", port=port)
+            serve(Settings(model=folder, name="m", port=port))
 
 
 def test_nothing_heavy_is_imported_before_a_model_is_loaded() -> None:

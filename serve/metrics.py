@@ -1,0 +1,97 @@
+"""What Prometheus reads at /metrics. Each application has a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from serve.generation import Stats
+from serve.traffic import Exchange
+
+FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Bounds of histograms in seconds."""
+
+ENGINE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str]] = {
+    "running": (GaugeMetricFamily, "Answers that are computed at the moment"),
+    "waiting": (GaugeMetricFamily, "Answers that wait to be computed"),
+    "cells": (GaugeMetricFamily, "Tokens that the cache of running answers may hold"),
+    "cells_used": (GaugeMetricFamily, "Tokens that it holds, padding included"),
+    "prefix_cells": (GaugeMetricFamily, "Tokens that may be kept for prompts that begin alike"),
+    "prefix_cells_used": (GaugeMetricFamily, "Tokens that are kept for them"),
+    "prefix_queries": (CounterMetricFamily, "Prompt tokens that were looked for among those kept"),
+    "prefix_hits": (CounterMetricFamily, "Prompt tokens that were found there"),
+    "preemptions": (CounterMetricFamily, "Answers that gave up their place in the cache, and started again"),
+    "steps": (CounterMetricFamily, "Steps of the engine"),
+    "failures": (CounterMetricFamily, "Steps of the engine that failed"),
+}
+"""Of `serve.generation.Stats`: what it is, and its help."""
+
+
+class Metrics:
+    """Counts exchanges as they end; what the engine does is asked when somebody reads."""
+
+    def __init__(self, stats: Callable[[], Stats | None]) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = self._counter("requests", "HTTP requests", ["route", "model", "status"])
+        self._aliased = self._counter("alias_requests", "Requests to an alias by who answered", ["alias", "model"])
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts", ["model"])
+        self._new = self._counter("generation_tokens", "Tokens generated", ["model"])
+        self._finished = self._counter("answers", "Answers by how they ended", ["finish"])
+        self._queued = self._histogram("queue_seconds", "Time that an answer waited for its first step", SLOW)
+        self._first = self._histogram("time_to_first_token_seconds", "From a prompt's arrival to its first token", SLOW)
+        self._each = self._histogram("time_per_output_token_seconds", "Of each token after the first", FAST)
+        self._total = self._histogram("request_seconds", "From a request's arrival to its end", SLOW, ["route"])
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_OfEngine(stats))
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Count a request that has ended."""
+        self._requests.labels(exchange.route, exchange.model, str(exchange.status)).inc()
+        self._total.labels(exchange.route).observe(exchange.ended - exchange.started)
+        if exchange.alias and exchange.model:
+            self._aliased.labels(exchange.alias, exchange.model).inc()
+        for answer in exchange.answers:
+            self._prompt.labels(exchange.model).inc(answer.prompt_tokens)
+            self._new.labels(exchange.model).inc(answer.new_tokens)
+            self._finished.labels(answer.finish).inc()
+            if answer.queued is not None:
+                self._queued.observe(answer.queued)
+            if answer.first_token is not None:
+                self._first.observe(answer.first_token)
+                if answer.ended is not None and answer.new_tokens > 1:
+                    self._each.observe((answer.ended - answer.first_token) / (answer.new_tokens - 1))
+
+    def forget(self, model: str) -> None:
+        """A model is gone, and what was counted of it: adapters that come and go leave nothing behind."""
+        for counter in (self._requests, self._aliased, self._prompt, self._new):
+            counter.remove_by_labels({"model": model})
+
+    def text(self) -> bytes:
+        """The page, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, about: str, labels: list[str]) -> Counter:
+        return Counter(f"suite_{name}", about, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, about: str, bounds: tuple[float, ...], labels: list[str] | None = None
+    ) -> Histogram:
+        return Histogram(f"suite_{name}", about, labels or [], buckets=bounds, registry=self.registry)
+
+
+class _OfEngine(Collector):
+    def __init__(self, stats: Callable[[], Stats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        if (stats := self._stats()) is not None:
+            for name, (kind, about) in ENGINE.items():
+                yield kind(f"suite_engine_{name}", about, value=getattr(stats, name))
+
+    def describe(self) -> Iterator[Metric]:
+        for name, (kind, about) in ENGINE.items():
+            yield kind(f"suite_engine_{name}", about)

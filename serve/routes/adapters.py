@@ -1,0 +1,87 @@
+"""/v1/load_lora_adapter and /v1/unload_lora_adapter, with the bodies, statuses and texts of vLLM's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
+
+from serve.catalog import Catalog
+from serve.metrics import Metrics
+from serve.offers import NAME, inside
+from serve.protocol import ApiError
+from serve.serving import Serving
+from suite.errors import SuiteError
+
+
+class LoadBody(BaseModel):
+    """POST /v1/load_lora_adapter; `lora_path` lies in a folder given with --lora-dir, and may be relative to it."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    """Whether to replace an adapter of that name; requests that run end with the one they began with."""
+
+
+class UnloadBody(BaseModel):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
+    """Both routes."""
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(body: LoadBody, request: Request) -> PlainTextResponse:
+        server.administer(request)
+        catalog = server.ready()[1]
+        _check_name(body, catalog)
+        try:
+            folder = _folder(body, server.settings.lora_dir)
+            await catalog.load(body.lora_name, folder)
+        except SuiteError as error:
+            raise ApiError(400, error.message, param="lora_path") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(body: UnloadBody, request: Request) -> PlainTextResponse:
+        server.administer(request)
+        (engine, catalog, _), name = server.ready(), body.lora_name
+        if not name:
+            raise ApiError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
+        if name not in catalog.folders:
+            raise ApiError(404, f"The lora adapter '{name}' cannot be found.", param="lora_name")
+        if used := catalog.aliases.of(name):
+            raise ApiError(409, f"'{name}' is a target of the alias '{used[0]}'", param="lora_name")
+        await catalog.unload(name, engine.unload_adapter)
+        metrics.forget(name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _check_name(body: LoadBody, catalog: Catalog) -> None:
+    name, said = body.lora_name, ""
+    if not name or not body.lora_path:
+        said = "Both 'lora_name' and 'lora_path' must be provided."
+    elif name == catalog.base:
+        said = f"The lora adapter '{name}' conflicts with a served base model."
+    elif name in catalog.aliases or not NAME.fullmatch(name):
+        said = f"'{name}' is {'an alias' if name in catalog.aliases else 'no name'}"
+    elif name in catalog and not body.load_inplace:
+        said = (
+            f"The lora adapter '{name}' has already been loaded. "
+            "If you want to load the adapter in place, set 'load_inplace' to True."
+        )
+    if said:
+        raise ApiError(400, said, param="lora_name")
+
+
+def _folder(body: LoadBody, folders: list[str]) -> Path:
+    if not folders:
+        raise ApiError(403, "this server loads no adapters; start it with --lora-dir DIR")
+    folder = inside(body.lora_path, folders)
+    if folder is None:
+        raise ApiError(404, f"No adapter found for '{body.lora_name}' at {body.lora_path}", param="lora_path")
+    return folder

@@ -1,0 +1,69 @@
+"""What to serve, and how: checked before torch is imported."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from serve.answers import Engine
+from serve.folders import check_fits, read_adapter, read_model
+from serve.offers import offers
+from suite.errors import SuiteError
+from suite.serving import Options, check_aliases
+
+
+class Settings(Options):
+    """A model with its adapters by name, and the options of serving them."""
+
+    model: Path
+    adapters: dict[str, Path] = Field(default_factory=dict)
+    name: str = "base"
+    """The base model's."""
+
+    def check(self) -> None:
+        """Raise SuiteError for what can be known to fail from names and file headers; torch-free."""
+        offered = offers(self.lora_dir, self.adapters)
+        if self.name in self.adapters or self.name in offered:
+            raise SuiteError(f"the base and an adapter are both named '{self.name}'", hint="name the base with --name")
+        base = read_model(self.model)
+        for path in self.adapters.values():
+            check_fits(read_adapter(path), base)
+        check_aliases(self.alias, {self.name, *self.adapters, *offered})
+        self._check_tls()
+
+    def _check_tls(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise SuiteError("a certificate and its key belong together", hint="give both --tls-cert and --tls-key")
+        if self.tls_cert:
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key)
+            except OSError as error:  # ssl.SSLError is one
+                raise SuiteError(f"cannot be used: {error}", where=f"--tls-cert {self.tls_cert}") from None
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def start_engine(self, notify: Callable[[list[Any]], None]) -> Engine:
+        """Load the model; imports torch."""
+        from serve.torch.engine import Engine as TorchEngine
+
+        return TorchEngine(
+            self.model,
+            self.adapters,
+            dtype=self.dtype,
+            max_batch=self.max_batch,
+            max_length=self.max_length,
+            cache_memory=self.cache_memory,
+            prefix_cache=self.prefix_cache,
+            notify=notify,
+        )
