@@ -15,7 +15,7 @@ from suite.stages import KINDS, kind
 # the words of the command line, in the words of TOML
 IN_TOML = {
     "STR": "text", "INT": "integer", "FLOAT": "number", "BOOL": "true or false", "A,B": "list", "KEY=VALUE": "table",
-    "VALUE": "table", "FILE,...": "file or files",
+    "VALUE": "table", "SIZE": "size", "FILE,...": "file or files",
     "PATH|@STAGE": "path or @stage", "PATH|@STAGE,...": "paths or @stages",
 }  # fmt: skip
 PAGE = Path(__file__).parent / "reference.md"

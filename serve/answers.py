@@ -67,6 +67,8 @@ class Answer:
         """Complete the text; raises ApiError when the engine gave up."""
         if self.generation.finish == "error":
             raise ApiError(500, f"the engine failed: {self.generation.error}", kind="server_error")
+        if self.generation.finish == "timeout":
+            raise ApiError(504, "the answer took longer than this server's limit", kind="server_error", code="timeout")
         if self.generation.finish == "cancelled":
             raise ApiError(503, "the server is shutting down", kind="server_error")
         if not self.watched:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from serve.aliases import Aliases
+from serve.dialect import Dialect
 from serve.protocol import ApiError
-from serve.text import TOOL_CALL, special_ids
+from serve.text import special_ids
 from suite.chat import Chat, load_tokenizer
 from suite.errors import SHOWN, SuiteError
 
@@ -46,9 +47,24 @@ class Served:
         return special_ids(self.tokenizer)
 
     @cached_property
+    def dialect(self) -> Dialect:
+        """How the chat template writes reasoning and calls."""
+        return Dialect.of(self.chat) if self.chat else Dialect(None, None, takes_tools=False)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """No token stands for more characters."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
+    def hidden_in_chat(self) -> frozenset[int]:
+        """Tokens without text where the marks of reasoning have one."""
+        return special_ids(self.tokenizer, keep=self.dialect.reasoning or ())
+
+    @cached_property
     def hidden_beside_tools(self) -> frozenset[int]:
-        """Tokens without text where the marks of a tool call have one."""
-        return special_ids(self.tokenizer, keep=TOOL_CALL)
+        """Tokens without text where the marks of reasoning and of calls have one."""
+        return special_ids(self.tokenizer, keep=self.dialect.marks)
 
 
 class Catalog:

@@ -86,7 +86,7 @@ def create_app(
             expose_headers=["x-request-id", "x-model", "retry-after"],
         )
     observers: list[Observer] = [metrics, admission, *([RequestLog(log_to)] if log_to else [])]
-    app.add_middleware(Observed, traffic=server.traffic, observers=observers)
+    app.add_middleware(Observed, traffic=server.traffic, observers=observers, routes=app.routes)
     return app
 
 

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve import forms
-from serve.answers import Answer, Group
+from serve import forms, shapes
+from serve.answers import Group
+from serve.generation import Scored
 from serve.protocol import ApiError, Body, ChatBody, CompletionBody
-from serve.text import tool_calls
+from serve.reply import Reply
 
-Events = AsyncIterator[dict[str, Any]]
+Events = AsyncIterator[Mapping[str, Any]]
 
 
-class EventStream(StreamingResponse):
+class EventStream(Response):
     """Sends `events(group)`, then [DONE]. The requests are submitted when it is made, so their errors are answers."""
+
+    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -28,24 +32,24 @@ class EventStream(StreamingResponse):
         request: Request,
         events: Callable[[Group], Events],
     ) -> None:
-        self._request = request
+        self._request, self._events = request, events
         self._stack = contextlib.ExitStack()
         self._group = self._stack.enter_context(context)
-        super().__init__(self._lines(events), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache"})
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _: Scope, __: Receive, send: Send) -> None:
         """Send it all, or cancel what still runs."""
         with self._stack:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with cancelled_when_gone(self._request, self._group):
-                await super().__call__(scope, receive, send)
-
-    async def _lines(self, events: Callable[[Group], Events]) -> AsyncIterator[str]:
-        try:
-            async for body in events(self._group):
-                yield forms.event(body)
-        except ApiError as error:  # the status is sent already
-            yield forms.event(error.body)
-        yield forms.event("[DONE]")
+                try:
+                    async for body in self._events(self._group):
+                        await send({"type": "http.response.body", "body": forms.event(body), "more_body": True})
+                except ApiError as error:  # the status is sent already
+                    await send({"type": "http.response.body", "body": forms.event(error.body), "more_body": True})
+                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
 @contextlib.asynccontextmanager
@@ -64,54 +68,66 @@ async def cancelled_when_gone(request: Request, group: Group) -> AsyncIterator[N
         watching.cancel()
 
 
-async def chat_events(group: Group, body: ChatBody, tools: bool) -> Events:
-    """Chunks of a chat completion. With `tools` an answer comes whole at its end, where its calls can be told."""
-    head = forms.head("chat.completion.chunk", body.model)
+async def chat_events(group: Group, body: ChatBody, replies: Sequence[Reply]) -> Events:
+    """Chunks of a chat completion."""
+    head = _head("chatcmpl", "chat.completion.chunk", body)
     for index in range(len(group.answers)):
-        yield {**head, "choices": [forms.chat_delta(index, {"role": "assistant", "content": ""}, None)]}
+        choice: shapes.ChunkChoice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        yield {**head, "choices": [choice]}
     told = [0] * len(group.answers)
     async for index, answer in group.changes():
-        delta: dict[str, Any] = {}
-        finish: str | None = answer.generation.finish if answer.ended else None
-        if tools and answer.ended:
-            content, calls = tool_calls(answer.text.text)
-            delta = {"content": content} if content else {}
-            if calls:
-                delta["tool_calls"], finish = forms.call_deltas(calls), "tool_calls"
-        elif not tools and (text := answer.text.take(answer.ended)):
-            delta = {"content": text}
-        if delta or finish:
+        reply = replies[index]
+        delta = forms.chat_delta(reply.feed(answer.text.take(answer.ended), answer.ended), reply)
+        if delta or answer.ended:
             scores = answer.generation.scores[told[index] :]
             told[index] += len(scores)
-            choice = forms.chat_delta(index, delta, finish, forms.chat_logprobs(answer, scores))
+            choice = {
+                "index": index,
+                "delta": delta,
+                "logprobs": forms.chat_logprobs(answer, scores),
+                "finish_reason": forms.finish_reason(answer, reply) if answer.ended else None,
+            }
             yield {**head, "choices": [choice]}
-    async for last in _usage(group, body, head):
+    for last in _usage(group, body, head):
         yield last
 
 
 async def completion_events(group: Group, body: CompletionBody, echoes: Sequence[str | None]) -> Events:
-    """Chunks of a text completion; an echo comes first."""
-    head = forms.head("text_completion", body.model)
+    """Chunks of a text completion; an echo comes with the first."""
+    head = _head("cmpl", "text_completion", body)
     told = [0] * len(group.answers)
-    for index, echo in enumerate(echoes):
-        if echo:
-            yield {**head, "choices": [_piece(index, echo, None, None)]}
+    lengths = [0] * len(group.answers)
     async for index, answer in group.changes():
         text = answer.text.take(answer.ended)
         if text or answer.ended:
-            scores = answer.generation.scores[told[index] :]
+            scores: list[Scored | None] = [*answer.generation.scores[told[index] :]]
             told[index] += len(scores)
-            logprobs = None if body.logprobs is None else forms.completion_logprobs(answer, scores, 0)
-            yield {**head, "choices": [_piece(index, text, logprobs, answer)]}
-    async for last in _usage(group, body, head):
+            if (echo := echoes[index]) is not None and not lengths[index]:
+                text, scores = echo + text, [None, *answer.generation.prompt_scores, *scores]
+            choice: shapes.CompletionChoice = {
+                "index": index,
+                "text": text,
+                "logprobs": forms.completion_logprobs(answer, scores, lengths[index]),
+                "finish_reason": forms.finish_reason(answer) if answer.ended else None,
+            }
+            lengths[index] += len(text)
+            yield {**head, "choices": [choice]}
+    for last in _usage(group, body, head):
         yield last
 
 
-def _piece(index: int, text: str, logprobs: dict[str, Any] | None, answer: Answer | None) -> dict[str, Any]:
-    finish = answer.generation.finish if answer is not None and answer.ended else None
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+def _head(prefix: str, kind: str, body: Body) -> dict[str, Any]:
+    """What all chunks of one answer begin with."""
+    return {"id": forms.new_id(prefix), "object": kind, "created": int(time.time()), "model": body.model}
 
 
-async def _usage(group: Group, body: Body, head: dict[str, Any]) -> Events:
-    if body.stream_options and body.stream_options.include_usage:
-        yield {**head, "choices": [], "usage": forms.usage(group.answers, body.n)}
+def _usage(group: Group, body: Body, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The last chunk, where it was asked for."""
+    if not (body.stream_options and body.stream_options.include_usage):
+        return []
+    return [{**head, "choices": [], "usage": forms.usage(group.answers, body.samples)}]

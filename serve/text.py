@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 BROKEN = "\ufffd"
 CONTEXT = 8
 """Tokens that are decoded again with each new one, at least: more than any character has bytes."""
-TOOL_CALL = ("<tool_call>", "</tool_call>")
 
 
 class TextStream:
@@ -40,7 +38,7 @@ class TextStream:
 
     def take(self, final: bool = False) -> str:
         """Text that is new since the last call; what may become a stop string is held back until `final`."""
-        end = len(self.text) if final or self.stopped else len(self.text) - self._held()
+        end = len(self.text) - (0 if final or self.stopped else begun(self.text, self.stops))
         new = self.text[self._taken : end]
         self._taken = max(self._taken, end)
         return new
@@ -64,49 +62,19 @@ class TextStream:
         self.text = text[: min(found)[1]] if found else text
         self.stopped = bool(found)
 
-    def _held(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
-        text = self.text
-        longest = max(map(len, self.stops), default=1) - 1
-        sizes = range(min(longest, len(text)), 0, -1)
-        return next((n for n in sizes if any(stop.startswith(text[-n:]) for stop in self.stops)), 0)
+
+def begun(text: str, marks: Iterable[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `marks`.
+
+    >>> begun("Hello <to", ["<tool_call>"])
+    3
+    """
+    marks = [*marks]
+    sizes = range(min(max(map(len, marks), default=1) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if any(mark.startswith(text[-size:]) for mark in marks)), 0)
 
 
 def special_ids(tokenizer: Any, keep: Collection[str] = ()) -> frozenset[int]:
     """The tokens that have no place in an answer's text, all but those written as one of `keep`."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(number for number, token in added if token.special and token.content not in keep)
-
-
-def tool_calls(text: str) -> tuple[str, list[dict[str, str]]]:
-    """Split an answer in Hermes form into its content and its calls, each `{"name", "arguments": JSON text}`.
-
-    What is no well-formed call stays in the content.
-
-    >>> tool_calls('Wait.<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
-    ('Wait.', [{'name': 'add', 'arguments': '{"a": 1}'}])
-    """
-    content, calls, at = "", [], 0
-    while (start := text.find(TOOL_CALL[0], at)) >= 0:
-        end = text.find(TOOL_CALL[1], start)
-        inside = text[start + len(TOOL_CALL[0]) : end if end >= 0 else len(text)]
-        after = end + len(TOOL_CALL[1]) if end >= 0 else len(text)
-        call = _call(inside)
-        content += text[at:start] if call else text[at:after]
-        calls += [call] if call else []
-        at = after
-    return (content + text[at:]).strip() if calls else text, calls
-
-
-def _call(text: str) -> dict[str, str] | None:
-    try:
-        call = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    return {
-        "name": call["name"],
-        "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
-    }

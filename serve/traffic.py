@@ -14,6 +14,7 @@ from typing import IO
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.generation import Generation
@@ -139,8 +140,10 @@ Observer = Callable[[Exchange], None]
 class Observed:
     """Notes each request in an `Exchange`, gives it an id, and tells `observers` when it has ended."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic, observers: Sequence[Observer]) -> None:
-        self.app, self.traffic, self.observers = app, traffic, observers
+    def __init__(
+        self, app: ASGIApp, traffic: Traffic, observers: Sequence[Observer], routes: Sequence[BaseRoute]
+    ) -> None:
+        self.app, self.traffic, self.observers, self.routes = app, traffic, observers, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stand around everything else."""
@@ -186,7 +189,9 @@ class Observed:
 
     def _end(self, exchange: Exchange, scope: Scope) -> None:
         exchange.ended = time.monotonic()
-        exchange.route = getattr(scope.get("route"), "path", OTHER)
+        # what was refused on its way never came to its route
+        found = scope.get("route") or next((r for r in self.routes if r.matches(scope)[0] is Match.FULL), None)
+        exchange.route = getattr(found, "path", OTHER)
         for observe in self.observers:
             observe(exchange)
 

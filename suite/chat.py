@@ -205,7 +205,7 @@ class _Split:
         if rendered[0] != text or len(marked) < len(turns):
             raise _unsafe(f"its generation marks cover {len(marked)} of {len(turns)} assistant turns")
         prompt = self.render(self.messages[: turns[-1]], generate=True)
-        shared, start = _common_prefix(text, prompt), marked[-1][0]
+        shared, start = common_prefix(text, prompt), marked[-1][0]
         if start < shared <= marked[-1][1]:
             raise _unsafe(f"its generation marks take in {text[start:shared]!r}, which the prompt gives")
         self.check_last(text, prompt)
@@ -226,7 +226,7 @@ class _Split:
                 spans.append(self.searched(text, index, prompt, spans[-1][1] if spans else 0))
             if spans[-1][0] >= spans[-1][1]:
                 raise _unsafe(f"it renders nothing for message {index + 1}")
-            if any(special in _common_suffix(prompt, until) for special in self.chat.special):
+            if any(special in common_suffix(prompt, until) for special in self.chat.special):
                 raise _unsafe(f"it does not heed add_generation_prompt: both texts end with {prompt[-40:]!r}")
         self.check_last(text, prompt)
         return spans
@@ -234,7 +234,7 @@ class _Split:
     def check_last(self, text: str, prompt: str) -> None:
         """The last turn must go on from exactly what the server would send."""
         if self.messages[-1]["role"] == "assistant" and not text.startswith(prompt):
-            at = _common_prefix(text, prompt)
+            at = common_prefix(text, prompt)
             raise _unsafe(f"the server's prompt goes on with {prompt[at:][:60]!r}, this with {text[at:][:60]!r}")
 
     def searched(self, text: str, index: int, prompt: str, floor: int) -> Span:
@@ -248,8 +248,8 @@ class _Split:
         ending = self.shared_ending(self.around(index, index + 1)[1], after)
         if not text.endswith(after) or ending is None:
             raise _unsafe(f"it renders message {index + 1} differently when others follow")
-        opening = _common_prefix(text, before)
-        header = prompt[_common_prefix(prompt, self.render(self.messages[:index])) :]
+        opening = common_prefix(text, before)
+        header = prompt[common_prefix(prompt, self.render(self.messages[:index])) :]
         shared = _longest_tail(prompt, text[floor:opening])
         if not shared.strip() or len(shared) < len(header):
             raise _unsafe(
@@ -275,7 +275,7 @@ class _Split:
         """
         if after.startswith(ending):
             return ending
-        shared = ending[: _common_prefix(ending, after)]
+        shared = ending[: common_prefix(ending, after)]
         ends = [shared.rindex(special) + len(special) for special in self.chat.special if special in shared]
         return shared[: max(ends)] if ends else None
 
@@ -336,12 +336,14 @@ def _stand_ins(message: Message) -> list[Message]:
     return [*changed, {"role": message["role"], "content": _STAND_IN}]
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
+    """How many characters `a` and `b` begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _common_suffix(a: str, b: str) -> str:
-    return a[len(a) - _common_prefix(a[::-1], b[::-1]) :]
+def common_suffix(a: str, b: str) -> str:
+    """What `a` and `b` end with alike."""
+    return a[len(a) - common_prefix(a[::-1], b[::-1]) :]
 
 
 def _longest_tail(text: str, inside: str) -> str:

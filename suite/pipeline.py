@@ -46,13 +46,17 @@ class Wiring(Config):
     """Conditions on what this stage measures; if one fails, what depends on it does not run."""
 
 
-class Serve(Options):
-    """The `[serve]` table: what `suite run --serve` puts behind one endpoint."""
+class Shared(Config):
+    """What one endpoint serves."""
 
     base: str
     """The model that every adapter shares: `@stage`, or a folder."""
     adapters: dict[str, str] = Field(default_factory=dict)
     """Adapters by the name that requests give as `model`."""
+
+
+class Serve(Options, Shared):
+    """The `[serve]` table: what `suite run --serve` puts behind one endpoint."""
 
     @property
     def name(self) -> str:

@@ -92,8 +92,8 @@ class Limits(Config):
     """Most tokens of a prompt."""
     max_tokens: int | None = Field(None, ge=1)
     """Most new tokens of an answer, whatever a request asks for."""
-    max_body: int = Field(16 * 2**20, ge=1024)
-    """Most bytes of a request's body."""
+    max_body: ByteSize = Field(ByteSize(16 * 2**20), ge=1024)
+    """Most bytes of a request's body, e.g. 16MiB."""
     timeout: float | None = Field(None, gt=0)
     """Seconds that a request may take, waiting included; beyond, 504."""
     drain: float = Field(30, ge=0)

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -139,9 +139,8 @@ def type_text(info: FieldInfo) -> str:
         return "KEY=VALUE"
     if choices := list(_choices(info.annotation)):
         return "|".join(str(c).lower() for c in choices)
-    return (
-        "A,B" if list in kinds else next((k.__name__.upper() for k in kinds if k in (int, float, str, bool)), "VALUE")
-    )
+    words = {int: "INT", float: "FLOAT", str: "STR", bool: "BOOL", ByteSize: "SIZE"}
+    return "A,B" if list in kinds else next((words[kind] for kind in kinds if kind in words), "VALUE")
 
 
 def _default(info: FieldInfo) -> str:

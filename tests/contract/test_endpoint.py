@@ -196,7 +196,7 @@ def test_unknown_model(served: Served) -> None:
         ("completions", {"model": "base", "prompt": [99999]}, "token ids"),
         ("completions", {"model": "base", "prompt": [-1]}, "token ids"),
         ("completions", {"model": "base", "prompt": [1] * 3000}, "2048"),
-        ("completions", b'{"model": "base", "prompt": "\\ud800"}', "tokenised"),
+        ("completions", b'{"model": "base", "prompt": "\\ud800"}', "JSON"),
         ("chat/completions", b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}', ""),
         ("chat/completions", b"[" * 100_000, ""),
     ],
@@ -211,9 +211,8 @@ def test_bad_bodies(served: Served, path: str, body: Any, says: str) -> None:
 
 
 def test_odd_names_and_texts(served: Served) -> None:
-    body = b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}'
-    headers = {"Content-Type": "application/json"}
-    assert served.http.post("/v1/chat/completions", content=body, headers=headers).status_code == 404
+    body = {"model": "../\u202e\x00", "messages": QUESTION}
+    assert served.http.post("/v1/chat/completions", json=body).status_code == 404
     assert (
         chat(served, messages=[{"role": "user", "content": "\x00\u202e\n"}], max_tokens=1).usage.completion_tokens == 1
     )

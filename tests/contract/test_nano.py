@@ -58,6 +58,10 @@ def test_a_tool_is_called_and_its_result_read(client: openai.OpenAI) -> None:
 def test_a_streamed_call_is_the_same(client: openai.OpenAI) -> None:
     (call,) = ask(client, ASK, tools=[WEATHER]).choices[0].message.tool_calls
     chunks = [chunk.choices[0] for chunk in ask(client, ASK, tools=[WEATHER], stream=True)]
-    (streamed,) = [delta for chunk in chunks for delta in chunk.delta.tool_calls or []]
-    assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
+    first, *more = [delta for chunk in chunks for delta in chunk.delta.tool_calls or []]
+    assert (first.index, first.type, first.function.name) == (0, "function", call.function.name)
+    assert first.id
+    assert len(more) > 1
+    assert all(delta.index == 0 and delta.id is None and delta.function.name is None for delta in more)
+    assert "".join(delta.function.arguments for delta in [first, *more]) == call.function.arguments
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]

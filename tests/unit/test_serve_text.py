@@ -1,15 +1,13 @@
-"""Text from tokens: the same whatever the token borders are, cut before a stop string, with its tool calls found."""
+"""Text from tokens: the same whatever the token borders are, and cut before a stop string."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.text import TextStream, tool_calls
+from serve.text import TextStream
 
 
 class Bytes:
@@ -88,35 +86,3 @@ def test_hidden_tokens_have_no_text() -> None:
 
 def test_a_broken_character_at_the_end_is_shown_as_such() -> None:
     assert streamed(TextStream(Bytes()), list("é".encode()[:1])) == "\ufffd"
-
-
-arguments = st.dictionaries(
-    st.text(max_size=5), st.one_of(st.text(), st.integers(), st.lists(st.booleans())), max_size=3
-)
-
-
-@given(st.lists(st.tuples(st.text(min_size=1), arguments), min_size=1, max_size=3))
-def test_tool_calls_come_back(calls: list[tuple[str, dict[str, object]]]) -> None:
-    if any("tool_call>" in json.dumps(call, ensure_ascii=False) for call in calls):
-        return
-    blocks = [json.dumps({"name": name, "arguments": args}, ensure_ascii=False) for name, args in calls]
-    content, found = tool_calls("Wait.\n" + "\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks))
-    assert content == "Wait."
-    assert [(call["name"], json.loads(call["arguments"])) for call in found] == calls
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "plain",
-        "<tool_call>{broken</tool_call>",
-        "<tool_call>[1]</tool_call>",
-        '<tool_call>{"arguments": {}}</tool_call>',
-    ],
-)
-def test_what_is_no_call_stays_text(text: str) -> None:
-    assert tool_calls(text) == (text, [])
-
-
-def test_a_call_without_its_end_counts() -> None:
-    assert tool_calls('<tool_call>{"name": "f", "arguments": "{}"}') == ("", [{"name": "f", "arguments": "{}"}])
