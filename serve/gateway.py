@@ -15,10 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from serve.admission import Admission
+from serve.document import document
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.middleware import ApiKeys, BodyLimit
-from serve.protocol import ApiError
+from serve.protocol import ApiError, ChatBody, CompletionBody
 from serve.routes import adapters, aliases, completions, state
 from serve.serving import Serving
 from serve.settings import Settings
@@ -72,6 +73,7 @@ def create_app(
     adapters.add(app, server, metrics)
     for routes in (aliases, completions):
         routes.add(app, server)
+    document(app, [ChatBody, CompletionBody])
     # the last one added is the first one asked
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if keys:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from serve.answers import Engine
 from serve.calls import CallParser
 from serve.catalog import Served
@@ -17,16 +15,8 @@ Job = tuple[Request, TextStream]
 """A request for the engine, and where its text will gather."""
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A rendered chat request: a job and an empty reply for each of its `n` answers."""
-
-    jobs: list[Job]
-    replies: list[Reply]
-
-
-def conversation(body: ChatBody, served: Served, engine: Engine, *, separate_reasoning: bool = True) -> Conversation:
-    """Render a chat request. Raises ApiError 400 for what the model or its template cannot take."""
+def conversation(body: ChatBody, served: Served, engine: Engine) -> tuple[list[Job], list[Reply]]:
+    """A job and an empty reply for each sample. Raises ApiError 400 for what the model or its template cannot take."""
     if served.chat is None:
         raise ApiError(400, f"'{body.model}' cannot chat: {served.no_chat}", param="model")
     tools = body.usable_tools
@@ -46,13 +36,13 @@ def conversation(body: ChatBody, served: Served, engine: Engine, *, separate_rea
     jobs = [job(body, served, ids, sample, limit, hidden=hidden, logprobs=top) for sample in range(body.samples)]
 
     def reply() -> Reply:
-        marks = served.dialect.reasoning if separate_reasoning and body.separate_reasoning is not False else None
+        marks = served.dialect.reasoning if body.separate_reasoning is not False else None
         thinking = ReasoningParser(marks, inside=text.rstrip().endswith(marks[0])) if marks else None
         names = {tool["function"]["name"] for tool in tools or []}
         calling = CallParser(served.dialect.calls, names) if tools and served.dialect.calls else None
         return Reply(thinking, calling, parallel=body.parallel_tool_calls is not False)
 
-    return Conversation(jobs, [reply() for _ in range(body.samples)])
+    return jobs, [reply() for _ in range(body.samples)]
 
 
 def completions(body: CompletionBody, served: Served, engine: Engine) -> tuple[list[Job], list[str | None]]:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from serve import forms, prompts, shapes
 from serve.answers import Answer, Group
-from serve.bodies import prepared
+from serve.bodies import aside, read
 from serve.document import gives, takes
 from serve.protocol import Body, ChatBody, CompletionBody
 from serve.serving import Serving
@@ -25,16 +25,23 @@ def add(app: FastAPI, server: Serving) -> None:
 
     @app.post("/v1/chat/completions", openapi_extra=takes(ChatBody), responses=gives(shapes.ChatCompletion, True))
     async def chat(request: Request) -> Response:
-        body, asked = await prepared(request, ChatBody, server, prompts.conversation)
-        context = server.open(request, asked.jobs, bool(body.stream), body.samples)
+        body = await read(request, ChatBody)
+        served = await server.find(request, body.model, body.user)
+        body.model = served.name  # an alias: the answer says who gave it
+        engine = server.ready()[0]
+        jobs, replies = await aside(request, lambda: prompts.conversation(body, served, engine))
+        context = server.open(request, jobs, bool(body.stream), body.samples)
         if body.stream:
-            stream = EventStream(context, request, lambda group: chat_events(group, body, asked.replies))
-            return noted(stream, body)
-        return await answered(context, request, body, lambda done: forms.chat_completion(body, done, asked.replies))
+            return noted(EventStream(context, request, lambda group: chat_events(group, body, replies)), body)
+        return await answered(context, request, body, lambda done: forms.chat_completion(body, done, replies))
 
     @app.post("/v1/completions", openapi_extra=takes(CompletionBody), responses=gives(shapes.Completion, True))
     async def completions(request: Request) -> Response:
-        body, (jobs, echoes) = await prepared(request, CompletionBody, server, prompts.completions)
+        body = await read(request, CompletionBody)
+        served = await server.find(request, body.model, body.user)
+        body.model = served.name
+        engine = server.ready()[0]
+        jobs, echoes = await aside(request, lambda: prompts.completions(body, served, engine))
         context = server.open(request, jobs, bool(body.stream), body.samples)
         if body.stream:
             return noted(EventStream(context, request, lambda group: completion_events(group, body, echoes)), body)
