@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
+
+from serve.grammar import Grammar
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 Pooling = Literal["mean", "last"]
@@ -18,22 +19,37 @@ _arrivals = count()
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request picks its tokens. Temperature 0 takes the likeliest; `top_k` 0 and `top_p` 1 leave all in."""
+    """How one request picks its tokens; the defaults take the likeliest.
+
+    They are applied in vLLM's order: `logit_bias`, penalties, temperature, `min_p`, `top_k`, `top_p`.
+    """
 
     temperature: float = 0.0
+    """0 takes the likeliest."""
     top_p: float = 1.0
+    """Leaves the likeliest tokens that reach this probability together (arXiv:1904.09751)."""
     top_k: int = 0
+    """Leaves so many of the likeliest; 0 or less leaves all."""
+    min_p: float = 0.0
+    """Leaves those at least this times as probable as the likeliest (arXiv:2407.01082)."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that was generated before, as OpenAI does."""
+    frequency_penalty: float = 0.0
+    """Taken off for each time that it was."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of the prompt's and generated tokens (arXiv:1909.05858)."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
     seed: int | None = None
     """The same seed gives the same tokens, whatever runs beside it."""
-    random: random.Random = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "random", random.Random(self.seed))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A token with its log probability under the model (before temperature), and the likeliest ones at its place."""
+    """A token with its log probability, and the likeliest ones at its place.
+
+    These are the model's own, before bias, penalties, grammar and temperature: they say how sure the model is.
+    """
 
     token: int
     logprob: float
@@ -52,6 +68,10 @@ class Request:
     """The generation ends with any of these tokens (which is kept as its last token)."""
     stop: Callable[[int], bool] | None = None
     """Given each new token in turn, in the engine's thread, stop ids left out; True ends the generation."""
+    min_tokens: int = 0
+    """No stop id is generated before so many tokens, unless its grammar leaves nothing else."""
+    grammar: Grammar | None = None
+    """What the answer must be; the generation ends where it is complete and nothing may follow."""
     logprobs: int | None = None
     """Score the new tokens, with that many of the likeliest at each place."""
     prompt_logprobs: int | None = None
@@ -81,6 +101,8 @@ class Generation:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.tokens = list(request.prompt)
+        self.matcher = request.grammar.matcher() if request.grammar else None
+        """Where it is in its grammar."""
         self.weights: Hashable = request.adapter
         """What keys and values depend on beside the tokens: the adapter, in the version that reads this request."""
         self.cached = 0

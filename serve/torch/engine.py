@@ -24,7 +24,7 @@ from serve.torch.forward import Forward
 from serve.torch.loading import cache_cells, load_model
 from serve.torch.lora import MultiLora
 from serve.torch.prefix import Prefixes
-from serve.torch.sampling import sample, score
+from serve.torch.sampling import Sampler, score
 from serve.torch.scheduler import Scheduler, Step
 from suite.errors import SuiteError, near
 
@@ -79,6 +79,7 @@ class Engine:
         """Steps that ended in an exception, since the start."""
         self._last_failure: tuple[str, float | None] = "", None
         self._forward = Forward(self.model, self.adapters, SlotCache(kept, PREFIX_BLOCK))
+        self._sampler = Sampler()
         self._notify = notify
         self._inbox: deque[Generation] = deque()
         self._gone: deque[Generation] = deque()
@@ -103,6 +104,8 @@ class Engine:
             )
         if not all(0 <= token < self.vocabulary for token in request.prompt):
             raise SuiteError(f"token ids must be from 0 to {self.vocabulary - 1}")
+        if not all(0 <= token < self.vocabulary for token in request.sampling.logit_bias):
+            raise SuiteError(f"the token ids of logit_bias must be from 0 to {self.vocabulary - 1}", where="logit_bias")
         generation = Generation(request)
         with self._wake:
             if self._closing:
@@ -250,7 +253,7 @@ class Engine:
             generations, logits = [generations[i] for i in rows], logits[rows]
         if not generations:
             return
-        tokens = sample(logits, [generation.request.sampling for generation in generations])
+        tokens = self._sampler.sample(generations, logits)
         tops = [generation.request.logprobs for generation in generations]
         if asked := [top for top in tops if top is not None]:
             for generation, scored, top in zip(generations, score(logits, tokens, max(asked)), tops, strict=True):
@@ -259,8 +262,8 @@ class Engine:
         for generation, token in zip(generations, tokens, strict=True):
             try:
                 self._take(generation, token)
-            except Exception as error:  # from its own `stop`: no reason to fail its neighbours
-                log.exception("a request's stop function failed")
+            except Exception as error:  # from its own `stop` or grammar: no reason to fail its neighbours
+                log.exception("a request's stop function or grammar failed")
                 self.scheduler.remove(generation)
                 generation.end("error", f"{type(error).__name__}: {error}")
         self._notify(generations)
@@ -270,7 +273,8 @@ class Engine:
         generation.tokens.append(token)
         generation.first_token = generation.first_token or time.monotonic()
         finish: Finish | None = None
-        if token in request.stop_ids or (request.stop is not None and request.stop(token)):
+        stopped = token in request.stop_ids or (request.stop is not None and request.stop(token))
+        if stopped or (generation.matcher is not None and generation.matcher.take(token)):
             finish = "stop"
         elif generation.count >= request.max_tokens or len(generation.tokens) >= self.max_length:
             finish = "length"
