@@ -232,7 +232,8 @@ def test_a_huge_body_is_refused(served: Served) -> None:
         for _ in range(17):
             yield b" " * 2**20
 
-    assert served.http.post("/v1/chat/completions", content=pieces()).status_code == 413
+    headers = {"Content-Type": "application/json"}
+    assert served.http.post("/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
 
 
 def test_64_at_once_with_adapters_mixed(served: Served) -> None:
