@@ -42,7 +42,7 @@ class Rate:
 
 
 class Admission:
-    """Refuses requests while more than `max_queue` wait."""
+    """Refuses requests while `max_queue` wait."""
 
     def __init__(self, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_queue = max_queue
@@ -50,7 +50,7 @@ class Admission:
 
     def check(self, waiting: int) -> None:
         """Raise ApiError 429 that says when those that wait will be gone."""
-        if waiting > self.max_queue:
+        if waiting >= self.max_queue:
             seconds = waiting / rate if (rate := self._ended.now) else MOST_SECONDS
             raise ApiError(
                 429,

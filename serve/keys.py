@@ -69,9 +69,13 @@ def read_keys(file: Path | None) -> list[Key]:
         if not found:
             raise SuiteError(f"{file} holds no key", where="--api-key-file", hint="write one key a line")
         keys += found
-    names = [key.name for key in keys]
-    if double := next((name for name in names if names.count(name) > 1), None):
-        raise SuiteError(f"two API keys are the same, or both named '{double}'", where="--api-key-file")
+    owners: dict[bytes, str] = {}
+    for key in keys:
+        if key.digest in owners:
+            raise SuiteError(
+                f"the keys of [{owners[key.digest]}] and [{key.name}] are the same", where="--api-key-file"
+            )
+        owners[key.digest] = key.name
     return keys
 
 

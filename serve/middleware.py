@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.keys import Keys
@@ -50,7 +50,11 @@ class BodyLimit:
             if not refused:
                 await send(message)
 
-        await self.app(scope, counted, guarded)
+        try:
+            await self.app(scope, counted, guarded)
+        except ClientDisconnect:
+            if not refused:
+                raise
         if refused:
             await refused.response()(scope, receive, send)
 

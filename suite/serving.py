@@ -86,7 +86,7 @@ class Access(Config):
 class Limits(Config):
     """limits"""
 
-    max_queue: int = Field(1024, ge=0)
+    max_queue: int = Field(1024, ge=1)
     """Requests that may wait; beyond, 429 says when to try again."""
     max_prompt: int | None = Field(None, ge=1)
     """Most tokens of a prompt."""
