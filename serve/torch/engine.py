@@ -17,21 +17,23 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
-from serve.folders import check_fits, read_adapter, read_model
+from serve.folders import read_model
 from serve.generation import Finish, Generation, Request, Stats
+from serve.torch.adapters import Adapters
 from serve.torch.cache import SlotCache
 from serve.torch.forward import Forward
-from serve.torch.loading import cache_cells, load_model
-from serve.torch.lora import MultiLora
+from serve.torch.loading import cache_cells, load_model, memory_share
 from serve.torch.prefix import Prefixes
 from serve.torch.sampling import Sampler, score
 from serve.torch.scheduler import Scheduler, Step
-from suite.errors import SuiteError, near
+from suite.errors import SuiteError
 
 log = logging.getLogger("serve")
 
 PREFIX_SHARE = 0.25
 """How much of the cache may hold keys and values for requests that begin alike."""
+ADAPTER_SHARES = 0.1, 0.1
+"""How much of a machine's memory, or of what is free on a GPU, may hold adapters."""
 PREFIX_BLOCK = 16
 """How many tokens are kept together: a request reads again what is behind its last whole block."""
 
@@ -42,7 +44,7 @@ class Engine:
     `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; prompt and answer
     have at most `max_length` tokens together. `cache_memory` bytes hold keys and values, by default a share of the
     machine's; with `prefix_cache` a part of them is for prompts that begin like earlier ones, which are not read again
-    so far. `notify` is called in the engine's thread after each step, with the generations that have new tokens or
+    so far. `adapter_memory` bytes hold the adapters that requests asked for last. `notify` is called in the engine's thread after each step, with the generations that have new tokens or
     ended.
     """
 
@@ -56,14 +58,11 @@ class Engine:
         max_length: int | None = None,
         cache_memory: int | None = None,
         prefix_cache: bool = True,
+        adapter_memory: int | None = None,
         notify: Callable[[list[Generation]], None] = lambda _: None,
     ) -> None:
         folder = read_model(model)
-        loras = {name: read_adapter(path) for name, path in (adapters or {}).items()}
-        for lora in loras.values():
-            check_fits(lora, folder)
         self.model = load_model(folder, dtype)
-        self.adapters = MultiLora(self.model, loras) if loras else None
         cells = cache_cells(self.model, cache_memory)
         kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK if prefix_cache else 0
         cells -= kept * PREFIX_BLOCK
@@ -78,22 +77,23 @@ class Engine:
         self.failures = 0
         """Steps that ended in an exception, since the start."""
         self._last_failure: tuple[str, float | None] = "", None
-        self._forward = Forward(self.model, self.adapters, SlotCache(kept, PREFIX_BLOCK))
+        self._wake = threading.Condition()
+        memory = memory_share(self.model, *ADAPTER_SHARES) if adapter_memory is None else adapter_memory
+        self._adapters = Adapters(self.model, folder, memory, self._nudge)
+        for name, path in (adapters or {}).items():
+            self.load_adapter(name, path)
+        self._forward = Forward(self.model, self._adapters, SlotCache(kept, PREFIX_BLOCK))
         self._sampler = Sampler()
         self._notify = notify
         self._inbox: deque[Generation] = deque()
         self._gone: deque[Generation] = deque()
         self._due = math.inf  # no generation's deadline is earlier
-        self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> Generation:
         """Queue a request; raises SuiteError for one that can never run."""
-        known = self.adapters.names if self.adapters else []
-        if request.adapter and request.adapter not in known:
-            raise SuiteError(f"unknown adapter '{request.adapter}'", hint=near(request.adapter, known))
         if not request.prompt:
             raise SuiteError("the prompt is empty")
         length = len(request.prompt) + (request.max_tokens > 0)
@@ -110,6 +110,7 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise SuiteError("the engine is closed")
+            generation.weights = request.adapter and self._adapters.find(request.adapter)
             self._inbox.append(generation)
             self._wake.notify()
         return generation
@@ -124,6 +125,27 @@ class Engine:
             self._gone.append(generation)
             self._wake.notify()
 
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Let requests name an adapter, looked into here and read when the first one does. Raises SuiteError.
+
+        Of a name that is taken, new requests get the new adapter; those there are end with the one they have.
+        """
+        adapter = self._adapters.check(folder)
+        with self._wake:
+            self._adapters.register(name, adapter)
+            self._wake.notify()
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a name; its adapter leaves when the requests that use it have ended. Raises SuiteError."""
+        with self._wake:
+            self._adapters.unregister(name)
+            self._wake.notify()
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """What requests may name."""
+        return self._adapters.names
+
     @property
     def alive(self) -> bool:
         """Whether the thread still takes requests."""
@@ -132,7 +154,8 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """How many generations run, and how many wait."""
-        return len(self.scheduler.running), len(self.scheduler.waiting) + len(self._inbox)
+        waiting = len(self.scheduler.waiting) + len(self._adapters.parked) + len(self._inbox)
+        return len(self.scheduler.running), waiting
 
     def stats(self) -> Stats:
         """What it does at the moment, and did since its start."""
@@ -161,6 +184,10 @@ class Engine:
             self._wake.notify()
         self._thread.join()
 
+    def _nudge(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
     def _loop(self) -> None:
         try:
             with torch.inference_mode():
@@ -168,28 +195,49 @@ class Engine:
                     self._step()
         finally:
             self._closing = True
-            for generation in [*self.scheduler.running, *self.scheduler.waiting, *self._inbox]:
+            for generation in [*self._unfinished(), *self._inbox]:
                 self._end(generation, "cancelled")
+            self._adapters.close()
             self._forward.clear()
 
     def _collect(self) -> bool:
         """Take in what came, end what was cancelled or is due; wait while there is nothing to do. False to close."""
+        self._admit()  # what ended since may have made room
         with self._wake:
-            while not (self._closing or self._inbox or self._gone or self.scheduler.running or self.scheduler.waiting):
+            while not (self._closing or self._inbox or self._gone or self._adapters.arrived or self._has_work()):
                 self._wake.wait()
             while self._inbox:
                 generation = self._inbox.popleft()
                 self._due = min(self._due, generation.request.deadline or math.inf)
-                self.scheduler.add(generation)
+                if generation.weights:
+                    self._adapters.park(generation)
+                else:
+                    self.scheduler.add(generation)
+            self._adapters.retire()
         while self._gone:
             self._drop(self._gone.popleft(), "cancelled")
         if time.monotonic() >= self._due:
             self._expire()
+        self._admit()
         return not self._closing
+
+    def _admit(self) -> None:
+        """Schedule those whose adapter is in memory; none of the others waits for a disk."""
+        go, failed = self._adapters.admit(lambda: [*self.scheduler.running, *self.scheduler.waiting])
+        for generation in go:
+            self.scheduler.add(generation)
+        for generation, error in failed:
+            self._end(generation, "error", str(error))
+
+    def _has_work(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def _unfinished(self) -> list[Generation]:
+        return [*self.scheduler.running, *self.scheduler.waiting, *self._adapters.parked]
 
     def _expire(self) -> None:
         now, self._due = time.monotonic(), math.inf
-        for generation in [*self.scheduler.running, *self.scheduler.waiting]:
+        for generation in self._unfinished():
             if (deadline := generation.request.deadline) is not None:
                 if deadline <= now:
                     self._drop(generation, "timeout")
@@ -266,7 +314,7 @@ class Engine:
                 log.exception("a request's stop function or grammar failed")
                 self.scheduler.remove(generation)
                 generation.end("error", f"{type(error).__name__}: {error}")
-        self._notify(generations)
+        self._tell(generations)
 
     def _take(self, generation: Generation, token: int) -> None:
         request = generation.request
@@ -284,12 +332,19 @@ class Engine:
 
     def _end(self, generation: Generation, finish: Finish, error: str = "") -> None:
         generation.end(finish, error)
-        self._notify([generation])
+        self._tell([generation])
+
+    def _tell(self, generations: list[Generation]) -> None:
+        try:
+            self._notify(generations)
+        except Exception:  # the answers are right all the same
+            log.exception("nobody could be told about new tokens")
 
     def _drop(self, generation: Generation, finish: Finish, error: str = "") -> None:
         """End a generation early, wherever it is; nothing is done for one that has ended."""
         if generation.finish is None:
-            self.scheduler.remove(generation)
+            if not self._adapters.remove(generation):
+                self.scheduler.remove(generation)
             self._end(generation, finish, error)
 
     def _recover(self, step: Step | None, error: Exception) -> None:

@@ -1,0 +1,183 @@
+"""Injected faults: what fails takes nobody with it, what is short makes requests wait, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serve.generation import Generation, Request
+from serve.torch.engine import Engine
+from suite.errors import SuiteError
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
+
+VOCABULARY = 512
+POISON = 511
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("faults")
+    base = tiny_model(root / "base")
+    return {"base": base, "a": tiny_adapter(base, root / "a")}
+
+
+@pytest.fixture
+def engine(folders: dict[str, Path]) -> Iterator[Engine]:
+    engine = Engine(folders["base"], {"a": folders["a"]}, max_batch=8)
+    yield engine
+    assert_nothing_is_left(engine)
+    engine.close()
+
+
+def assert_nothing_is_left(engine: Engine) -> None:
+    stats = engine.stats()
+    assert engine.alive
+    assert (stats.running, stats.waiting, stats.cells_used) == (0, 0, 0)
+    prefixes = engine.scheduler.prefixes
+    places = [*prefixes._free, *(block.place for block in prefixes._kept.values())]
+    assert sorted(places) == list(range(prefixes.blocks))
+
+
+def failing(engine: Engine, when: Callable[[torch.Tensor], bool], error: Callable[[], Exception]) -> Any:
+    """Raise `error()` in each forward pass whose token ids (B, Q) are such."""
+
+    def hook(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if when(given["input_ids"]):
+            raise error()
+
+    return engine.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def prompts(count: int, longest: int = 60, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, POISON) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+def has_poison(ids: torch.Tensor) -> bool:
+    return bool((ids == POISON).any())
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("injected: out of memory")
+
+
+def test_a_failing_step_ends_its_requests_and_no_others(engine: Engine) -> None:
+    asked = [Request(prompt, ("", "a")[i % 2], NEW) for i, prompt in enumerate(prompts(6))]
+    wanted = [generation.new for generation in engine.generate(asked)]
+    failing(engine, has_poison, lambda: ArithmeticError("injected"))
+    started = threading.Event()
+    others = [engine.submit(request) for request in asked[:-1]]
+    others.append(engine.submit(Request(asked[-1].prompt, "a", NEW, stop=lambda _: started.set() or False)))
+    assert started.wait(30)
+    poisoned = engine.submit(Request([3, POISON], "", NEW)).wait(30)
+    assert [other.wait(30).new for other in others] == wanted
+    assert (poisoned.finish, poisoned.error) == ("error", "ArithmeticError: injected")
+    stats = engine.stats()
+    assert (stats.failures, stats.last_failure) == (1, "ArithmeticError: injected")
+    assert stats.last_failure_time is not None
+    assert 0 <= time.time() - stats.last_failure_time < 60
+
+
+@pytest.mark.parametrize(
+    "error", [out_of_memory, MemoryError, lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_where_memory_is_short_fewer_run_at_once(engine: Engine, error: Callable[[], Exception]) -> None:
+    asked = [Request(prompt, ("", "a")[i % 2], NEW, logprobs=0) for i, prompt in enumerate(prompts(20))]
+    wanted = [generation.new for generation in engine.generate(asked)]
+    widest: list[int] = []
+
+    def too_many(ids: torch.Tensor) -> bool:
+        widest.append(len(ids))
+        return len(ids) > 3
+
+    failing(engine, too_many, error)
+    given = engine.generate(asked)
+    assert [generation.new for generation in given] == wanted
+    assert all(len(generation.scores) == NEW for generation in given)
+    assert engine.stats().failures == 0
+    assert max(widest) > 3
+
+
+def test_what_does_not_fit_alone_fails_alone(engine: Engine) -> None:
+    failing(engine, has_poison, out_of_memory)
+    *others, large = engine.generate([*[Request(prompt, "", NEW) for prompt in prompts(9)], Request([POISON], "", NEW)])
+    assert [other.finish for other in others] == ["length"] * 9
+    assert large.finish == "error"
+    assert "out of memory" in large.error
+    assert engine.stats().failures == 1
+
+
+def test_a_deadline_ends_what_runs_and_what_waits(engine: Engine) -> None:
+    soon = time.monotonic() + 0.3
+    running = [engine.submit(Request([3, 4], "", 2000, deadline=soon)) for _ in range(8)]
+    waiting = [engine.submit(Request([3, 4], "", 2000, deadline=soon)) for _ in range(3)]
+    later = engine.submit(Request([3, 4], "", 4, deadline=soon + 60))
+    assert [generation.wait(30).finish for generation in [*running, *waiting]] == ["timeout"] * 11
+    assert all(generation.started is None for generation in waiting)
+    assert later.wait(30).finish == "length"
+
+
+def test_times_are_in_order(engine: Engine) -> None:
+    generation = engine.generate([Request([3, 4], "", 4)])[0]
+    times = [generation.submitted, generation.started, generation.first_token, generation.ended]
+    assert None not in times
+    assert times == sorted(time for time in times if time is not None)
+
+
+def test_one_who_cannot_be_told_stops_nobody(folders: dict[str, Path]) -> None:
+    def broken(_: list[Generation]) -> None:
+        raise RuntimeError("injected: the event loop is closed")
+
+    engine = Engine(folders["base"], notify=broken)
+    try:
+        assert [generation.finish for generation in engine.generate([Request([3, 4], "", 4)] * 3)] == ["length"] * 3
+        assert engine.failures == 0
+    finally:
+        engine.close()
+
+
+def test_closing_ends_everything(folders: dict[str, Path]) -> None:
+    engine = Engine(folders["base"], max_batch=2)
+    generations = [engine.submit(Request([3, 4], "", 2000)) for _ in range(5)]
+    engine.close()
+    assert {generation.wait(0).finish for generation in generations} == {"cancelled"}
+    assert not engine.alive
+    with pytest.raises(SuiteError, match="closed"):
+        engine.submit(Request([3, 4]))
+
+
+def test_chaos_leaves_nothing_behind(folders: dict[str, Path]) -> None:
+    """A tiny cache; steps fail, memory runs short, clients go and deadlines pass, all at random."""
+    engine = Engine(folders["base"], {"a": folders["a"]}, max_batch=32, cache_memory=0)
+    rng = random.Random(0)
+    system = prompts(1, longest=50)[0]
+    plain = [Request(system + prompt, ("", "a")[i % 2], 140) for i, prompt in enumerate(prompts(8))]
+    wanted = [generation.new for generation in engine.generate(plain)]
+    hooks = [
+        failing(engine, lambda ids: len(ids) > 4 and rng.random() < 0.01, out_of_memory),
+        failing(engine, lambda _: rng.random() < 0.01, lambda: ArithmeticError("injected")),
+    ]
+    generations = []
+    for number in range(80):
+        deadline = time.monotonic() + rng.random() if rng.random() < 0.1 else None
+        generations.append(engine.submit(replace(plain[number % 8], deadline=deadline)))
+        if rng.random() < 0.2:
+            engine.cancel(rng.choice(generations))
+    finishes = [generation.wait(60).finish for generation in generations]
+    for hook in hooks:
+        hook.remove()
+    assert {"length", "cancelled", "error"} <= set(finishes)
+    assert engine.stats().preemptions > 0
+    for number, generation in enumerate(generations):
+        assert generation.finish != "length" or generation.new == wanted[number % 8]
+    assert_nothing_is_left(engine)
+    engine.close()
