@@ -49,6 +49,8 @@ class Engine(Config):
     """Memory for keys and values, e.g. 2GiB; by default a share of the machine's."""
     prefix_cache: bool = True
     """Whether prompts are not read again as far as they begin like earlier ones."""
+    pooling: Literal["mean", "last"] = "mean"
+    """How the last hidden states of a text become its embedding: their mean, or those of its last token."""
 
 
 class Adapters(Config):
@@ -57,6 +59,8 @@ class Adapters(Config):
     lora_dir: Annotated[list[str], Beside()] = Field(default_factory=list)
     """Folders whose adapter folders are all offered, each by its folder's name; only from there are adapters loaded at
     run time."""
+    adapter_memory: ByteSize | None = None
+    """Memory for the weights of adapters, e.g. 4GiB: those asked for last stay; by default a share of the machine's."""
     alias: dict[str, Split] = Field(default_factory=dict)
     """Names that stand for other models, e.g. `prod=law@v2:0.9,law@v3:0.1`: each takes its share of the requests."""
 
