@@ -14,10 +14,15 @@ from suite import quantized
 from suite.errors import SuiteError
 
 Shape = tuple[int, ...]
+Stamp = tuple[int, int, int]
+"""What tells a file from another that takes its place: its number, time of change and size."""
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Layer types whose memory is keys and values; others (Mamba, linear attention) keep a state that rows cannot share."""
 
+LOAD_AGAIN = "load it again under the same name"
 MERGE_FIRST = "merge it into its base first (suite merge), and serve the merged model"
 
 # settings of peft.LoraConfig that change more than `x A B`, each with the value at which it does nothing
@@ -68,17 +73,36 @@ class LoraModule:
     outputs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdapterFolder:
-    """A PEFT LoRA folder: its modules by the name they have in the base model, e.g. `model.layers.0.mlp.up_proj`."""
+    """A PEFT LoRA folder: its modules by the name they have in the base model, e.g. `model.layers.0.mlp.up_proj`.
+
+    Every reading of a folder is a version of its own, and equal to itself only.
+    """
 
     path: Path
     modules: dict[str, LoraModule]
+    stamp: Stamp
+
+    @property
+    def weights(self) -> Path:
+        """The file of tensors."""
+        return self.path / ADAPTER_WEIGHTS
 
     @property
     def rank(self) -> int:
         """The highest rank of a module."""
         return max(module.rank for module in self.modules.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its tensors have."""
+        return sum(module.rank * (module.inputs + module.outputs) for module in self.modules.values())
+
+    def check_unchanged(self) -> None:
+        """Raise SuiteError when the file of tensors is not the one that was looked into."""
+        if _stamp(self.weights) != self.stamp:
+            raise SuiteError("the adapter changed on disk after it was loaded", where=str(self.path), hint=LOAD_AGAIN)
 
 
 def read_model(folder: Path) -> ModelFolder:
@@ -123,10 +147,9 @@ def read_adapter(folder: Path) -> AdapterFolder:
             where=str(folder),
             hint="convert it to a plain LoRA first",
         )
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise SuiteError("adapter_model.safetensors is missing", where=str(folder))
-    return AdapterFolder(folder, _modules(tensor_shapes(weights), config, folder))
+    stamp = _stamp(folder / ADAPTER_WEIGHTS)
+    shapes = tensor_shapes(folder / ADAPTER_WEIGHTS)
+    return AdapterFolder(folder, _modules(shapes, config, folder), stamp)
 
 
 def check_fits(adapter: AdapterFolder, model: ModelFolder) -> None:
@@ -153,10 +176,15 @@ def tensor_shapes(file: Path) -> dict[str, Shape]:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(file.stat().st_size, 100_000_000):
+            size = file.stat().st_size
+            if length > min(size, 100_000_000):
                 raise ValueError("header longer than the file")
             header = json.loads(stream.read(length))
-        return {name: tuple(info["shape"]) for name, info in header.items() if name != "__metadata__"}
+        header.pop("__metadata__", None)
+        missing = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0) - size
+        if missing > 0:
+            raise ValueError(f"cut off: {missing} bytes are missing")
+        return {name: tuple(info["shape"]) for name, info in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise SuiteError(f"not a safetensors file ({error})", where=str(file)) from None
 
@@ -187,6 +215,14 @@ def _scaling(module: str, rank: int, config: dict[str, Any]) -> float:
     found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = float(next(found, config.get("lora_alpha", 8)))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _stamp(weights: Path) -> Stamp:
+    try:
+        found = weights.stat()
+    except OSError:
+        raise SuiteError(f"{weights.name} is missing", where=str(weights.parent)) from None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _json(file: Path, needed: str) -> dict[str, Any]:

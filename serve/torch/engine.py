@@ -32,10 +32,10 @@ log = logging.getLogger("serve")
 
 PREFIX_SHARE = 0.25
 """How much of the cache may hold keys and values for requests that begin alike."""
-ADAPTER_SHARES = 0.1, 0.1
-"""How much of a machine's memory, or of what is free on a GPU, may hold adapters."""
 PREFIX_BLOCK = 16
 """How many tokens are kept together: a request reads again what is behind its last whole block."""
+ADAPTER_SHARES = 0.1, 0.1
+"""How much of a machine's memory, or of what is free on a GPU, may hold adapters."""
 
 
 class Engine:
@@ -44,8 +44,8 @@ class Engine:
     `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; prompt and answer
     have at most `max_length` tokens together. `cache_memory` bytes hold keys and values, by default a share of the
     machine's; with `prefix_cache` a part of them is for prompts that begin like earlier ones, which are not read again
-    so far. `adapter_memory` bytes hold the adapters that requests asked for last. `notify` is called in the engine's thread after each step, with the generations that have new tokens or
-    ended.
+    so far. `adapter_memory` bytes, a share too, hold the adapters that were asked for last. `notify` is called in the
+    engine's thread after each step, with the generations that have new tokens or ended.
     """
 
     def __init__(

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from serve.generation import Generation
+from serve.torch.adapters import Adapters
 from serve.torch.cache import SlotCache
-from serve.torch.lora import MultiLora
 from serve.torch.scheduler import Copy, Move, Step
 
 
 class Forward:
     """A model, the keys and values of the rows that run, and the adapters that they ask for."""
 
-    def __init__(self, model: Any, adapters: MultiLora | None, cache: SlotCache) -> None:
+    def __init__(self, model: Any, adapters: Adapters, cache: SlotCache) -> None:
         self.model, self.adapters, self.cache = model, adapters, cache
         self.hidden: torch.Tensor | None = None
         """The last hidden states of a step, (B, Q, hidden size), where a row is to be embedded."""
@@ -47,8 +47,7 @@ class Forward:
         self.cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
         self.cache.load(step.loads)
         self.cache.begin(step.first, starts.to(device), width, int((starts + width).max()))
-        if self.adapters:
-            self.adapters.select([row.request.adapter for row in step.rows])
+        self.adapters.select(step.rows)
         self._embed = any(row.request.embed for row in step.rows)
         scoring = any(row.request.prompt_logprobs is not None for row in step.rows)
         self._keep = None if scoring or width == 1 else (torch.arange(len(ids), device=device), (counts - 1).to(device))

@@ -48,9 +48,14 @@ def cache_cells(model: Any, memory: int | None = None) -> int:
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
-    if memory is None and model.device.type == "cuda":
-        memory = int(GPU_SHARE * torch.cuda.mem_get_info(model.device)[0])
-    elif memory is None:
-        memory = int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return max(1024, int(memory // per_token))
+    per_token: int = 2 * config.num_hidden_layers * heads * dim * model.dtype.itemsize
+    if memory is None:
+        memory = memory_share(model, CPU_SHARE, GPU_SHARE)
+    return max(1024, memory // per_token)
+
+
+def memory_share(model: Any, cpu: float, gpu: float) -> int:
+    """Bytes: a share of the machine's memory, or of what is free on the model's GPU."""
+    if model.device.type == "cuda":
+        return int(gpu * torch.cuda.mem_get_info(model.device)[0])
+    return int(cpu * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

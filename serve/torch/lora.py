@@ -2,79 +2,212 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from serve.folders import AdapterFolder
 from serve.torch.fused import Part
+
+Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""An adapter in memory: by the name of a linear layer, A (rank, in) and scaling * B^T (rank, out)."""
+
+READING = 16
+"""Reading the weights of a block takes about as long as computing this many rows with them."""
+
+
+class Block(NamedTuple):
+    """Rows of a batch that have one adapter."""
+
+    adapter: Hashable
+    rows: list[int]
+
+
+class Gather(NamedTuple):
+    """Row `source[p]` is computed at place `p`; the result of row `rows[i]` is at place `places[i]`."""
+
+    source: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `batch` rows are computed: in `blocks` blocks of `size` places, block `i` with the weights of slot `i`.
+
+    What is at the places beyond the rows of a block is computed in vain. `gather` is None where rows and places are the
+    same.
+    """
+
+    batch: int
+    blocks: int
+    size: int
+    rank: int
+    gather: Gather | None
+
+    def to(self, device: torch.device) -> Plan:
+        """The same on a device."""
+        return replace(self, gather=self.gather and Gather(*(t.to(device) for t in self.gather)))
 
 
 class MultiLora:
     """Adds `x A^T B^T * scaling` of each row's adapter to the output of every adapted linear layer.
 
-    The A of all adapters are stacked to one (S, in) matrix and the B, with their scaling, to one (S, out), S being the
-    sum of the ranks. So a layer costs two dense matrix products, whatever the mixture:
+    Rows of one adapter are gathered to blocks of one size, and each block has a slot with its adapter's weights, so
+    that a batched matrix product computes them all:
 
-        y += ((x A^T) * mask) B        x: (B, Q, in), mask: (B, 1, S), 1 where the column is of the row's adapter
+        row      0   1   2   3   4        block 0:  1  3      slot 0:  a
+        adapter  b   a   -   a   c        block 1:  0  .      slot 1:  b      y[rows] += (x[gather] A^T B^T)[places]
+                                          block 2:  4  .      slot 2:  c
 
-    What a mask clears adds exact zeros: a row's result does not depend on its neighbours' adapters. It hooks into the
-    layer's output only, so the layer itself may be quantized.
+    A row's result comes from products of its own, whatever its neighbours ask for. Slots are written only where the
+    adapters of a batch change; ranks are padded to the highest in the batch. `model.parts` says which layers of the
+    checkpoint are one now (`serve.torch.fused`): their A stand side by side, and each B in columns of its own. Only
+    outputs of layers are touched, so the layers may be quantized.
     """
 
-    def __init__(self, model: Any, adapters: Mapping[str, AdapterFolder]) -> None:
-        self.names = list(adapters)
-        self._mask: torch.Tensor | None = None
-        ranks = [folder.rank for folder in adapters.values()]
-        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks, dtype=torch.long))
-        columns = owner == torch.arange(-1, len(ranks))[:, None]  # (1 + adapters, S), row 0 being the base
-        self._columns = columns.to(model.device, model.dtype)
-        stacked: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        first = 0
-        for folder, rank in zip(adapters.values(), ranks, strict=True):
-            self._stack(stacked, folder, first, sum(ranks))
-            first += rank
-        for path, (a, b) in stacked.items():
-            part = model.parts.get(path, Part(path, 0, b.shape[1]))
-            layer = model.get_submodule(part.path)
-            device = next((t.device for t in (*layer.parameters(), *layer.buffers())), model.device)
-            down, up = a.T.contiguous().to(device, model.dtype), b.to(device, model.dtype)
-            layer.register_forward_hook(self._hook(down, up, slice(part.first, part.last)))
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._parts: Mapping[str, Part] = model.parts
+        self._layers: dict[str, _Layer] = {}
+        self._rows: list[Hashable] = []
+        self._slots: list[Hashable] = []
+        self._rank = 0
 
-    def select(self, rows: Sequence[str]) -> None:
-        """Name the adapter of each row of the next forward pass; "" is the base."""
-        if any(rows):
-            index = [self.names.index(name) + 1 if name else 0 for name in rows]
-            self._mask = self._columns[index][:, None]
-        else:
-            self._mask = None
+    def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights]) -> None:
+        """Name the adapter of each row of the next forward pass, a key of `pool`; an empty one is the base."""
+        if rows == self._rows:
+            return
+        self._rows = []
+        members: dict[Hashable, list[int]] = {}
+        for row, key in enumerate(rows):
+            if key:
+                members.setdefault(key, []).append(row)
+        running = {key: pool[key] for key in members}
+        plan = self._plan(members, running, len(rows)) if members else None
+        touched = set().union(*running.values())
+        for layer in self._layers.values():
+            layer.follow(None if touched.isdisjoint(layer.parts) else plan)
+        self._rows = list(rows)
 
-    @staticmethod
-    def _stack(
-        stacked: dict[str, tuple[torch.Tensor, torch.Tensor]], folder: AdapterFolder, first: int, total: int
-    ) -> None:
-        with safe_open(folder.path / "adapter_model.safetensors", "pt") as file:
-            names = {n.removeprefix("base_model.model.").removesuffix(".weight"): n for n in file.keys()}  # noqa: SIM118
-            for path, module in folder.modules.items():
-                if path not in stacked:
-                    stacked[path] = torch.zeros(total, module.inputs), torch.zeros(total, module.outputs)
-                a, b = stacked[path]
-                rows = slice(first, first + module.rank)
-                a[rows] = file.get_tensor(names[f"{path}.lora_A"]).float()
-                b[rows] = file.get_tensor(names[f"{path}.lora_B"]).float().T * module.scaling
+    def device(self, name: str) -> torch.device:
+        """Where the weights for a layer of the checkpoint belong."""
+        layer = self._model.get_submodule(self._parts[name].path if name in self._parts else name)
+        found: torch.device = next((t.device for t in (*layer.parameters(), *layer.buffers())), self._model.device)
+        return found
 
-    def _hook(self, a: torch.Tensor, b: torch.Tensor, columns: slice) -> Any:
-        def add(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if self._mask is None:
-                return None
-            x, mask = inputs[0].to(a.dtype), self._mask
-            if x.dim() == 2:  # (B * Q, in), as mixture-of-experts layers flatten it
-                mask = mask.expand(-1, len(x) // len(mask), -1).flatten(0, 1)
-            low = (x @ a) * mask
-            output.flatten(0, -2)[:, columns].addmm_(low.view(-1, b.shape[0]), b)
+    @property
+    def bytes(self) -> int:
+        """The memory that the slots take."""
+        return sum(layer.bytes for layer in self._layers.values())
+
+    def _plan(self, members: Mapping[Hashable, list[int]], running: Mapping[Hashable, Weights], batch: int) -> Plan:
+        size, blocks = arrange(members)
+        rank = max(len(a) for weights in running.values() for a, _ in weights.values())
+        self._hook(running.values())
+        if len(blocks) > len(self._slots) or rank > self._rank:
+            count, self._rank = 1 << (len(blocks) - 1).bit_length(), max(rank, self._rank)
+            self._slots = [None] * max(count, len(self._slots))
+            for layer in self._layers.values():
+                layer.resize(len(self._slots), self._rank)
+        blocks = self._fill(blocks, running)
+        source = [row for block in blocks for row in block.rows + block.rows[:1] * (size - len(block.rows))]
+        if source == list(range(batch)):
+            return Plan(batch, len(blocks), size, rank, None)
+        rows = [row for block in blocks for row in block.rows]
+        places = [size * i + j for i, block in enumerate(blocks) for j in range(len(block.rows))]
+        return Plan(batch, len(blocks), size, rank, Gather(*map(torch.tensor, (source, rows, places))))
+
+    def _hook(self, adapters: Iterable[Weights]) -> None:
+        """Hook into layers that no adapter before had weights for."""
+        for name, (a, b) in ((name, pair) for weights in adapters for name, pair in weights.items()):
+            path = self._parts[name].path if name in self._parts else name
+            if path not in self._layers:
+                parts = {n: p for n, p in self._parts.items() if p.path == path} or {name: Part(path, 0, b.shape[1])}
+                layer = self._layers[path] = _Layer(parts, a)
+                layer.resize(len(self._slots), self._rank)
+                self._model.get_submodule(path).register_forward_hook(layer)
+
+    def _fill(self, blocks: list[Block], running: Mapping[Hashable, Weights]) -> list[Block]:
+        """The blocks in the order of their slots, the first ones. What one of them holds already is not written."""
+        missing: dict[Hashable, list[Block]] = {}
+        for block in blocks:
+            missing.setdefault(block.adapter, []).append(block)
+        held = [missing[key].pop(0) if missing.get(key) else None for key in self._slots[: len(blocks)]]
+        rest = iter([block for left in missing.values() for block in left])
+        placed = [block or next(rest) for block in held]
+        for slot, block in enumerate(placed):
+            if held[slot] is None:
+                self._slots[slot] = None
+                for layer in self._layers.values():
+                    layer.write(slot, running[block.adapter])
+                self._slots[slot] = block.adapter
+        return placed
+
+
+class _Layer:
+    """The slots of one linear layer, (S, R, P, in) and (S, R, P, out) for S slots, ranks up to R and P parts."""
+
+    def __init__(self, parts: Mapping[str, Part], like: torch.Tensor) -> None:
+        self.parts = parts
+        self._outputs = max(part.last for part in parts.values())
+        self._a = like.new_empty(0, 0, len(parts), like.shape[1])
+        self._b = like.new_empty(0, 0, len(parts), self._outputs)
+        self._plan: Plan | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self._a.nbytes + self._b.nbytes
+
+    def resize(self, slots: int, rank: int) -> None:
+        """Make room; all slots are zero afterwards."""
+        self._a = self._a.new_zeros(slots, rank, *self._a.shape[2:])
+        self._b = self._b.new_zeros(slots, rank, *self._b.shape[2:])
+
+    def write(self, slot: int, weights: Weights) -> None:
+        """Put an adapter's weights into a slot, zeros where it has none."""
+        for index, (name, part) in enumerate(self.parts.items()):
+            a, b = self._a[slot, :, index], self._b[slot, :, index, part.first : part.last]
+            rank = 0
+            if name in weights:
+                rank = len(weights[name][0])
+                a[:rank], b[:rank] = weights[name]
+            if rank < len(a):
+                a[rank:], b[rank:] = 0, 0
+
+    def follow(self, plan: Plan | None) -> None:
+        """Compute the next forward passes by `plan`; with None, leave the layer's output as it is."""
+        self._plan = plan and plan.to(self._a.device)
+        if plan is not None:
+            self._a_t = self._a[: plan.blocks, : plan.rank].flatten(1, 2).transpose(1, 2)  # (blocks, in, R * P)
+            self._b_t = self._b[: plan.blocks, : plan.rank].flatten(1, 2)  # (blocks, R * P, out)
+
+    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        """The hook. Inputs and outputs are (B, Q, ...), or (B * Q, ...) as a mixture of experts flattens them."""
+        plan = self._plan
+        if plan is None:
+            return None
+        x = inputs[0].to(self._a.dtype)
+        gather = plan.gather
+        if gather is None:
+            low = x.view(plan.blocks, -1, x.shape[-1]) @ self._a_t
+            output.view(plan.blocks, -1, self._outputs).baddbmm_(low, self._b_t)
             return output
+        x = x.view(plan.batch, -1).index_select(0, gather.source).view(plan.blocks, -1, x.shape[-1])
+        delta = torch.bmm(torch.bmm(x, self._a_t), self._b_t).view(plan.blocks * plan.size, -1)
+        output.view(plan.batch, -1).index_add_(0, gather.rows, delta.index_select(0, gather.places))
+        return output
 
-        return add
+
+def arrange(members: Mapping[Hashable, list[int]]) -> tuple[int, list[Block]]:
+    """The size of the blocks that costs least, and the blocks; `members` are the rows of each adapter."""
+    longest = max(map(len, members.values()))
+    sizes = [longest, *(1 << i for i in range(longest.bit_length()))]
+
+    def cost(size: int) -> int:
+        return sum(-(-len(rows) // size) for rows in members.values()) * (size + READING)
+
+    size = min(sizes, key=cost)
+    return size, [Block(key, rows[i : i + size]) for key, rows in members.items() for i in range(0, len(rows), size)]

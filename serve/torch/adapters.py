@@ -1,0 +1,162 @@
+"""The adapters of an engine: their names, the pool that holds them, and the thread that reads them from disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from safetensors import safe_open
+
+from serve.folders import AdapterFolder, ModelFolder, check_fits, read_adapter
+from serve.generation import Generation
+from serve.torch.lora import MultiLora, Weights
+from serve.torch.pool import Pool, PoolStats
+from suite.errors import SuiteError, near
+
+
+class Adapters:
+    """Adapters by name, as many as there are on disk, with `memory` bytes of them in memory at most.
+
+    A name may be given to another adapter at any time: generations keep the one that they were submitted with, which
+    is `Generation.weights`. `register`, `unregister` and `find` are called with a lock held, `check` in any thread, the
+    rest in the engine's; `wake` is called in a thread of its own when `arrived` becomes true.
+    """
+
+    def __init__(self, model: Any, base: ModelFolder, memory: int, wake: Callable[[], None]) -> None:
+        self.lora = MultiLora(model)
+        self._base, self._dtype, self._wake = base, model.dtype, wake
+        self._itemsize: int = model.dtype.itemsize
+        self._named: dict[str, AdapterFolder] = {}
+        self._retired: list[AdapterFolder] = []
+        self._pool: Pool[Any, Weights, Generation] = Pool(memory, self._size)
+        self._wanted: SimpleQueue[AdapterFolder | None] = SimpleQueue()
+        self._read: deque[tuple[AdapterFolder, Weights | SuiteError]] = deque()
+        self._thread = threading.Thread(target=self._read_all, name="adapters", daemon=True)
+
+    @property
+    def names(self) -> list[str]:
+        """What requests may ask for."""
+        return list(self._named)
+
+    def check(self, path: Path) -> AdapterFolder:
+        """Read a folder's headers; raises SuiteError for an adapter that cannot be served here."""
+        folder = read_adapter(path)
+        check_fits(folder, self._base)
+        if self._size(folder) > self._pool.budget:
+            raise SuiteError(
+                f"this adapter takes {self._size(folder) / 2**20:.0f} MiB of memory, more than the "
+                f"{self._pool.budget / 2**20:.0f} MiB for all of them",
+                where=str(path),
+                hint="give adapters more memory",
+            )
+        return folder
+
+    def register(self, name: str, folder: AdapterFolder) -> None:
+        """Give an adapter that was checked a name; one that had the name before leaves when nobody uses it."""
+        if name in self._named:
+            self._retired.append(self._named[name])
+        self._named[name] = folder
+
+    def unregister(self, name: str) -> None:
+        """Take a name away; raises SuiteError for an unknown one."""
+        self._retired.append(self.find(name))
+        del self._named[name]
+
+    def find(self, name: str) -> AdapterFolder:
+        """The adapter that has this name now; raises SuiteError for an unknown one."""
+        if name not in self._named:
+            raise SuiteError(f"unknown adapter '{name}'", hint=near(name, self._named))
+        return self._named[name]
+
+    def retire(self) -> None:
+        """Let go what lost its name. What was submitted before must be parked."""
+        while self._retired:
+            self._pool.retire(self._retired.pop())
+
+    @property
+    def arrived(self) -> bool:
+        """Whether `admit` has something new to say."""
+        return bool(self._read)
+
+    @property
+    def parked(self) -> list[Generation]:
+        """What waits for its adapter, in order of arrival."""
+        return [generation for generation, _ in self._pool.parked]
+
+    def park(self, generation: Generation) -> None:
+        """Let a generation wait until its adapter is in memory."""
+        self._pool.park(generation, generation.weights)
+
+    def remove(self, generation: Generation) -> bool:
+        """Forget a parked generation; False if it is not parked."""
+        return self._pool.remove(generation)
+
+    def admit(
+        self, running: Callable[[], Iterable[Generation]]
+    ) -> tuple[list[Generation], list[tuple[Generation, SuiteError]]]:
+        """The generations that go on now, and those whose adapter cannot be read, with the reason.
+
+        `running` gives all that went on before and have not ended.
+        """
+        failed: list[tuple[Generation, SuiteError]] = []
+        while self._read:
+            folder, read = self._read.popleft()
+            if isinstance(read, SuiteError):
+                failed += [(generation, read) for generation in self._pool.failed(folder)]
+            else:
+                self._pool.loaded(folder, read)
+        if self._pool.idle:
+            return [], failed
+        go, load = self._pool.admit({generation.weights for generation in running()})
+        for folder in load:
+            self._wanted.put(folder)
+        if load and not self._thread.is_alive():
+            self._thread.start()
+        return go, failed
+
+    def select(self, rows: Sequence[Generation]) -> None:
+        """Say which rows the next forward pass has."""
+        self.lora.select([generation.weights for generation in rows], self._pool.resident)
+
+    def stats(self) -> PoolStats:
+        """How the pool is at the moment."""
+        return self._pool.stats()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._wanted.put(None)
+
+    def _size(self, folder: AdapterFolder) -> int:
+        return folder.parameters * self._itemsize
+
+    def _read_all(self) -> None:
+        while (folder := self._wanted.get()) is not None:
+            read: Weights | SuiteError
+            try:
+                read = self._weights(folder)
+            except SuiteError as error:
+                read = error
+            except Exception as error:
+                read = SuiteError(f"cannot be read: {error}", where=str(folder.path))
+            self._read.append((folder, read))
+            self._wake()
+
+    def _weights(self, folder: AdapterFolder) -> Weights:
+        folder.check_unchanged()
+        # not mapped into memory: a file that is cut off meanwhile would end the process
+        with safe_open(folder.weights, "pt", backend="pread") as file:
+            tensors = {
+                name.removeprefix("base_model.model.").removesuffix(".weight"): t
+                for name, t in file.get_tensors().items()
+            }
+        folder.check_unchanged()
+        weights = {}
+        for name, module in folder.modules.items():
+            a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+            scaled = (b.float() * module.scaling).T.contiguous()
+            weights[name] = tuple(t.to(self.lora.device(name), self._dtype) for t in (a, scaled))
+        return weights
