@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,12 @@ class Served:
     @cached_property
     def dialect(self) -> Dialect:
         """How the chat template writes reasoning and calls."""
-        return Dialect.of(self.chat) if self.chat else Dialect(None, None, takes_tools=False)
+        return _dialect(self.chat)
 
     @cached_property
     def longest_token(self) -> int:
         """No token stands for more characters."""
-        return max(map(len, self.tokenizer.get_vocab()))
+        return _longest_token(self.tokenizer)
 
     @cached_property
     def hidden_in_chat(self) -> frozenset[int]:
@@ -191,6 +191,16 @@ def _served(name: str, adapter: str, folder: Path, model: Path) -> Served:
     except SuiteError as error:
         chat, no_chat = None, error.message
     return Served(name, adapter, tokenizer, chat, no_chat, frozenset(stops), {**DEFAULTS, **sampling})
+
+
+@lru_cache(maxsize=64)  # hundreds of adapters share one tokenizer, and a vocabulary is long
+def _longest_token(tokenizer: Any) -> int:
+    return max(map(len, tokenizer.get_vocab()))
+
+
+@lru_cache(maxsize=64)
+def _dialect(chat: Chat | None) -> Dialect:
+    return Dialect.of(chat) if chat else Dialect(None, None, takes_tools=False)
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
