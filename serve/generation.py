@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
+from serve.torch.pool import PoolStats
+
 from serve.grammar import Grammar
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -106,6 +108,8 @@ class Generation:
         self.weights: Hashable = request.adapter
         """What keys and values depend on beside the tokens: the adapter, in the version that reads this request."""
         self.cached = 0
+        self.row: int | None = None
+        """Where in the cache they are."""
         self.observed = 0
         self.arrival = next(_arrivals)
         self.scores: list[Scored] = []
@@ -170,3 +174,4 @@ class Stats:
     last_failure: str
     last_failure_time: float | None
     """Seconds since the epoch."""
+    adapters: PoolStats

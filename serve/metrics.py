@@ -30,6 +30,18 @@ ENGINE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str
 }
 """Of `serve.generation.Stats`: what it is, and its help."""
 
+ADAPTERS: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str]] = {
+    "resident": (GaugeMetricFamily, "Adapters in memory"),
+    "used": (GaugeMetricFamily, "Bytes of their weights"),
+    "budget": (GaugeMetricFamily, "Bytes that they may have"),
+    "hits": (CounterMetricFamily, "Answers whose adapter was in memory"),
+    "misses": (CounterMetricFamily, "Answers that waited for theirs"),
+    "loads": (CounterMetricFamily, "Adapters read from disk"),
+    "failures": (CounterMetricFamily, "Adapters that could not be read"),
+    "evictions": (CounterMetricFamily, "Adapters that made room for others"),
+}
+"""Of its `adapters`."""
+
 
 class Metrics:
     """Counts exchanges as they end; what the engine does is asked when somebody reads."""
@@ -91,7 +103,5 @@ class _OfEngine(Collector):
         if (stats := self._stats()) is not None:
             for name, (kind, about) in ENGINE.items():
                 yield kind(f"suite_engine_{name}", about, value=getattr(stats, name))
-
-    def describe(self) -> Iterator[Metric]:
-        for name, (kind, about) in ENGINE.items():
-            yield kind(f"suite_engine_{name}", about)
+            for name, (kind, about) in ADAPTERS.items():
+                yield kind(f"suite_adapters_{name}", about, value=getattr(stats.adapters, name))

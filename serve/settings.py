@@ -65,5 +65,6 @@ class Settings(Options):
             max_length=self.max_length,
             cache_memory=self.cache_memory,
             prefix_cache=self.prefix_cache,
+            adapter_memory=self.adapter_memory,
             notify=notify,
         )

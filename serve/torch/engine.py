@@ -175,6 +175,7 @@ class Engine:
             failures=self.failures,
             last_failure=failure,
             last_failure_time=failure_time,
+            adapters=self._adapters.stats(),
         )
 
     def close(self) -> None:
@@ -247,7 +248,6 @@ class Engine:
     def _step(self) -> None:
         step = self.scheduler.schedule()
         try:
-            self._forward.move(self.scheduler.take_moves())
             if step is not None:
                 self._run(step)
         except Exception as error:
