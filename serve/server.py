@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from serve.keys import Key
+from serve.preload import preload
 from serve.settings import Settings
 from suite.errors import SuiteError
 
@@ -38,6 +39,7 @@ def run(
     settings: Settings, sock: socket.socket, ready: Callable[[], None] = lambda: None, keys: Sequence[Key] = ()
 ) -> int:
     """Serve until SIGTERM or SIGINT, then let running requests end. Returns 0, or 2 when loading failed."""
+    preload(settings.model)
     import uvicorn
 
     from serve.draining import Server
