@@ -156,22 +156,22 @@ class Generation:
 class Stats:
     """What an engine does at the moment, and did since its start."""
 
-    running: int
-    waiting: int
-    cells: int
+    running: int = 0
+    waiting: int = 0
+    cells: int = 0
     """Tokens that the cache of running requests may hold, and (`cells_used`) does, padding included."""
-    cells_used: int
-    prefix_cells: int
+    cells_used: int = 0
+    prefix_cells: int = 0
     """Tokens that are kept for requests that begin alike, at most, and (`prefix_cells_used`) now."""
-    prefix_cells_used: int
-    prefix_queries: int
+    prefix_cells_used: int = 0
+    prefix_queries: int = 0
     """Tokens that were looked for among those, and (`prefix_hits`) found."""
-    prefix_hits: int
-    preemptions: int
-    steps: int
-    failures: int
+    prefix_hits: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    failures: int = 0
     """Steps that ended in an exception."""
-    last_failure: str
-    last_failure_time: float | None
+    last_failure: str = ""
+    last_failure_time: float | None = None
     """Seconds since the epoch."""
-    adapters: PoolStats
+    adapters: PoolStats = PoolStats()

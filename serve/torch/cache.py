@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,14 +56,17 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = starts[:, None] + torch.arange(width, device=starts.device)  # (B, Q)
         self._batch = torch.arange(first, self.last, device=starts.device)[:, None]
 
-    def apply(self, moves: Iterable[Move | Copy]) -> None:
-        """Copy rows to rows, and blocks of rows to be kept, in this order."""
-        for _, several in groupby(moves, type):
-            group = list(several)
-            self._copy([copy for copy in group if isinstance(copy, Copy)], keep=True)
-            for move in group:
-                if isinstance(move, Move):
-                    self._move(*move)
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy rows to rows, as if all at once."""
+        if moves:
+            sources, targets, lengths = map(list, zip(*moves, strict=True))
+            for tensor in (*self.keys.values(), *self.values.values()):
+                used = tensor[:, :, : max(lengths)]
+                used[targets] = used[sources]
+
+    def keep(self, copies: Sequence[Copy]) -> None:
+        """Copy blocks of rows, for other rows."""
+        self._copy(copies, keep=True)
 
     def load(self, copies: Sequence[Copy]) -> None:
         """Copy kept blocks into rows, which `fit` made room in."""
@@ -105,13 +107,6 @@ class SlotCache(Cache):  # type: ignore[misc]
     def is_sliding(self) -> list[bool]:
         """No layer forgets: windows are in the masks alone."""
         return [False]
-
-    def _move(self, source: int, target: int, exchange: bool) -> None:
-        for tensor in (*self.keys.values(), *self.values.values()):
-            if exchange:
-                tensor[[source, target]] = tensor[[target, source]]
-            else:
-                tensor[target].copy_(tensor[source])
 
     def _copy(self, copies: Sequence[Copy], keep: bool) -> None:
         if not copies:

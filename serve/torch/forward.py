@@ -10,7 +10,7 @@ import torch
 from serve.generation import Generation
 from serve.torch.adapters import Adapters
 from serve.torch.cache import SlotCache
-from serve.torch.scheduler import Copy, Move, Step
+from serve.torch.scheduler import Step
 
 
 class Forward:
@@ -24,10 +24,6 @@ class Forward:
         self._keep: tuple[torch.Tensor, torch.Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 
-    def move(self, moves: Sequence[Move | Copy]) -> None:
-        """Copy rows of the cache, in this order."""
-        self.cache.apply(moves)
-
     def clear(self) -> None:
         """Give the cache's memory back; all rows are lost."""
         self.cache.clear()
@@ -37,6 +33,8 @@ class Forward:
 
         `running` are all rows that the cache must have room for.
         """
+        self.cache.keep(step.keeps)
+        self.cache.move(step.moves)
         device, width = self.model.device, step.width
         starts = torch.tensor([row.cached for row in step.rows])
         counts = torch.tensor(step.counts)

@@ -7,9 +7,9 @@ read yet follow, so that a step always works on one slice of the cache:
           decode decode decode prefill  prefill  (free)
           └──── decoding ────┘ └ running[3:] ┘
 
-Where a generation leaves or changes sides, rows are copied; `take_moves()` lists what to copy before the next step.
-Whole blocks of what was read are kept for requests that begin alike (see prefix.py): rows are copied to those as soon
-as a part of a prompt is read and when a generation leaves, and from those (`Step.loads`) before a prompt is read.
+Where a generation leaves or changes sides, others take another row; `Step.moves` says what to copy for that. Whole
+blocks of what was read are kept for requests that begin alike (see prefix.py): `Step.keeps` copies them out of rows
+that read a part of a prompt or whose generation left, and `Step.loads` into rows before their prompt is read.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CALM_STEPS = 256
 
 
 class Move(NamedTuple):
-    """Copy row `source` to row `target`; with `exchange` the other way too."""
+    """The first `length` tokens of row `source` go to row `target`."""
 
     source: int
     target: int
-    exchange: bool
+    length: int
 
 
 class Copy(NamedTuple):
@@ -41,15 +41,19 @@ class Copy(NamedTuple):
     place: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """One forward pass over rows `first` to `first + len(rows)`, reading `counts[i]` more tokens of `rows[i]`."""
+    """One forward pass over rows `first` to `first + len(rows)`, reading `counts[i]` more tokens of `rows[i]`.
+
+    Before it blocks are kept, then all moves are made at once, then blocks are loaded.
+    """
 
     first: int
     rows: list[Generation]
     counts: list[int]
     loads: list[Copy] = field(default_factory=list)
-    """Kept blocks to be copied into their rows before."""
+    keeps: list[Copy] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -86,7 +90,7 @@ class Scheduler:
         self.looked_for, self.found = 0, 0
         """Tokens of prompts that kept blocks were looked for, and those that were found."""
         self._limit, self._calm = max_rows, 0
-        self._moves: list[Move | Copy] = []
+        self._keeps: list[Copy] = []
         self._prefilled = False
 
     def add(self, generation: Generation) -> None:
@@ -107,29 +111,29 @@ class Scheduler:
         """
         self.waiting.extendleft(sorted(self.running, key=lambda generation: generation.arrival, reverse=True))
         for generation in self.running:
-            generation.cached = 0
+            generation.cached, generation.row = 0, None
         self.running, self.decoding = [], 0
         self.prefixes.clear()
-        self._moves.clear()
+        self._keeps.clear()
         if limit is not None:
             self._limit, self._calm = max(1, limit), 0
 
     def schedule(self) -> Step | None:
-        """The next step, or None when there is nothing to do. Follow it by `take_moves`, the work, and `advance`."""
+        """The next step, or None when there is nothing to do. Follow it by the work, and `advance`."""
         while len(self.running) > 1 and self._cells(self.running) > self.max_cells:
             self._preempt()
         self._admit()
         prefill_next = len(self.running) > self.decoding and not (self._prefilled and self.decoding)
         self._prefilled = prefill_next
-        if prefill_next:
-            return self._prefill()
-        rows = self.running[: self.decoding]
-        return Step(0, rows, [1] * len(rows)) if rows else None
-
-    def take_moves(self) -> list[Move | Copy]:
-        """What to copy now, in this order: rows to rows, and blocks of rows to be kept. Each is handed out once."""
-        moves, self._moves = self._moves, []
-        return moves
+        if not self.running:
+            return None
+        step = self._prefill() if prefill_next else self._decode()
+        step.keeps, self._keeps = self._keeps, []
+        for row, generation in enumerate(self.running):
+            if generation.row is not None and generation.row != row:
+                step.moves.append(Move(generation.row, row, generation.cached))
+            generation.row = row
+        return step
 
     def advance(self, step: Step) -> list[Generation]:
         """Note that `step` was done; returns the generations that have all tokens read, so that one more is due."""
@@ -140,8 +144,8 @@ class Scheduler:
             if generation.left == 0:
                 ready.append(generation)
         if step.first == self.decoding:  # a prefill step
-            for row in range(step.first, step.first + len(step.rows)):
-                self._keep(row)
+            for generation in step.rows:
+                self._keep(generation)
             for generation in ready:
                 self._swap(self.running.index(generation), self.decoding)
                 self.decoding += 1
@@ -151,6 +155,9 @@ class Scheduler:
     def cells(self) -> int:
         """How much of `max_cells` is in use."""
         return self._cells(self.running) if self.running else 0
+
+    def _decode(self) -> Step:
+        return Step(0, self.running[: self.decoding], [1] * self.decoding)
 
     def _prefill(self) -> Step:
         # rows that were freed brought younger ones to the front; the oldest is always read
@@ -182,10 +189,11 @@ class Scheduler:
         generation.cached = len(places) * size
         return [Copy(row, block, place) for block, place in enumerate(places[known:], known)]
 
-    def _keep(self, row: int) -> None:
-        generation = self.running[row]
+    def _keep(self, generation: Generation) -> None:
+        if generation.row is None:
+            return
         known, places = self.prefixes.keep(generation.weights, generation.tokens[: generation.cached])
-        self._moves += [Copy(row, block, place) for block, place in enumerate(places, known)]
+        self._keeps += [Copy(generation.row, block, place) for block, place in enumerate(places, known)]
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < min(self.max_rows, self._limit):
@@ -205,7 +213,7 @@ class Scheduler:
         row = max(range(len(self.running)), key=lambda i: self.running[i].arrival)
         generation = self.running[row]
         self._free(row)
-        generation.cached = 0
+        generation.cached, generation.row = 0, None
         self.waiting.appendleft(generation)
         self.preemptions += 1
 
@@ -215,20 +223,13 @@ class Scheduler:
 
     def _free(self, row: int) -> None:
         """Close the gap with the last row of each side that `row` leaves."""
-        self._keep(row)
+        self._keep(self.running[row])
         if row < self.decoding:
             self.decoding -= 1
-            self._copy(self.decoding, row)
+            self.running[row] = self.running[self.decoding]
             row = self.decoding
-        self._copy(len(self.running) - 1, row)
+        self.running[row] = self.running[-1]
         self.running.pop()
 
-    def _copy(self, source: int, target: int) -> None:
-        if source != target:
-            self.running[target] = self.running[source]
-            self._moves.append(Move(source, target, False))
-
     def _swap(self, a: int, b: int) -> None:
-        if a != b:
-            self._moves.append(Move(a, b, True))
-            self.running[a], self.running[b] = self.running[b], self.running[a]
+        self.running[a], self.running[b] = self.running[b], self.running[a]

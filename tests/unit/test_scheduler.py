@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve.generation import Generation, Request
 from serve.torch.prefix import Prefixes
-from serve.torch.scheduler import CALM_STEPS, Copy, Scheduler, Step
+from serve.torch.scheduler import CALM_STEPS, Scheduler, Step
 
 BLOCK = 4
 
@@ -42,9 +42,9 @@ class Machine:
 
     def step(self) -> Step | None:
         step = self.scheduler.schedule()
-        self.apply_moves()
         if step is None:
             return None
+        self.copy(step)
         for row, block, place in step.loads:
             self.write(row, block * BLOCK, self.kept[place])
         running = self.scheduler.running
@@ -76,17 +76,12 @@ class Machine:
             self.observed.setdefault(row, []).extend(range(max(row.cached, row.observed), last))
             row.observed = max(row.observed, last)
 
-    def apply_moves(self) -> None:
-        for move in self.scheduler.take_moves():
-            if isinstance(move, Copy):
-                start = move.block * BLOCK
-                self.kept[move.place] = self.rows[move.row][start : start + BLOCK]
-                assert len(self.kept[move.place]) == BLOCK
-                continue
-            source, target = self.rows.get(move.source, []), self.rows.get(move.target, [])
-            self.rows[move.target] = list(source)
-            if move.exchange:
-                self.rows[move.source] = list(target)
+    def copy(self, step: Step) -> None:
+        for row, block, place in step.keeps:
+            self.kept[place] = self.rows[row][block * BLOCK : (block + 1) * BLOCK]
+            assert len(self.kept[place]) == BLOCK
+        for row, cells in [(move.target, self.rows.get(move.source, [])[: move.length]) for move in step.moves]:
+            self.rows[row] = cells
 
     def lose_the_cache(self, limit: int | None) -> None:
         self.scheduler.reset(limit)
@@ -241,7 +236,6 @@ def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], cel
     for request in requests:
         run.scheduler.add(generation(*request))
     while (step := run.scheduler.schedule()) is not None:
-        run.apply_moves()
         running = run.scheduler.running
         longest = -(-max(len(row.tokens) for row in running) // BLOCK) * BLOCK
         assert len(running) == 1 or len(running) * longest <= cells
