@@ -24,16 +24,16 @@ Waiter = TypeVar("Waiter")
 class PoolStats:
     """What a pool holds, and what it did since its start; `used` and `budget` are bytes."""
 
-    resident: int
-    used: int
-    budget: int
-    hits: int
+    resident: int = 0
+    used: int = 0
+    budget: int = 0
+    hits: int = 0
     """Requests that found their adapter in memory."""
-    misses: int
-    loads: int
-    failures: int
+    misses: int = 0
+    loads: int = 0
+    failures: int = 0
     """Loads that failed."""
-    evictions: int
+    evictions: int = 0
 
 
 class Pool(Generic[Key, Value, Waiter]):
