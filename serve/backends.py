@@ -29,7 +29,7 @@ from suite.serving import Precision
 
 BACKENDS: dict[str, str] = {
     "torch": "our own engine: any machine, base and adapters mixed in one batch",
-    "vllm": "",
+    "vllm": "vLLM in an environment of its own: GPUs, and CPUs for tests",
     "lmdeploy": "",
 }
 """What each backend is; empty for one that is known and cannot be used yet."""
@@ -79,17 +79,20 @@ def endpoint(
     backend: str = "torch",
     log: Path | None = None,
     dtype: Precision = "auto",
+    **options: Any,
 ) -> Iterator[Endpoint]:
     """Serve a model and its adapters on a free local port for as long as the block lasts.
 
     The server is forked from this process where torch is imported already and no threads run, which takes a second or
     two off its start; else it is a fresh interpreter. It leads a process group of its own, which is gone after the
-    block, and dies with this process should that be killed. Raises SuiteError when it cannot start, with the last lines
-    of its log.
+    block, and dies with this process should that be killed. `options` are those of `suite.serving`. Raises SuiteError
+    when it cannot start, with the last lines of its log.
     """
     check_backend(backend)
     adapters = {adapter: path.resolve() for adapter, path in (adapters or {}).items()}
-    settings = Settings(model=model.resolve(), adapters=adapters, name=name, dtype=dtype, log="off")
+    settings = Settings(
+        model=model.resolve(), adapters=adapters, name=name, dtype=dtype, log="off", backend=backend, **options
+    )
     settings.check()
     with contextlib.ExitStack() as stack:
         output: Any = stack.enter_context(log.open("a+b") if log else tempfile.TemporaryFile())  # noqa: SIM115

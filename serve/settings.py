@@ -14,7 +14,7 @@ from serve.answers import Engine
 from serve.folders import check_fits, read_adapter, read_model
 from serve.offers import offers
 from suite.errors import SuiteError
-from suite.serving import Options, check_aliases
+from suite.serving import Options, Others, check_aliases
 
 
 class Settings(Options):
@@ -34,7 +34,22 @@ class Settings(Options):
         for path in self.adapters.values():
             check_fits(read_adapter(path), base)
         check_aliases(self.alias, {self.name, *self.adapters, *offered})
+        self._check_engine()
         self._check_tls()
+
+    def _check_engine(self) -> None:
+        if self.backend != "torch":
+            from serve.engines.remote import check
+
+            check(self)
+            return
+        given = [
+            name
+            for name in Others.model_fields
+            if getattr(self, name) != Others.model_fields[name].get_default(call_default_factory=True)
+        ]
+        if given:
+            raise SuiteError("this is for engines of other programs, not for torch", where=given[0])
 
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

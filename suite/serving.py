@@ -51,6 +51,27 @@ class Engine(Config):
     """Whether prompts are not read again as far as they begin like earlier ones."""
     pooling: Literal["mean", "last"] = "mean"
     """How the last hidden states of a text become its embedding: their mean, or those of its last token."""
+    inline_reasoning: bool = False
+    """Leave a model's reasoning in its answers' content, between its marks."""
+
+
+class Others(Config):
+    """engines of other programs"""
+
+    replicas: int = Field(1, ge=1, le=64)
+    """Copies of the engine on this machine, each on GPUs of its own; a request goes to the one with the fewest."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs that hold the model together."""
+    memory: float | None = Field(None, gt=0, le=1)
+    """Share of a GPU's memory that the engine may take; on a CPU, of the machine's for keys and values."""
+    quantization: str = ""
+    """How the weights are packed, where the engine does not see it in the model's files."""
+    env_python: Annotated[str, Beside()] = ""
+    """An interpreter that has the engine, in place of the suite's own environment for it."""
+    probe: bool = True
+    """Whether the engine's answers are compared with our own engine's at the start, of the base and every adapter."""
+    extra: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """More options of the engine's command line, e.g. `enforce-eager=true` or `max-num-batched-tokens=4096`."""
 
 
 class Adapters(Config):
@@ -111,10 +132,10 @@ class Operation(Config):
     """Where a JSON line a request goes, without contents: a file, stderr or off."""
 
 
-GROUPS: tuple[type[Config], ...] = (Engine, Adapters, Access, Limits, Operation)
+GROUPS: tuple[type[Config], ...] = (Engine, Others, Adapters, Access, Limits, Operation)
 
 
-class Options(Operation, Limits, Access, Adapters, Engine):
+class Options(Operation, Limits, Access, Adapters, Others, Engine):
     """All of them."""
 
 

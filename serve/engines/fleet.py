@@ -1,0 +1,257 @@
+"""One model behind the relay: its engine's processes, the adapters they have, and the names that requests may use.
+
+adapters come and go:   an engine that takes them while it runs is told, on every replica
+                        another is drained and started again, one replica after the other, while requests wait
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import aiohttp
+
+from serve.engines.kind import Kind
+from serve.engines.process import EngineProcess, Launch, Patience
+from serve.folders import check_fits, read_adapter, read_model
+from serve.replicas import Replica, Replicas
+from serve.settings import Settings
+from suite.envs import Environment
+from suite.errors import SuiteError
+
+CALM = Patience()
+ANSWER_SECONDS = 5.0
+LOAD_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How the probe and the fleet speak to one replica."""
+
+    session: aiohttp.ClientSession
+    url: str
+
+    async def post(self, path: str, body: Mapping[str, Any], seconds: float = LOAD_SECONDS) -> tuple[int, Any]:
+        """Status and answer: JSON where it is some, else text."""
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        try:
+            async with self.session.post(self.url + path, json=body, timeout=timeout) as answer:
+                is_json = answer.content_type == "application/json"
+                return answer.status, await (answer.json() if is_json else answer.text())
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise SuiteError(f"the engine does not answer {path}: {type(error).__name__} {error}") from None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter that the engine has, under its name `inside` there."""
+
+    inside: str
+    folder: Path
+
+
+Probe = Callable[[Ask, Settings], Awaitable[None]]
+"""Asks a replica what it should know; raises SuiteError with the evidence where it does not."""
+
+
+class Fleet:
+    """Replicas of one engine with the same model and adapters.
+
+    `probe` is asked about each replica before it gets its first request, and about adapters that are added later.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        settings: Settings,
+        environment: Environment,
+        logs: Path,
+        *,
+        probe: Probe | None = None,
+        patience: Patience = CALM,
+    ) -> None:
+        self.kind, self.settings, self.environment = kind, settings, environment
+        self.adapters = {name: Loaded(name, folder) for name, folder in settings.adapters.items()}
+        """By the names that requests use."""
+        self.key = secrets.token_urlsafe(24)
+        self.replicas = Replicas([Replica(f"{kind.name}-{i}") for i in range(settings.replicas)])
+        self._probe = probe
+        self._session: aiohttp.ClientSession | None = None
+        self._refusal: SuiteError | None = None
+        self._versions = 0
+        self.deaths = 0
+        """How often an engine that was ready has died."""
+        self._changing = asyncio.Lock()
+        self._watching: set[asyncio.Task[None]] = set()
+        self.processes = [
+            EngineProcess(
+                partial(self._launch, i),
+                self._answers,
+                logs / f"{replica.name}.log",
+                changed=partial(self._changed, i),
+                patience=patience,
+            )
+            for i, replica in enumerate(self.replicas.members)
+        ]
+        self._probed = [False] * settings.replicas
+
+    async def start(self) -> None:
+        """Start all replicas; returns when the first one is ready.
+
+        Raises SuiteError when one cannot start or fails the probe.
+        """
+        self._session = aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"})
+        for process in self.processes:
+            process.start()
+        members = self.replicas.members
+        await self.replicas.until(lambda: any(m.ready or m.failed for m in members))
+        if any(m.failed for m in members):
+            refused = self._refusal or next(p.error for p in self.processes if p.error)
+            await self.stop()
+            raise refused
+
+    async def stop(self) -> None:
+        """End all processes."""
+        await asyncio.gather(*(process.stop() for process in self.processes))
+        for task in self._watching:
+            task.cancel()
+        if self._session:
+            await self._session.close()
+
+    def inside(self, adapter: str) -> str:
+        """The engine's own name for an adapter, "" being the base."""
+        return self.adapters[adapter].inside if adapter else self.settings.name
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be answered, at once or later."""
+        return not all(member.failed for member in self.replicas.members)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Add an adapter, or replace the one of that name: requests under way end with what they began with.
+
+        Raises SuiteError where it cannot be, and nothing has changed then.
+        """
+        check_fits(read_adapter(folder), read_model(self.settings.model))
+        async with self._changing:
+            if name in self.adapters and self.adapters[name].folder == folder and not self.kind.loads_adapters:
+                return
+            # under a new name inside: what the engine cached for the old one is not taken for the new one's
+            self._versions += 1
+            inside = f"{name}@{self._versions}" if self.kind.loads_adapters and name in self.adapters else name
+            await self._change({**self.adapters, name: Loaded(inside, folder)}, name)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take an adapter away; raises SuiteError where there is none of that name."""
+        async with self._changing:
+            if name not in self.adapters:
+                raise SuiteError(f"there is no adapter '{name}'")
+            await self._change({k: v for k, v in self.adapters.items() if k != name}, name)
+
+    async def _change(self, adapters: dict[str, Loaded], name: str) -> None:
+        before = self.adapters
+        old, new = before.get(name), adapters.get(name)
+        if new is None or not self.kind.loads_adapters:
+            self.adapters = adapters  # nobody finds a name that is about to go
+        try:
+            for index, replica in enumerate(self.replicas.members):
+                if not self.kind.loads_adapters:
+                    await self._restart(index)
+                elif new:
+                    await self._tell(replica, "load", new)
+                if new and self._probe and index == 0:
+                    await self._probe(self._ask(replica), self._with({new.inside: new.folder}))
+        except SuiteError:
+            self.adapters = before
+            await self._undo(new)
+            raise
+        self.adapters = adapters
+        if old and self.kind.loads_adapters:
+            for replica in self.replicas.members:
+                await self._tell(replica, "unload", old)
+
+    async def _undo(self, new: Loaded | None) -> None:
+        for index, replica in enumerate(self.replicas.members):
+            with contextlib.suppress(SuiteError):
+                if not self.kind.loads_adapters:
+                    await self._restart(index)
+                elif new:
+                    await self._tell(replica, "unload", new)
+
+    async def _tell(self, replica: Replica, what: Literal["load", "unload"], adapter: Loaded) -> None:
+        if not replica.ready:  # it will start with the adapters of that moment
+            return
+        body = {"lora_name": adapter.inside, **({"lora_path": str(adapter.folder)} if what == "load" else {})}
+        status, said = await self._ask(replica).post(f"/v1/{what}_lora_adapter", body)
+        if status >= 400:
+            message = said["error"]["message"] if isinstance(said, dict) and "error" in said else said
+            raise SuiteError(f"{self.kind.name} does not {what} '{adapter.inside}': {message}")
+
+    async def _restart(self, index: int) -> None:
+        """Let what is under way end, and start with the adapters of now; other replicas answer meanwhile."""
+        process, replica = self.processes[index], self.replicas.members[index]
+        replica.ready = False
+        await self.replicas.until(lambda: not replica.running)
+        await process.stop()
+        process.start()
+        await self.replicas.until(lambda: replica.ready or bool(replica.failed))
+        if replica.failed:
+            raise SuiteError(replica.failed)
+
+    # processes
+
+    def _ask(self, replica: Replica) -> Ask:
+        assert self._session is not None
+        return Ask(self._session, replica.url)
+
+    def _with(self, adapters: dict[str, Path]) -> Settings:
+        return self.settings.model_copy(update={"adapters": adapters})
+
+    def _launch(self, index: int, port: int) -> Launch:
+        inside = {loaded.inside: loaded.folder for loaded in self.adapters.values()}
+        return self.kind.launch(self._with(inside), self.environment, port, self.key, index)
+
+    async def _answers(self, url: str) -> bool:
+        assert self._session is not None
+        try:
+            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+            async with self._session.get(f"{url}/v1/models", timeout=timeout) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    def _changed(self, index: int) -> None:
+        process, replica = self.processes[index], self.replicas.members[index]
+        replica.url, replica.life = process.url, process.starts
+        replica.failed = str(process.error or "it failed") if process.state == "failed" else ""
+        if process.state == "ready":
+            task = asyncio.create_task(self._admit(index, process.starts))
+            self._watching.add(task)
+            task.add_done_callback(self._watching.discard)
+        else:
+            self.deaths += process.state == "starting" and replica.ready
+            replica.ready = False
+        self.replicas.changed()
+
+    async def _admit(self, index: int, life: int) -> None:
+        """Let a replica that has just come up have requests, once the probe has nothing against it."""
+        process, replica = self.processes[index], self.replicas.members[index]
+        if self._probe and not self._probed[index]:
+            try:
+                await self._probe(self._ask(replica), self.settings)
+            except SuiteError as error:
+                if process.starts == life and process.state == "ready":
+                    self._refusal = error
+                    replica.failed = str(error)
+                    self.replicas.changed()
+                return
+            self._probed[index] = True
+        if process.starts == life and process.state == "ready":
+            replica.ready = True
+            self.replicas.changed()

@@ -1,0 +1,176 @@
+"""One engine as a process: started, watched, started again when it dies, and never left behind.
+
+             ┌────── dies: a pause, longer each time ──────┐
+             v                                             │
+stopped ─> starting ───────── answers ──────────────────> ready ─> draining ─> stopped
+             └─ dies before it ever answered, or again and again ─> failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from suite.errors import SuiteError
+from suite.processes import tail
+
+State = Literal["stopped", "starting", "ready", "draining", "failed"]
+
+ROOT = Path(__file__).parents[2]
+PORT_TAKEN = ("address already in use", "Errno 98", "EADDRINUSE")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long is waited for what, in seconds."""
+
+    start: float = 900.0
+    """Loading: large checkpoints on slow disks, kernels that are compiled."""
+    stop: float = 10.0
+    """From SIGTERM to SIGKILL."""
+    poll: float = 0.2
+    """Between two looks whether it answers."""
+    pause: float = 1.0
+    """Before the first restart; doubled for each one that follows soon."""
+    longest_pause: float = 30.0
+    steady: float = 60.0
+    """Whoever was ready for so long, and dies, starts with a short pause again."""
+    starts: int = 5
+    """Starts in a row, none of them steady, after which it counts as failed."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What to run: the command, and environment variables beside the machine's."""
+
+    command: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+class EngineProcess:
+    """A server of another program on a free local port.
+
+    `launch(port)` is asked before every start, so a restart runs with the settings of that moment. `answers(url)` says
+    whether it takes requests. `changed` is called after each change of `state`. All of it lives in one event loop.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[int], Launch],
+        answers: Callable[[str], Awaitable[bool]],
+        log: Path,
+        *,
+        changed: Callable[[], None] = lambda: None,
+        patience: Patience = Patience(),
+    ) -> None:
+        self.state: State = "stopped"
+        self.url = ""
+        self.starts = 0
+        """How often it was started."""
+        self.error: SuiteError | None = None
+        """Why it failed, with the last lines of its log."""
+        self.log = log
+        self._launch, self._answers, self._changed, self._patience = launch, answers, changed, patience
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; `state` tells how it goes on."""
+        if self.state not in ("stopped", "failed"):
+            raise RuntimeError(f"an engine that is {self.state} cannot be started")
+        self.error = None
+        self._to("starting")
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End it, whatever it does at the moment; it is gone when this returns."""
+        if self._task:
+            self._to("draining")
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        self._to("stopped")
+
+    def _to(self, state: State) -> None:
+        self.state = state
+        self._changed()
+
+    async def _run(self) -> None:
+        try:
+            await self._live()
+        except SuiteError as error:
+            self.error = error
+        except Exception as error:  # a bug here must not look like an engine that starts for ever
+            self.error = SuiteError(f"the engine cannot be watched: {type(error).__name__}: {error}")
+        self._to("failed")
+
+    async def _live(self) -> None:
+        """Start it and start it again, until SuiteError says why that is useless."""
+        patience, restless, was_ready = self._patience, 0, False
+        while True:
+            async with self._process() as process:
+                began = time.monotonic()
+                if await self._until_ready(process):
+                    was_ready = True
+                    self._to("ready")
+                    began = time.monotonic()
+                    await process.wait()
+            self._to("starting")
+            steady = time.monotonic() - began > patience.steady
+            restless = 0 if steady else restless + 1
+            said = tail(self.log)
+            hopeless = not was_ready and not any(sign in said for sign in PORT_TAKEN)
+            if hopeless or restless >= patience.starts:
+                what = "could not start" if hopeless else f"died {restless} times in a row"
+                raise SuiteError(f"the engine {what}; its log ends with:\n{said}", hint=f"log: {self.log}")
+            if was_ready:
+                await asyncio.sleep(min(patience.pause * 2 ** (restless - 1), patience.longest_pause))
+
+    @contextlib.asynccontextmanager
+    async def _process(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Run it for as long as the block lasts; see `serve.engines.guard`."""
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.starts += 1
+        launch = self._launch(port)
+        variables = {**os.environ, **launch.variables, "PYTHONPATH": str(ROOT)}
+        guard = [sys.executable, "-m", "serve.engines.guard", str(self._patience.stop)]
+        with self.log.open("ab") as log:
+            log.write(f"# {' '.join(launch.command)}\n".encode())
+            log.flush()
+            process = await asyncio.create_subprocess_exec(
+                *guard, *launch.command, env=variables, stdin=asyncio.subprocess.PIPE, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield process
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            await asyncio.shield(process.wait())
+
+    async def _until_ready(self, process: asyncio.subprocess.Process) -> bool:
+        deadline = time.monotonic() + self._patience.start
+        while process.returncode is None:
+            if await self._answers(self.url):
+                return True
+            if time.monotonic() > deadline:
+                said = f"was not ready after {self._patience.start:.0f} s; its log ends with:\n{tail(self.log)}"
+                raise SuiteError(f"the engine {said}", hint=f"log: {self.log}")
+            await asyncio.sleep(self._patience.poll)
+        return False
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

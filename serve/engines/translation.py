@@ -1,0 +1,74 @@
+"""Where engines differ from what OpenAI's clients expect, set right on the way; everything else stays as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+from serve.protocol import ApiError
+
+
+class Translation(Protocol):
+    """Where an engine differs from what OpenAI's clients expect."""
+
+    def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a request as the engine wants them; the very same where its bytes are right as they are."""
+
+    def error(self, status: int, body: bytes) -> tuple[int, bytes]:
+        """An answer of 400 and above, in OpenAI's form."""
+
+    def answer(self, fields: Mapping[str, Any], body: bytes) -> bytes:
+        """A whole answer, as OpenAI would have given it."""
+
+    def stream(self, fields: Mapping[str, Any], chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """A streamed one; it may end before the engine does, whose answer is cancelled then."""
+
+
+class AsIs:
+    """For an engine that speaks OpenAI's language; its errors get OpenAI's form where they have another."""
+
+    def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """The request unchanged."""
+        return fields
+
+    def error(self, status: int, body: bytes) -> tuple[int, bytes]:
+        """As `openai_error`."""
+        return openai_error(status, body)
+
+    def answer(self, fields: Mapping[str, Any], body: bytes) -> bytes:  # noqa: ARG002
+        """The answer unchanged."""
+        return body
+
+    def stream(self, fields: Mapping[str, Any], chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:  # noqa: ARG002
+        """The chunks unchanged."""
+        return chunks
+
+
+def openai_error(status: int, body: bytes) -> tuple[int, bytes]:
+    """An error in OpenAI's form: as it is, or made from a flat one, from FastAPI's `detail`, or from plain text.
+
+    What FastAPI calls 422 is 400 with OpenAI.
+    """
+    try:
+        said = json.loads(body)
+    except ValueError:
+        said = body.decode("utf-8", "replace")
+    nested = said.get("error") if isinstance(said, dict) else None
+    if isinstance(nested, dict) and {"message", "type", "param", "code"} <= nested.keys():
+        return status, body
+    status = 400 if status == 422 else status
+    given = nested if isinstance(nested, dict) else said if isinstance(said, dict) else {}
+    kind = str(given.get("type") or ("invalid_request_error" if status < 500 else "server_error"))
+    error = ApiError(status, _message(nested or said), kind=kind, param=given.get("param"), code=given.get("code"))
+    return status, json.dumps(error.body).encode()
+
+
+def _message(said: Any) -> str:
+    if isinstance(said, dict):
+        found = said.get("message") or said.get("detail")
+        if isinstance(found, list) and found and isinstance(found[0], dict):  # FastAPI's validation
+            path = [str(part) for part in found[0].get("loc", ()) if part != "body"]
+            return f"{'.'.join(path)}: {found[0].get('msg', '')}" if path else str(found[0].get("msg", ""))
+        return str(found or json.dumps(said))
+    return str(said) or "the engine gave no reason"

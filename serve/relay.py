@@ -1,0 +1,331 @@
+"""Requests to engines of other programs, relayed as bytes: whatever an engine understands reaches it.
+
+request ──> which replica, by the fewest under way ──> engine ──> its own bytes, as they come
+               └── the engine died, and nothing was sent yet: another one, or the same in its next life
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from serve.engines.fleet import Fleet
+from serve.protocol import ApiError
+from serve.replicas import NoReplica, Replica
+from serve.serving import Serving
+from serve.traffic import Answered, Exchange
+
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank",
+    "/v1/score", "/tokenize", "/detokenize",
+)  # fmt: skip
+"""What is relayed; an engine may have none behind some. Routes that administer an engine are never among them."""
+
+LIVES = 4
+"""Replicas, or lives of one, that a request is tried on."""
+DEATH_SECONDS = 3.0
+"""An answer of 500 waits for so long whether the engine is just dying, which makes it worth another try."""
+CONNECT_SECONDS = 10.0
+KEEP_SECONDS = 4
+"""How long an idle connection is kept: uvicorn, in most engines, closes it after 5."""
+
+OWN_HEADERS = {
+    "host", "authorization", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "trailer",
+    "upgrade", "proxy-authorization", "proxy-connection", "expect", "accept-encoding", "cookie", "origin",
+}  # fmt: skip
+"""Of a request: what belongs to the connection, or is for us."""
+TOLD_HEADERS = ("content-type", "cache-control", "retry-after")
+"""Of an answer: what is passed on."""
+
+
+class Broken(Exception):
+    """The engine's connection broke before anything was sent."""
+
+
+@dataclass
+class Asked:
+    """A request on its way to an engine."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    fields: dict[str, Any]
+    renamed: tuple[bytes, bytes] | None
+    """The engine's name of the model in its answers, and ours, where they differ."""
+    exchange: Exchange
+
+
+class Relay:
+    """An ASGI endpoint for `PATHS`. Clients' keys stay here; the engines have one of their own."""
+
+    def __init__(self, server: Serving, fleet: Fleet) -> None:
+        self._server, self._fleet, self._translation = server, fleet, fleet.kind.translation
+        self._most = server.settings.max_tokens
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Relay one request; a client that goes away takes its request with it. Raises ApiError before the answer."""
+        request = Request(scope, receive)
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return
+        begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        relaying = asyncio.ensure_future(self._relay(request, body, sent))
+        leaving = asyncio.ensure_future(_gone(receive))
+        self._server.groups.add(relaying)
+        try:
+            await asyncio.wait({relaying, leaving}, timeout=self._left(request), return_when=asyncio.FIRST_COMPLETED)
+            if relaying.cancelled():
+                await _end(ApiError(503, "the server is shutting down", kind="server_error"), begun, send)
+            elif relaying.done():
+                relaying.result()
+            elif not leaving.done():
+                relaying.cancel()
+                error = ApiError(504, "the request took longer than this server allows", kind="server_error")
+                await _end(error, begun, send)
+        finally:
+            self._server.groups.discard(relaying)
+            for task in (relaying, leaving):
+                task.cancel()
+            await asyncio.gather(relaying, leaving, return_exceptions=True)
+
+    def _left(self, request: Request) -> float | None:
+        limit = self._server.settings.timeout
+        return None if limit is None else max(0.0, Exchange.of(request).started + limit - time.monotonic())
+
+    async def _relay(self, request: Request, body: bytes, send: Send) -> None:
+        asked = await self._asked(request, body)
+        self._server.admission.check(self._server.ready()[0].load[1])
+        tried: set[tuple[Replica, int]] = set()
+        while True:
+            try:
+                async with self._fleet.replicas.lease(tried) as replica:
+                    life = replica.life
+                    try:
+                        await self._on(replica, asked, send)
+                        return
+                    except Broken as error:
+                        tried.add((replica, life))
+                        if len(tried) >= LIVES:
+                            raise ApiError(502, f"the engine broke off: {error}", kind="server_error") from None
+            except NoReplica as error:
+                raise ApiError(503, str(error), kind="server_error", retry_after=1) from None
+
+    async def _asked(self, request: Request, body: bytes) -> Asked:
+        fields = read_body(request, body)
+        served = await self._server.find(request, fields["model"], _user(fields))
+        inside = self._fleet.inside(served.adapter)
+        wanted = _limited(request.url.path, self._translation.ask(request.url.path, fields), self._most)
+        if inside != fields["model"] or wanted is not fields:
+            body = json.dumps({**wanted, "model": inside}).encode()
+        names = tuple(f'"model":{json.dumps(name)}'.encode() for name in (inside, served.name))
+        path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        headers = {k: v for k, v in request.headers.items() if k not in OWN_HEADERS}
+        headers["authorization"] = f"Bearer {self._fleet.key}"
+        renamed = (names[0], names[1]) if inside != served.name else None
+        return Asked(path, headers, body, fields, renamed, Exchange.of(request))
+
+    async def _on(self, replica: Replica, asked: Asked, send: Send) -> None:
+        """One try; raises Broken while nothing was sent."""
+        life, tally = replica.life, Tally()
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                call = self._connections().post(replica.url + asked.path, data=asked.body, headers=asked.headers)
+                answer = await stack.enter_async_context(call)
+                streamed = answer.content_type == "text/event-stream"
+                chunks = aiter(answer.content.iter_any())
+                body = await anext(chunks, b"") if streamed else await answer.read()
+            except (aiohttp.ClientError, OSError) as error:
+                raise Broken(f"{type(error).__name__} {error}") from None
+            status, told = answer.status, {k: answer.headers[k] for k in TOLD_HEADERS if k in answer.headers}
+            if status >= 500 and await self._dies(replica, life):
+                raise Broken(f"it answered {status}, and ended")
+            if streamed:
+                stream = self._translation.stream(asked.fields, _unbroken(body, chunks))
+                try:
+                    await _send_stream(tally.of(_renamed(stream, asked.renamed)), told, send)
+                finally:
+                    asked.exchange.answers.append(tally.answered())
+                return
+        if status >= 400:
+            status, body = self._translation.error(status, body)
+            told["content-type"] = "application/json"
+        else:
+            body = self._translation.answer(asked.fields, body)
+            tally.feed(body)
+            asked.exchange.answers.append(tally.answered())
+        body = body.replace(*asked.renamed) if asked.renamed else body
+        raw = [(k.encode(), v.encode("latin-1")) for k, v in {**told, "content-length": str(len(body))}.items()]
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _dies(self, replica: Replica, life: int) -> bool:
+        return await self._fleet.replicas.until(lambda: replica.life != life or not replica.ready, DEATH_SECONDS)
+
+    def _connections(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+                auto_decompress=False,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+                read_bufsize=2**20,
+            )
+        return self._session
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._session:
+            await self._session.close()
+
+
+class Tally:
+    """What an answer tells of itself: tokens and end. A model's text is never mistaken for it: its quotes are escaped.
+
+    A stream that was not asked for its usage counts its events, which are tokens in most engines.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._first: float | None = None
+        self._events = 0
+        self._tokens: dict[bytes, int] = {}
+        self._finish = "cancelled"
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of it."""
+        if self._first is None:
+            self._first = time.monotonic() - self._began
+        self._events += chunk.count(b"\ndata: ") + chunk.startswith(b"data: ")
+        if b"_tokens" in chunk:
+            self._tokens |= {kind: int(count) for kind, count in _TOKENS.findall(chunk)}
+        for finish in _FINISH.findall(chunk):
+            self._finish = finish.decode()
+
+    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The same chunks, fed."""
+        async for chunk in chunks:
+            self.feed(chunk)
+            yield chunk
+
+    def answered(self) -> Answered:
+        """The sum of it."""
+        tokens = self._tokens
+        prompt = tokens.get(b"prompt", tokens.get(b"input", 0))
+        new = tokens.get(b"completion", tokens.get(b"output", self._events))
+        return Answered(prompt, new, self._finish, None, self._first, time.monotonic() - self._began)
+
+
+_TOKENS = re.compile(rb'"(prompt|completion|input|output)_tokens":\s*(\d+)')
+_FINISH = re.compile(rb'"finish_reason":\s*"(\w+)"')
+
+LENGTHS = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
+}
+"""Fields that bound an answer; the first is set where a request has none."""
+
+
+def _limited(path: str, fields: dict[str, Any], most: int | None) -> dict[str, Any]:
+    """The fields with `most` new tokens at most; the very same where they ask for no more."""
+    names = LENGTHS.get(path, ())
+    if most is None or not names:
+        return fields
+    given = [name for name in names if fields.get(name) is not None] or names[:1]
+    over = {name: most for name in given if not (isinstance(fields.get(name), int) and fields[name] <= most)}
+    return {**fields, **over} if over else fields
+
+
+def read_body(request: Request, body: bytes) -> dict[str, Any]:
+    """The fields of a request; raises ApiError: 415 or 400 for what is no JSON object with a model's name."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body is no JSON object")
+    if not isinstance(fields.get("model"), str):
+        raise ApiError(400, "model: the name of a model is needed", param="model")
+    return fields
+
+
+def _user(fields: Mapping[str, Any]) -> str | None:
+    user = fields.get("user")
+    return user if isinstance(user, str) else None
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _unbroken(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """All chunks; a connection that breaks among them becomes OpenAI's error, because the status is sent already."""
+    yield first
+    try:
+        async for chunk in rest:
+            yield chunk
+    except (aiohttp.ClientError, OSError) as error:
+        yield _last_words(ApiError(502, f"the engine broke off: {type(error).__name__}", kind="server_error"))
+
+
+def _last_words(error: ApiError) -> bytes:
+    """The end of a stream that cannot go on; it may stand in the middle of an event."""
+    return f"\n\ndata: {json.dumps(error.body)}\n\ndata: [DONE]\n\n".encode()
+
+
+async def _renamed(chunks: AsyncIterator[bytes], names: tuple[bytes, bytes] | None) -> AsyncIterator[bytes]:
+    """With the model's name as ours, which a border between two chunks may cut: then it takes whole events."""
+    kept = b""
+    async for chunk in chunks:
+        if names:
+            whole, end, kept = (kept + chunk).rpartition(b"\n\n")
+            chunk = (whole + end).replace(*names)
+        if chunk:
+            yield chunk
+    if kept:
+        yield kept
+
+
+async def _send_stream(chunks: AsyncIterator[bytes], headers: Mapping[str, str], send: Send) -> None:
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+    async for chunk in chunks:
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _end(error: ApiError, begun: bool, send: Send) -> None:
+    """End an answer early: by its status, or where that is sent, as a stream's last event."""
+    if not begun:
+        raise error
+    await send({"type": "http.response.body", "body": _last_words(error)})
+
+
+def add(app: FastAPI, server: Serving, fleet: Fleet) -> None:
+    """All of `PATHS`."""
+    relay = Relay(server, fleet)
+    app.router.routes += [Route(path, relay, methods=["POST"]) for path in PATHS]

@@ -1,0 +1,94 @@
+"""Which of several equal servers answers a request: of those that are ready, the one with the fewest under way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Replica:
+    """One of them. `life` counts its starts: what failed in an earlier one may be tried again."""
+
+    name: str
+    url: str = ""
+    life: int = 0
+    ready: bool = False
+    failed: str = ""
+    """Why it will not be ready again."""
+    running: int = 0
+    """Requests under way."""
+    served: int = 0
+    """Requests since the beginning."""
+
+
+Tried = Collection[tuple[Replica, int]]
+
+
+class NoReplica(Exception):
+    """None is ready, and none will be, or not soon; the message says why."""
+
+
+class Replicas:
+    """The members and who waits for one. Not thread-safe: all of it lives in one event loop."""
+
+    def __init__(self, members: Sequence[Replica], patience: float = 120.0) -> None:
+        self.members = members
+        self.patience = patience
+        """Seconds that a request waits while none is ready, but one is being started again."""
+        self.waiting = 0
+        """Requests that wait for one."""
+        self._changes = asyncio.Event()
+
+    @property
+    def running(self) -> int:
+        """Requests under way, on all of them."""
+        return sum(member.running for member in self.members)
+
+    def pick(self, tried: Tried = ()) -> Replica | None:
+        """The one for the next request, or None while there is none; those that were `tried` in this life are out."""
+        able = [m for m in self.members if m.ready and (m, m.life) not in tried]
+        return min(able, key=lambda m: (m.running, m.served), default=None)
+
+    def changed(self) -> None:
+        """Call after a member was changed: who waits looks again."""
+        self._changes.set()
+        self._changes = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lease(self, tried: Tried = ()) -> AsyncIterator[Replica]:
+        """The one for the next request, which counts as under way in the block; waits while none is ready."""
+        replica = self.pick(tried) or await self._wait(tried)
+        replica.running += 1
+        replica.served += 1
+        try:
+            yield replica
+        finally:
+            replica.running -= 1
+            if not replica.running:
+                self.changed()
+
+    async def until(self, condition: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until something about the members is so; False when it was not after `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not condition():
+                    await self._changes.wait()
+        return condition()
+
+    async def _wait(self, tried: Tried) -> Replica:
+        self.waiting += 1
+        try:
+            await self.until(lambda: self.pick(tried) is not None or self._hopeless(), self.patience)
+        finally:
+            self.waiting -= 1
+        replica = self.pick(tried)
+        if replica is None:
+            reasons = [member.failed for member in self.members if member.failed]
+            raise NoReplica(reasons[0] if self._hopeless() else "no engine was ready in time")
+        return replica
+
+    def _hopeless(self) -> bool:
+        return all(member.failed for member in self.members)
