@@ -53,15 +53,23 @@ class Answer:
 
     generation: Generation
     text: TextStream
-    watched: bool
-    """Whether each token is pushed into `text` as it comes: for a stream, or where there are stop strings."""
     ended: bool = False
+    _read: int = 0
 
     @property
     def tokens(self) -> list[int]:
         """The new tokens, without the stop token that ended them."""
         new, request = self.generation.new, self.generation.request
         return new[:-1] if self.generation.finish == "stop" and new[-1] in request.stop_ids else new
+
+    def read(self) -> None:
+        """Take into the text what came since the last time; where there are stop strings, the engine's thread does."""
+        if not self.text.stops:
+            came = self.generation.tokens[len(self.generation.request.prompt) + self._read :]
+            self._read += len(came)
+            for token in came:
+                if token not in self.generation.request.stop_ids:
+                    self.text.push(token)
 
     def end(self) -> None:
         """Complete the text; raises ApiError when the engine gave up."""
@@ -71,9 +79,7 @@ class Answer:
             raise ApiError(504, "the answer took longer than this server's limit", kind="server_error", code="timeout")
         if self.generation.finish == "cancelled":
             raise ApiError(503, "the server is shutting down", kind="server_error")
-        if not self.watched:
-            for token in self.tokens:
-                self.text.push(token)
+        self.read()
         self.text.finish()
         self.ended = True
 
@@ -95,6 +101,8 @@ class Group:
                 if not answer.ended:
                     if answer.generation.finish:
                         answer.end()
+                    else:
+                        answer.read()
                     yield index, answer
 
     async def wait(self) -> list[Answer]:
@@ -133,13 +141,12 @@ class Bridge:
         group = Group(answers, cancel)
         try:
             for request, text in requests:
-                watched = stream or bool(text.stops)
-                generation = engine.submit(replace(request, stop=text.push if watched else None))
-                answers.append(Answer(generation, text, watched))
+                generation = engine.submit(replace(request, stop=text.push if text.stops else None))
+                answers.append(Answer(generation, text))
                 self._groups[generation] = (group, stream)
             yield group
         except SuiteError as error:
-            raise ApiError(400, error.message, param="prompt") from None
+            raise ApiError(400, error.message, param=error.where or "prompt") from None
         finally:
             cancel()
             for answer in answers:
