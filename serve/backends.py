@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 from serve.server import listen, run
 from serve.settings import Settings
 from suite.errors import SuiteError, near
-from suite.processes import die_with
+from suite.processes import die_with, importing
 from suite.serving import Precision
 
 BACKENDS: dict[str, str] = {
@@ -159,8 +159,6 @@ def _serve_in_child(settings: Settings, sock: socket.socket, output: BinaryIO, p
 
 
 def _spawned(settings: Settings, sock: socket.socket, output: BinaryIO) -> Child:
-    root = str(Path(__file__).parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-m", "serve", settings.model_dump_json(), str(sock.fileno()), str(os.getpid())],
         stdin=subprocess.DEVNULL,
@@ -168,7 +166,7 @@ def _spawned(settings: Settings, sock: socket.socket, output: BinaryIO) -> Child
         stderr=output,
         pass_fds=[sock.fileno()],
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
+        env={**importing(), "HF_HUB_OFFLINE": "1"},
     )
 
 

@@ -37,9 +37,6 @@ LIVES = 4
 """Replicas, or lives of one, that a request is tried on."""
 DEATH_SECONDS = 3.0
 """An answer of 500 waits for so long whether the engine is just dying, which makes it worth another try."""
-CONNECT_SECONDS = 10.0
-KEEP_SECONDS = 4
-"""How long an idle connection is kept: uvicorn, in most engines, closes it after 5."""
 
 OWN_HEADERS = {
     "host", "authorization", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "trailer",
@@ -73,7 +70,6 @@ class Relay:
     def __init__(self, server: Serving, fleet: Fleet) -> None:
         self._server, self._fleet, self._translation = server, fleet, fleet.kind.translation
         self._most = server.settings.max_tokens
-        self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay one request; a client that goes away takes its request with it. Raises ApiError before the answer."""
@@ -140,7 +136,6 @@ class Relay:
         names = tuple(f'"model":{json.dumps(name)}'.encode() for name in (inside, served.name))
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = {k: v for k, v in request.headers.items() if k not in OWN_HEADERS}
-        headers["authorization"] = f"Bearer {self._fleet.key}"
         renamed = (names[0], names[1]) if inside != served.name else None
         return Asked(path, headers, body, fields, renamed, Exchange.of(request))
 
@@ -149,7 +144,7 @@ class Relay:
         life, tally = replica.life, Tally()
         async with contextlib.AsyncExitStack() as stack:
             try:
-                call = self._connections().post(replica.url + asked.path, data=asked.body, headers=asked.headers)
+                call = self._fleet.session.post(replica.url + asked.path, data=asked.body, headers=asked.headers)
                 answer = await stack.enter_async_context(call)
                 streamed = answer.content_type == "text/event-stream"
                 chunks = aiter(answer.content.iter_any())
@@ -180,22 +175,6 @@ class Relay:
 
     async def _dies(self, replica: Replica, life: int) -> bool:
         return await self._fleet.replicas.until(lambda: replica.life != life or not replica.ready, DEATH_SECONDS)
-
-    def _connections(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-                auto_decompress=False,
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
-                read_bufsize=2**20,
-            )
-        return self._session
-
-    async def close(self) -> None:
-        """Close all connections."""
-        if self._session:
-            await self._session.close()
 
 
 class Tally:

@@ -31,6 +31,12 @@ def foreign() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
+def importing() -> dict[str, str]:
+    """Our environment variables, with which another interpreter finds our packages."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @contextlib.contextmanager
 def group(command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program that is not ours as the leader of a process group, all of which is gone after the block."""

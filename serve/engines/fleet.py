@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import aiohttp
 
@@ -26,6 +26,9 @@ from suite.envs import Environment
 from suite.errors import SuiteError
 
 CALM = Patience()
+CONNECT_SECONDS = 10.0
+KEEP_SECONDS = 4
+"""How long an idle connection is kept: uvicorn, in most engines, closes it after 5."""
 ANSWER_SECONDS = 5.0
 LOAD_SECONDS = 300.0
 
@@ -56,8 +59,14 @@ class Loaded:
     folder: Path
 
 
-Probe = Callable[[Ask, Settings], Awaitable[None]]
-"""Asks a replica what it should know; raises SuiteError with the evidence where it does not."""
+class Probe(Protocol):
+    """Sees to it that the engine answers as it should."""
+
+    async def prepare(self, adapters: Mapping[str, Path]) -> None:
+        """Find out what the right answers are, while the engine does not run yet and all memory is free."""
+
+    async def __call__(self, ask: Ask, adapters: Mapping[str, Loaded]) -> None:
+        """Ask a replica about the base and these adapters; raises SuiteError with the evidence where it is wrong."""
 
 
 class Fleet:
@@ -106,7 +115,16 @@ class Fleet:
 
         Raises SuiteError when one cannot start or fails the probe.
         """
-        self._session = aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"})
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+            headers={"Authorization": f"Bearer {self.key}"},
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            read_bufsize=2**20,
+        )
+        if self._probe:
+            await self._probe.prepare(self.settings.adapters)
         for process in self.processes:
             process.start()
         members = self.replicas.members
@@ -123,6 +141,13 @@ class Fleet:
             task.cancel()
         if self._session:
             await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """Connections to the engines, which know its key."""
+        if self._session is None:
+            raise RuntimeError("the fleet was not started")
+        return self._session
 
     def inside(self, adapter: str) -> str:
         """The engine's own name for an adapter, "" being the base."""
@@ -166,7 +191,7 @@ class Fleet:
                 elif new:
                     await self._tell(replica, "load", new)
                 if new and self._probe and index == 0:
-                    await self._probe(self._ask(replica), self._with({new.inside: new.folder}))
+                    await self._probe(self._ask(replica), {name: new})
         except SuiteError:
             self.adapters = before
             await self._undo(new)
@@ -207,8 +232,7 @@ class Fleet:
     # processes
 
     def _ask(self, replica: Replica) -> Ask:
-        assert self._session is not None
-        return Ask(self._session, replica.url)
+        return Ask(self.session, replica.url)
 
     def _with(self, adapters: dict[str, Path]) -> Settings:
         return self.settings.model_copy(update={"adapters": adapters})
@@ -218,10 +242,9 @@ class Fleet:
         return self.kind.launch(self._with(inside), self.environment, port, self.key, index)
 
     async def _answers(self, url: str) -> bool:
-        assert self._session is not None
         try:
             timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
-            async with self._session.get(f"{url}/v1/models", timeout=timeout) as answer:
+            async with self.session.get(f"{url}/v1/models", timeout=timeout) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
@@ -244,7 +267,7 @@ class Fleet:
         process, replica = self.processes[index], self.replicas.members[index]
         if self._probe and not self._probed[index]:
             try:
-                await self._probe(self._ask(replica), self.settings)
+                await self._probe(self._ask(replica), self.adapters)
             except SuiteError as error:
                 if process.starts == life and process.state == "ready":
                     self._refusal = error

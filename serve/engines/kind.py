@@ -45,6 +45,9 @@ class Kind(Protocol):
     parser: str
     """Python source that makes `parser`, the tool's own of what follows its verb; run in its environment."""
 
+    def precision(self, settings: Settings) -> str:
+        """The dtype that it computes in, as its command line takes it."""
+
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
         """How replica number `replica` is started on that port of the loopback; `key` is what it shall ask for."""
 

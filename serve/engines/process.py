@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import sys
 import time
@@ -20,11 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from suite.errors import SuiteError
-from suite.processes import tail
+from suite.processes import importing, tail
 
 State = Literal["stopped", "starting", "ready", "draining", "failed"]
 
-ROOT = Path(__file__).parents[2]
 PORT_TAKEN = ("address already in use", "Errno 98", "EADDRINUSE")
 
 
@@ -141,7 +139,7 @@ class EngineProcess:
         self.url = f"http://127.0.0.1:{port}"
         self.starts += 1
         launch = self._launch(port)
-        variables = {**os.environ, **launch.variables, "PYTHONPATH": str(ROOT)}
+        variables = {**importing(), **launch.variables}
         guard = [sys.executable, "-m", "serve.engines.guard", str(self._patience.stop)]
         with self.log.open("ab") as log:
             log.write(f"# {' '.join(launch.command)}\n".encode())

@@ -12,6 +12,7 @@ from serve.engines.fleet import Fleet
 from serve.engines.kind import Kind, check_extra, flags
 from serve.engines.vllm import Vllm
 from serve.generation import Generation, Request, Stats
+from serve.probe import ParityProbe
 from serve.settings import Settings
 from suite import envs, store
 from suite.envs import Environment
@@ -40,7 +41,10 @@ def fleet(settings: Settings) -> Fleet:
     """The engine's replicas, not started yet."""
     logs = store.home() / "engines" / "logs" / str(os.getpid())
     logs.mkdir(parents=True, exist_ok=True)
-    return Fleet(KINDS[settings.backend], settings, environment(settings), logs)
+    kind = KINDS[settings.backend]
+    exact = kind.precision(settings) == "float32"
+    probe = ParityProbe(settings.model, settings.name, exact=exact) if settings.probe else None
+    return Fleet(kind, settings, environment(settings), logs, probe=probe)
 
 
 async def start(fleet: Fleet) -> RemoteEngine:

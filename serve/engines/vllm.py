@@ -36,6 +36,12 @@ class Vllm:
         "parser = make_arg_parser(FlexibleArgumentParser())"
     )
 
+    def precision(self, settings: Settings) -> str:
+        """Left to vLLM on a GPU; on a CPU float32, as in our engine, but for packed weights: it has no such kernels."""
+        if settings.dtype != "auto" or envs.device() != "cpu":
+            return settings.dtype
+        return "bfloat16" if quantized.settings(settings.model) else "float32"
+
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
         """`vllm serve`; the key is a variable, so that no other user of the machine can read it from a command line."""
         cpu = envs.device() == "cpu"
@@ -43,7 +49,7 @@ class Vllm:
         command = [
             str(environment.python.with_name("vllm")), "serve", str(settings.model),
             "--served-model-name", settings.name, "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", _dtype(settings, cpu),
+            "--dtype", self.precision(settings),
             "--max-num-seqs", str(settings.max_batch),
             *(["--chat-template", str(template)] if template else []),
             *(["--max-model-len", str(settings.max_length)] if settings.max_length else []),
@@ -56,12 +62,6 @@ class Vllm:
             *flags(settings.extra),
         ]  # fmt: skip
         return Launch(command, _variables(settings, key, replica, cpu))
-
-
-def _dtype(settings: Settings, cpu: bool) -> str:
-    if settings.dtype != "auto" or not cpu:
-        return settings.dtype
-    return "bfloat16" if quantized.settings(settings.model) else "float32"  # its packed kernels have no float32
 
 
 def _lora(settings: Settings) -> list[str]:
