@@ -34,7 +34,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._blocks, self._size = blocks, size
         self._shape = (0, 0)
         self.first, self.last, self.length = 0, 0, 0
-        self.starts = self.positions = self._batch = torch.empty(0, dtype=torch.long)
+        self.starts: int | torch.Tensor = 0
+        self.positions = self._batch = torch.empty(0, dtype=torch.long)
 
     def fit(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens. Where one has to grow, the other shrinks to its need."""
@@ -46,15 +47,15 @@ class SlotCache(Cache):  # type: ignore[misc]
                     kept = tensor[: len(grown), :, : grown.shape[2]]
                     grown[: kept.shape[0], :, : kept.shape[2]] = kept
 
-    def begin(self, first: int, starts: torch.Tensor, width: int, length: int) -> None:
-        """Work on rows `first` and following: row `i` reads `width` tokens from `starts[i]` on. starts: (B,).
-
-        `length` is where the longest of them ends afterwards.
-        """
-        self.first, self.last, self.length = first, first + len(starts), length
-        self.starts = starts
-        self.positions = starts[:, None] + torch.arange(width, device=starts.device)  # (B, Q)
-        self._batch = torch.arange(first, self.last, device=starts.device)[:, None]
+    def begin(self, first: int, starts: Sequence[int], width: int, device: torch.device) -> None:
+        """Work on rows `first` and following: row `i` reads `width` tokens from `starts[i]` on."""
+        self.first, self.last, self.length = first, first + len(starts), max(starts) + width
+        begins = torch.tensor(starts, device=device)
+        self.starts = starts[0] if len({*starts}) == 1 else begins
+        self.positions = begins[:, None]  # (B, Q)
+        if width > 1:
+            self.positions = self.positions + torch.arange(width, device=device)
+        self._batch = torch.arange(first, self.last, device=device)[:, None]
 
     def move(self, moves: Sequence[Move]) -> None:
         """Copy rows to rows, as if all at once."""
@@ -86,13 +87,17 @@ class SlotCache(Cache):  # type: ignore[misc]
         if layer_idx not in self.keys:
             self.keys[layer_idx], self.values[layer_idx] = self._zeros(key_states), self._zeros(value_states)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._batch, :, self.positions] = key_states.transpose(1, 2)
-        values[self._batch, :, self.positions] = value_states.transpose(1, 2)
         rows = slice(self.first, self.last)
+        if isinstance(self.starts, int):
+            keys[rows, :, self.starts : self.length] = key_states
+            values[rows, :, self.starts : self.length] = value_states
+        else:
+            keys[self._batch, :, self.positions] = key_states.transpose(1, 2)
+            values[self._batch, :, self.positions] = value_states.transpose(1, 2)
         return keys[rows, :, : self.length], values[rows, :, : self.length]
 
-    def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor:  # noqa: ARG002
-        """Where each row's new tokens start, (B,): the mask function adds it to the column numbers."""
+    def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # noqa: ARG002
+        """Where each row's new tokens start, (B,), or one number for all: the mask function adds it to the columns."""
         return self.starts
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002

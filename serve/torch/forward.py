@@ -20,6 +20,7 @@ class Forward:
         self.model, self.adapters, self.cache = model, adapters, cache
         self.hidden: torch.Tensor | None = None
         """The last hidden states of a step, (B, Q, hidden size), where a row is to be embedded."""
+        self._device = model.device
         self._embed = False
         self._keep: tuple[torch.Tensor, torch.Tensor] | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
@@ -35,22 +36,24 @@ class Forward:
         """
         self.cache.keep(step.keeps)
         self.cache.move(step.moves)
-        device, width = self.model.device, step.width
-        starts = torch.tensor([row.cached for row in step.rows])
-        counts = torch.tensor(step.counts)
+        device, width = self._device, step.width
         ids = [
             row.tokens[row.cached : row.cached + read] + [0] * (width - read)
             for row, read in zip(step.rows, step.counts, strict=True)
         ]
         self.cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
         self.cache.load(step.loads)
-        self.cache.begin(step.first, starts.to(device), width, int((starts + width).max()))
+        self.cache.begin(step.first, [row.cached for row in step.rows], width, device)
         self.adapters.select(step.rows)
         self._embed = any(row.request.embed for row in step.rows)
         scoring = any(row.request.prompt_logprobs is not None for row in step.rows)
-        self._keep = None if scoring or width == 1 else (torch.arange(len(ids), device=device), (counts - 1).to(device))
-        # padding repeats the last position: models with a position table have none behind max_length
-        positions = torch.minimum(self.cache.positions, (starts + counts - 1).to(device)[:, None])
+        positions, self._keep = self.cache.positions, None
+        if width > 1:
+            last = torch.tensor(step.counts, device=device) - 1
+            if not scoring:
+                self._keep = torch.arange(len(ids), device=device), last
+            # padding repeats the last position: models with a position table have none behind max_length
+            positions = torch.minimum(positions, positions[:, :1] + last[:, None])
         logits: torch.Tensor = self.model(
             input_ids=torch.tensor(ids, device=device),
             position_ids=positions,
