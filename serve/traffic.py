@@ -153,17 +153,20 @@ class Observed:
         asked = Headers(scope=scope).get("x-request-id", "")
         exchange = Exchange(asked if _ID.fullmatch(asked) else uuid.uuid4().hex, scope["method"], time.monotonic())
         scope.setdefault("state", {})["exchange"] = exchange
-        complete = False
+        started = complete = False
 
         async def received() -> Message:
             message = await receive()
-            exchange.gone |= message["type"] == "http.disconnect" and not complete
+            if message["type"] == "http.disconnect" and not complete:
+                exchange.gone = True
+                exchange.status = exchange.status if started else CLIENT_GONE
             return message
 
         async def sent(message: Message) -> None:
-            nonlocal complete
+            nonlocal started, complete
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
+                started = True
+                exchange.status = CLIENT_GONE if exchange.gone else message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = exchange.id
                 if exchange.model:
@@ -183,8 +186,6 @@ class Observed:
             await self.app(scope, received, sent)
         finally:
             self.traffic.running.discard(exchange)
-            if exchange.gone and not complete:
-                exchange.status = CLIENT_GONE
             self._end(exchange, scope)
 
     def _end(self, exchange: Exchange, scope: Scope) -> None:
