@@ -1,0 +1,60 @@
+"""What an answer must be, as a request says it: `response_format`, `structured_outputs` and `tool_choice`."""
+
+from __future__ import annotations
+
+from serve import grammar
+from serve.catalog import Served
+from serve.dialect import HERMES
+from serve.grammar import Constraint
+from serve.protocol import ApiError, Body, ChatBody, JsonFormat, NamedTool, StructuredOutputs
+from suite.errors import SuiteError
+
+_ANY_OBJECT = {"type": "object"}
+
+
+def constraint(body: Body, served: Served, thinking: str = "") -> Constraint | None:
+    """The constraint of `body`, which begins behind the mark `thinking` where the prompt has opened reasoning.
+
+    Raises ApiError 400, naming the field, for what is no grammar or too much work.
+    """
+    try:
+        found = _calls(body, served) if isinstance(body, ChatBody) else None
+        found = found or _format(body.response_format) or _structured(body.structured_outputs)
+    except SuiteError as error:
+        raise ApiError(400, error.message, param=error.where) from None
+    return grammar.after(thinking, found, served.tokenizer) if found and thinking else found
+
+
+def _calls(body: ChatBody, served: Served) -> Constraint | None:
+    if not body.must_call:
+        return None
+    functions = [tool["function"] for tool in body.usable_tools or []]
+    if isinstance(body.tool_choice, NamedTool):
+        functions = [function for function in functions if function["name"] == body.tool_choice.function.name]
+    form = served.dialect.calls or HERMES
+    parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
+    written = (form.first, form.middle, form.between, form.last)
+    return grammar.tool_calls(functions, written, served.tokenizer, "tools", parallel=parallel)
+
+
+def _format(given: JsonFormat | None) -> Constraint | None:
+    if given is None or given.type == "text":
+        return None
+    if given.json_schema is None:
+        return grammar.json_schema(_ANY_OBJECT, "response_format")
+    # OpenAI follows a schema to the letter only where it is strict
+    strict = bool(given.json_schema.strict)
+    return grammar.json_schema(given.json_schema.schema_ or _ANY_OBJECT, "response_format", strict=strict)
+
+
+def _structured(given: StructuredOutputs | None) -> Constraint | None:
+    field = "structured_outputs"
+    if given is None:
+        return None
+    if given.regex is not None:
+        return grammar.regex(given.regex, field)
+    if given.choice is not None:
+        return grammar.choice(given.choice, field)
+    if given.grammar is not None:
+        return grammar.grammar(given.grammar, field)
+    return grammar.json_schema(given.schema_ or _ANY_OBJECT, field)
