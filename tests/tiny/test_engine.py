@@ -93,6 +93,15 @@ def test_adapters_mixed_in_one_batch_are_as_apart(engine: Engine) -> None:
         ("gemma3_text", {"sliding_window": 16}),
         ("phi3", {"sliding_window": 16}),
         ("gpt2", {}),
+        ("qwen2", {}),
+        ("gemma", {}),
+        ("granite", {"attention_multiplier": 0.3, "residual_multiplier": 0.5}),
+        ("stablelm", {}),
+        ("exaone4", {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}),
+        ("gpt_oss", {"num_local_experts": 4, "sliding_window": 16}),
+        ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 256, "attention_chunk_size": 16}),
     ],
 )
 def test_other_architectures(tmp_path: Path, architecture: str, config: dict[str, Any]) -> None:
