@@ -27,7 +27,7 @@ async def read(request: Request, kind: type[B]) -> B:
         raw = await request.body()
     except ClientDisconnect:
         raise ApiError(499, "the client went away") from None
-    return await aside(request, partial(_parsed, kind, raw))
+    return await aside(request, partial(checked, partial(kind.model_validate_json, raw)))
 
 
 async def aside(request: Request, work: Callable[[], T]) -> T:
@@ -35,9 +35,10 @@ async def aside(request: Request, work: Callable[[], T]) -> T:
     return work() if len(await request.body()) <= INLINE else await asyncio.to_thread(work)
 
 
-def _parsed(kind: type[B], raw: bytes) -> B:
+def checked(make: Callable[[], T]) -> T:
+    """What `make` gives; raises ApiError 400 where pydantic refuses it."""
     try:
-        return kind.model_validate_json(raw)
+        return make()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":

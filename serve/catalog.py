@@ -21,7 +21,7 @@ from suite.chat import Chat, load_tokenizer
 from suite.errors import SHOWN, SuiteError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """OpenAI's, where generation_config.json does not ask for sampling of its own."""
 
 Visible = Callable[[str], bool]

@@ -14,13 +14,16 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from serve import relay
 from serve.admission import Admission
 from serve.document import document
+from serve.engines.remote import fleet as open_fleet
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.middleware import ApiKeys, BodyLimit
-from serve.protocol import ApiError, ChatBody, CompletionBody
-from serve.routes import adapters, aliases, completions, state
+from serve.protocol import ApiError, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from serve.responses.protocol import ResponsesBody
+from serve.routes import adapters, aliases, completions, embeddings, responses, state, tokens
 from serve.serving import Serving
 from serve.settings import Settings
 from serve.traffic import OPEN_PATHS, Observed, Observer, RequestLog
@@ -41,7 +44,8 @@ def create_app(
     Its `state.serving` is what a server needs to end it.
     """
     admission = Admission(settings.max_queue)
-    server = Serving(settings, admission)
+    fleet = None if settings.backend == "torch" else open_fleet(settings)
+    server = Serving(settings, admission, fleet=fleet)
     metrics = Metrics(server.stats)
 
     async def load() -> None:
@@ -71,9 +75,12 @@ def create_app(
     _add_errors(app)
     state.add(app, server, metrics)
     adapters.add(app, server, metrics)
-    for routes in (aliases, completions):
+    aliases.add(app, server)
+    if fleet:
+        relay.add(app, server, fleet)
+    for routes in () if fleet else (completions, embeddings, responses, tokens):
         routes.add(app, server)
-    document(app, [ChatBody, CompletionBody])
+    document(app, [ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, ResponsesBody])
     # the last one added is the first one asked
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if keys:

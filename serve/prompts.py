@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
 from serve.answers import Engine
 from serve.calls import CallParser
 from serve.catalog import Served
-from serve.generation import Request, Sampling
-from serve.protocol import ApiError, Body, ChatBody, CompletionBody
+from serve.constraints import constraint
+from serve.dialect import HERMES
+from serve.generation import Pooling, Request, Sampling
+from serve.grammar import Constraint
+from serve.protocol import (
+    ApiError,
+    Body,
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    EmbeddingBody,
+    TokenizeBody,
+    check_ids,
+)
 from serve.reply import ReasoningParser, Reply
 from serve.text import TextStream
 from suite.errors import SuiteError
@@ -15,75 +31,124 @@ Job = tuple[Request, TextStream]
 """A request for the engine, and where its text will gather."""
 
 
-def conversation(body: ChatBody, served: Served, engine: Engine) -> tuple[list[Job], list[Reply]]:
-    """A job and an empty reply for each sample. Raises ApiError 400 for what the model or its template cannot take."""
-    if served.chat is None:
-        raise ApiError(400, f"'{body.model}' cannot chat: {served.no_chat}", param="model")
+def conversation(
+    body: ChatBody, served: Served, engine: Engine, *, inline: bool
+) -> tuple[list[Job], list[Reply], Constraint | None]:
+    """A job and an empty reply for each sample, and what all answers must be.
+
+    `inline` leaves reasoning in the content where the body says nothing of it. Raises ApiError 400 for what the model
+    or its template cannot take.
+    """
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        thinks = body.reasoning_effort != "none"
+        variables = {"reasoning_effort": body.reasoning_effort, "enable_thinking": thinks, **variables}
     tools = body.usable_tools
-    if tools and not served.dialect.takes_tools:
-        raise ApiError(400, f"'{body.model}' cannot use tools: its chat template leaves them out", param="tools")
-    try:
-        text = served.chat.text(
-            [message.plain() for message in body.messages], tools, generate=True, **(body.chat_template_kwargs or {})
-        )
-    except (SuiteError, TypeError, ValueError) as error:
-        raise ApiError(400, str(error), param="messages") from None
-    ids = tokenised(text, served, engine.max_length, "messages", special=False)
+    text = rendered(served, body.messages, tools, variables)
+    ids = tokenised(text, served, "messages", special=False, limit=engine.max_length)
     hidden = served.hidden_beside_tools if tools else served.hidden_in_chat
     top = (body.top_logprobs or 0) if body.logprobs else None
     limit = engine.max_length if body.limit is None else body.limit
     check_length(ids, limit, engine, "messages")
     jobs = [job(body, served, ids, sample, limit, hidden=hidden, logprobs=top) for sample in range(body.samples)]
 
+    marks = served.dialect.reasoning
+    inside = bool(marks and text.rstrip().endswith(marks[0]))
+    form = served.dialect.calls or (HERMES if body.must_call else None)
+
     def reply() -> Reply:
-        marks = served.dialect.reasoning if body.separate_reasoning is not False else None
-        thinking = ReasoningParser(marks, inside=text.rstrip().endswith(marks[0])) if marks else None
+        apart = not inline if body.separate_reasoning is None else body.separate_reasoning
+        thinking = ReasoningParser(marks, inside) if marks and apart else None
         names = {tool["function"]["name"] for tool in tools or []}
-        calling = CallParser(served.dialect.calls, names) if tools and served.dialect.calls else None
+        calling = CallParser(form, names) if tools and form else None
         return Reply(thinking, calling, parallel=body.parallel_tool_calls is not False)
 
-    return jobs, [reply() for _ in range(body.samples)]
+    rule = constraint(body, served, marks[1] if marks and inside else "")
+    return jobs, [reply() for _ in range(body.samples)], rule
 
 
-def completions(body: CompletionBody, served: Served, engine: Engine) -> tuple[list[Job], list[str | None]]:
-    """A job for each sample of each prompt, and the text that each echoes."""
+def completions(
+    body: CompletionBody, served: Served, engine: Engine
+) -> tuple[list[Job], list[str | None], Constraint | None]:
+    """A job for each sample of each prompt, the text that each echoes, and what all answers must be."""
     jobs: list[Job] = []
     echoes: list[str | None] = []
     limit = engine.max_length if body.max_tokens is None else body.max_tokens
     for given in body.prompts:
-        ids = given if isinstance(given, list) else tokenised(given, served, engine.max_length, "prompt")
+        ids = given if isinstance(given, list) else tokenised(given, served, "prompt", limit=engine.max_length)
+        check_length(ids, limit, engine, "prompt")
         echo = None
         if body.echo:
-            try:
-                echo = served.tokenizer.decode(given) if isinstance(given, list) else given
-            except (OverflowError, TypeError) as error:
-                raise ApiError(400, f"unknown token ids: {error}", param="prompt") from None
-        check_length(ids, limit, engine, "prompt")
+            echo = decoded(given, served, "prompt") if isinstance(given, list) else given
         scored = body.logprobs if body.echo else None
         jobs += [
             job(body, served, ids, sample, limit, hidden=served.hidden, logprobs=body.logprobs, prompt_logprobs=scored)
             for sample in range(body.samples)
         ]
         echoes += [echo] * body.samples
-    return jobs, echoes
+    return jobs, echoes, constraint(body, served)
 
 
-def tokenised(text: str, served: Served, limit: int, param: str, *, special: bool = True) -> list[int]:
-    """Token ids of `text`, with `special` ones around it. Raises ApiError 400 for what is no text.
+def embeddings(body: EmbeddingBody, served: Served, engine: Engine, pooling: Pooling) -> list[Job]:
+    """A job for each text."""
+    jobs: list[Job] = []
+    for given in body.inputs:
+        ids = given if isinstance(given, list) else tokenised(given, served, "input", limit=engine.max_length)
+        check_length(ids, 0, engine, "input")
+        jobs.append((Request(prompt=ids, adapter=served.adapter, embed=pooling), TextStream(served.tokenizer)))
+    return jobs
+
+
+def tokens(body: TokenizeBody, served: Served) -> list[int]:
+    """The token ids of a prompt, or of a conversation."""
+    if body.messages is None:
+        return tokenised(body.prompt or "", served, "prompt", special=body.add_special_tokens is not False)
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or []]
+    text = rendered(served, body.messages, tools, body.chat_template_kwargs or {}, generate=body.add_generation_prompt)
+    return tokenised(text, served, "messages", special=bool(body.add_special_tokens))
+
+
+def rendered(
+    served: Served,
+    messages: Sequence[ChatMessage],
+    tools: list[dict[str, Any]] | None,
+    variables: dict[str, Any],
+    *,
+    generate: bool = True,
+) -> str:
+    """A conversation as the model reads it; `generate` opens the answer. Raises ApiError 400."""
+    if served.chat is None:
+        raise ApiError(400, f"'{served.name}' cannot chat: {served.no_chat}", param="model")
+    if tools and not served.dialect.takes_tools:
+        raise ApiError(400, f"'{served.name}' cannot use tools: its chat template leaves them out", param="tools")
+    # a client must not bring a template of its own, nor steer how this one is applied
+    reserved = {*inspect.signature(served.tokenizer.apply_chat_template).parameters, "messages", "generate"}
+    if taken := reserved & variables.keys():
+        raise ApiError(400, f"'{min(taken)}' is no variable of a chat template", param="chat_template_kwargs")
+    try:
+        return served.chat.text([message.plain() for message in messages], tools, generate, **variables)
+    except SuiteError as error:
+        raise ApiError(400, error.message, param="messages") from None
+
+
+def tokenised(text: str, served: Served, param: str, *, special: bool = True, limit: int | None = None) -> list[int]:
+    """Token ids of `text`, with `special` ones around it. Raises ApiError 400.
 
     What cannot have so few tokens as `limit` is refused without counting them.
     """
-    if len(text) > limit * served.longest_token:
+    if limit is not None and len(text) > limit * served.longest_token:
         raise overflow(f"at least {len(text) // served.longest_token}", limit, param)
-    try:
-        ids = list(served.tokenizer(text, add_special_tokens=special)["input_ids"])
-    except (TypeError, ValueError) as error:  # half a surrogate pair is a string in JSON, and no text
-        raise ApiError(400, f"the prompt cannot be tokenised: {error}", param=param) from None
-    return ids
+    return list(served.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def decoded(ids: list[int], served: Served, param: str) -> str:
+    """The text of token ids; raises ApiError 400 for numbers that are none."""
+    check_ids(ids, param)
+    return str(served.tokenizer.decode(ids))
 
 
 def check_length(ids: list[int], new: int, engine: Engine, param: str) -> None:
-    """Raise ApiError 400 for a prompt that leaves no place for one token of `new` ones."""
+    """Raise ApiError 400 for a prompt that leaves no place for one of `new` tokens."""
     if len(ids) + (new > 0) > engine.max_length:
         raise overflow(str(len(ids)), engine.max_length, param)
 
@@ -106,6 +171,8 @@ def job(
     prompt_logprobs: int | None = None,
 ) -> Job:
     """The request for sample number `sample` of a body."""
+    if (body.min_tokens or 0) > limit:
+        raise ApiError(400, f"min_tokens is more than the {limit} tokens that may be generated", param="min_tokens")
     given = {key: getattr(body, key) for key in served.sampling if getattr(body, key) is not None}
     # the samples of one seed differ from each other, and are the same every time
     seed = None if body.seed is None else body.seed + sample
@@ -113,9 +180,16 @@ def job(
         prompt=ids,
         adapter=served.adapter,
         max_tokens=limit,
-        sampling=Sampling(**{**served.sampling, **given}, seed=seed),
+        sampling=Sampling(
+            **{**served.sampling, **given},
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=body.logit_bias or {},
+            seed=seed,
+        ),
         stop_ids=frozenset() if body.ignore_eos else served.stops,
+        min_tokens=body.min_tokens or 0,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-    return request, TextStream(served.tokenizer, body.stops, hidden)
+    return request, TextStream(served.tokenizer, body.stops, hidden, body.min_tokens or 0)

@@ -7,19 +7,30 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from starlette.requests import Request as HttpRequest
 
 from serve.admission import Admission
 from serve.answers import Bridge, Engine, Group
 from serve.catalog import Catalog, Served
+from serve.engines.fleet import Fleet
+from serve.engines.remote import start
 from serve.generation import Request, Stats
+from serve.grammar import Constraint, Grammars
 from serve.offers import offers
 from serve.protocol import ApiError
 from serve.settings import Settings
 from serve.text import TextStream
 from serve.traffic import Answered, Exchange, Traffic
+from suite.errors import SuiteError
+
+
+class Cancellable(Protocol):
+    """Something that runs."""
+
+    def cancel(self) -> object:
+        """End it early."""
 
 
 @dataclass
@@ -33,7 +44,10 @@ class Serving:
     catalog: Catalog | None = None
     bridge: Bridge | None = None
     problem: str = ""
-    groups: set[Group] = field(default_factory=set)
+    grammars: Grammars = field(default_factory=Grammars)
+    fleet: Fleet | None = None
+    """The engine, where it is another program's."""
+    groups: set[Cancellable] = field(default_factory=set)
     """What runs at the moment."""
 
     async def load(self) -> None:
@@ -44,7 +58,10 @@ class Serving:
         self.catalog = await asyncio.to_thread(
             Catalog, given.model, given.adapters, given.name, offered, given.alias, self._register
         )
-        self.engine = await asyncio.to_thread(given.start_engine, self.bridge.notify)
+        if self.fleet:
+            self.engine = await start(self.fleet)
+        else:
+            self.engine = await asyncio.to_thread(given.start_engine, self.bridge.notify)
 
     def stats(self) -> Stats | None:
         """What the engine does; None while loading."""
@@ -74,6 +91,19 @@ class Serving:
         exchange = Exchange.of(request)
         exchange.model, exchange.adapter, exchange.alias = found.name, found.adapter, name if name != found.name else ""
         return found
+
+    async def constrain(
+        self, jobs: Sequence[tuple[Request, TextStream]], constraint: Constraint | None, served: Served
+    ) -> list[tuple[Request, TextStream]]:
+        """The jobs of one request, bound to its `constraint`; raises ApiError 400 where that cannot be kept to."""
+        if constraint is None:
+            return [*jobs]
+        hidden = frozenset(jobs[0][1].hidden)
+        try:
+            grammar = await self.grammars.compile(constraint, served.tokenizer, served.stops, hidden)
+        except SuiteError as error:
+            raise ApiError(400, error.message, param=error.where) from None
+        return [(replace(request, grammar=grammar), text) for request, text in jobs]
 
     @contextlib.contextmanager
     def open(

@@ -22,7 +22,7 @@ Events = AsyncIterator[Mapping[str, Any]]
 
 
 class EventStream(Response):
-    """Sends `events(group)`, then [DONE]. The requests are submitted when it is made, so their errors are answers."""
+    """Sends `lines(group)`. The requests are submitted when it is made, so that their errors are answers."""
 
     media_type = "text/event-stream"
 
@@ -30,9 +30,9 @@ class EventStream(Response):
         self,
         context: contextlib.AbstractContextManager[Group],
         request: Request,
-        events: Callable[[Group], Events],
+        lines: Callable[[Group], AsyncIterator[bytes]],
     ) -> None:
-        self._request, self._events = request, events
+        self._request, self._lines = request, lines
         self._stack = contextlib.ExitStack()
         self._group = self._stack.enter_context(context)
         self.status_code = 200
@@ -44,12 +44,9 @@ class EventStream(Response):
         with self._stack:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with cancelled_when_gone(self._request, self._group):
-                try:
-                    async for body in self._events(self._group):
-                        await send({"type": "http.response.body", "body": forms.event(body), "more_body": True})
-                except ApiError as error:  # the status is sent already
-                    await send({"type": "http.response.body", "body": forms.event(error.body), "more_body": True})
-                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+                async for line in self._lines(self._group):
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
 
 
 @contextlib.asynccontextmanager
@@ -68,8 +65,26 @@ async def cancelled_when_gone(request: Request, group: Group) -> AsyncIterator[N
         watching.cancel()
 
 
-async def chat_events(group: Group, body: ChatBody, replies: Sequence[Reply]) -> Events:
-    """Chunks of a chat completion."""
+def chat_lines(group: Group, body: ChatBody, replies: Sequence[Reply]) -> AsyncIterator[bytes]:
+    """A chat completion as server-sent events."""
+    return _lines(_chat_events(group, body, replies))
+
+
+def completion_lines(group: Group, body: CompletionBody, echoes: Sequence[str | None]) -> AsyncIterator[bytes]:
+    """A text completion as server-sent events; an echo comes with the first."""
+    return _lines(_completion_events(group, body, echoes))
+
+
+async def _lines(events: Events) -> AsyncIterator[bytes]:
+    try:
+        async for body in events:
+            yield forms.event(body)
+    except ApiError as error:  # the status is sent already
+        yield forms.event(error.body)
+    yield b"data: [DONE]\n\n"
+
+
+async def _chat_events(group: Group, body: ChatBody, replies: Sequence[Reply]) -> Events:
     head = _head("chatcmpl", "chat.completion.chunk", body)
     for index in range(len(group.answers)):
         choice: shapes.ChunkChoice = {
@@ -97,8 +112,7 @@ async def chat_events(group: Group, body: ChatBody, replies: Sequence[Reply]) ->
         yield last
 
 
-async def completion_events(group: Group, body: CompletionBody, echoes: Sequence[str | None]) -> Events:
-    """Chunks of a text completion; an echo comes with the first."""
+async def _completion_events(group: Group, body: CompletionBody, echoes: Sequence[str | None]) -> Events:
     head = _head("cmpl", "text_completion", body)
     told = [0] * len(group.answers)
     lengths = [0] * len(group.answers)

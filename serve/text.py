@@ -13,11 +13,15 @@ CONTEXT = 8
 class TextStream:
     """The text of one answer. `push` tokens in one thread, `take` what may be shown in another.
 
-    `hidden` tokens have no text. A stop string may lie across any token borders; the text ends before it.
+    `hidden` tokens have no text. A stop string may lie across any token borders; the text ends before it, but not
+    with one of the first `min_tokens` tokens.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), hidden: Collection[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: Sequence[str] = (), hidden: Collection[int] = (), min_tokens: int = 0
+    ) -> None:
         self.tokenizer, self.stops, self.hidden = tokenizer, [stop for stop in stops if stop], hidden
+        self._early = min_tokens
         self.text = ""
         self.stopped = False
         self._ids: list[int] = []
@@ -29,6 +33,7 @@ class TextStream:
         if token not in self.hidden and not self.stopped:
             self._ids.append(token)
             self._extend(final=False)
+        self._early = max(0, self._early - 1)
         return self.stopped
 
     def finish(self) -> None:
@@ -57,7 +62,7 @@ class TextStream:
         start = len(self.text)
         text = self.text + new
         places = ((text.find(stop, max(0, start - len(stop) + 1)), len(stop)) for stop in self.stops)
-        found = [(at + length, at) for at, length in places if at >= 0]
+        found = [(at + length, at) for at, length in places if at >= 0 and not self._early]
         # the one that is complete first, or the answer would depend on where its tokens begin
         self.text = text[: min(found)[1]] if found else text
         self.stopped = bool(found)
