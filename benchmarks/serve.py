@@ -1,158 +1,253 @@
-"""How fast one server answers many chats, beside `transformers.generate` on the same model in the same run.
+"""Our server beside those that a person would use instead, over HTTP, in one run in which all take turns.
 
-    python benchmarks/serve.py [--quick] [--json] [--model FOLDER]
+    python benchmarks/serve.py [--quick] [--json] [--models nano,8m] [--rounds 5]
+        [--peers swift=PYTHON,llamafactory=PYTHON,vllm=PYTHON,transformers=PYTHON]
 
-Everything is asked over HTTP, as a client would. Rates are new tokens per second, medians over interleaved rounds.
+Each peer is named with the interpreter of the environment in which it is installed; rows of absent ones are left out.
+Models are copies that never end a turn, so that every answer has 64 tokens with any server; answers are counted by the
+servers' own usage. Rates are new tokens per second. Figures are medians over the rounds, with the lowest and highest;
+a first round only warms up. Servers that are not asked are stopped for that time.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import json
 import logging
 import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import httpx
+from benchmarks import asking, peers, shapes
+from benchmarks.peers import PeerError, Server, Setting, running
 
-from serve.backends import Endpoint, endpoint
+CHATS = 64
+EIGHT = [f"a{number}" for number in range(8)]
+MANY = 500
+ONE_BY_ONE = ("llamafactory", "swift adapters", "generate")
+"""They answer one request after the other: 16 chats tell their rate as well as 64, sooner."""
 
-NANO = Path(__file__).parents[1] / "examples/nano/model"
-NEW = 64
-
-
-def question(number: int) -> list[dict[str, str]]:
-    """A short conversation; no two are the same."""
-    return [{"role": "user", "content": f"What is {number} plus {number * 7 % 100}? Then say who you are."}]
-
-
-def chats(server: Endpoint, count: int, models: list[str]) -> float:
-    """Tokens per second of `count` chats sent at once, `models` taking turns."""
-
-    async def ask() -> float:
-        limits = httpx.Limits(max_connections=count)
-        async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as client:
-            bodies = [
-                {
-                    "model": models[i % len(models)],
-                    "messages": question(i),
-                    "max_tokens": NEW,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                }
-                for i in range(count)
-            ]
-            started = time.perf_counter()
-            answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
-            seconds = time.perf_counter() - started
-        tokens = sum(answer.raise_for_status().json()["usage"]["completion_tokens"] for answer in answers)
-        return float(tokens / seconds)
-
-    return asyncio.run(ask())
+GOALS = {"swift": 2.0, "llamafactory": 10.0, "transformers": 2.0, "vllm": 1.2, "generate": 8.0}
+"""How many times the rate of each ours should be, for the base alone."""
+MIXED_GOALS = {"vllm": 2.5, "swift adapters": 20.0}
 
 
-def one_after_the_other(model: Any, tokenizer: Any, count: int) -> float:
-    """Tokens per second of `count` chats through `generate`, each alone."""
-    started = time.perf_counter()
-    for number in range(count):
-        prompt = tokenizer.apply_chat_template(
-            question(number), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        model.generate(**prompt, max_new_tokens=NEW, min_new_tokens=NEW, max_length=None, do_sample=False)
-    return count * NEW / (time.perf_counter() - started)
+@dataclass
+class Figures:
+    """What was measured of one thing in each round."""
+
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Of all rounds."""
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> list[float]:
+        """The lowest and the highest."""
+        return [_rounded(min(self.values)), _rounded(max(self.values))]
 
 
-def make_adapter(model: Any, folder: Path, seed: int) -> Path:
-    """A LoRA of rank 8 on every linear layer, with random weights: its speed does not depend on them."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
-    adapted.save_pretrained(folder)
-    adapted.unload()
-    return folder
+Measured = dict[tuple[str, str], Figures]
+"""By server and what was measured."""
 
 
-def interleaved(rounds: int, measures: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """The median of each measure over rounds that take them in turn; a first round only warms up."""
-    values: dict[str, list[float]] = {name: [] for name in measures}
-    for number in range(rounds + 1):
-        for name, measure in measures.items():
-            value = measure()
-            if number:
-                values[name].append(value)
-    return {name: statistics.median(found) for name, found in values.items()}
+@dataclass
+class Run:
+    """All servers of one model, and what was measured of them."""
+
+    setting: Setting
+    pythons: Mapping[str, Path]
+    rounds: int
+    found: Measured = field(default_factory=dict)
+    servers: dict[str, Server] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    """Why a server is not measured."""
+
+    def note(self, server: str, what: str, value: float) -> None:
+        """Keep a value."""
+        self.found.setdefault((server, what), Figures()).values.append(value)
+
+    def commands(self) -> dict[str, peers.Command]:
+        """How to start each server: ours with 8 adapters and with 500, and those of the peers."""
+        many = peers.suite(Path(), Setting(self.setting.model, self.setting.kind, {}, self.setting.scratch))
+        many.words.extend(["--lora-dir", str(self.setting.scratch / "many")])
+        many.words.extend(["--adapter-memory", f"{shapes.MANY_MEMORY >> 20}MiB"])
+        found = {"suite": peers.suite(Path(), self.setting), "suite 500": many}
+        alone = Setting(self.setting.model, self.setting.kind, {}, self.setting.scratch)
+        for name, python in self.pythons.items():
+            mixes = name in peers.MIXES
+            found[name] = peers.PEERS[name](python, self.setting if mixes else alone)
+            if name == "swift":
+                found["swift adapters"] = peers.swift(python, self.setting)
+        return found
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """All servers, each started while the others stand still; twice, as the first time may read from the disk."""
+        with contextlib.ExitStack() as stack:
+            for name, command in self.commands().items():
+                try:
+                    if self.pythons:
+                        with running(name, command, self.setting.scratch):
+                            pass
+                    server = stack.enter_context(running(name, command, self.setting.scratch))
+                except PeerError as error:
+                    self.absent[name] = str(error)
+                    continue
+                self.note(name, "ready", server.ready)
+                server.freeze()
+                stack.callback(server.thaw)
+                self.servers[name] = server
+            yield
+
+    def measure(self, server: str, what: str, work: Callable[[Server], float | dict[str, float]], keep: bool) -> None:
+        """Let one server work; where it fails it is not asked again."""
+        if server not in self.servers or server in self.absent:
+            return
+        running_one = self.servers[server]
+        running_one.thaw()
+        try:
+            value = work(running_one)
+        except asking.FAILURES as error:
+            self.absent[server] = f"{what}: {type(error).__name__}: {error}"[:300]
+            return
+        finally:
+            running_one.freeze()
+        for name, number in (value if isinstance(value, dict) else {what: value}).items():
+            if keep:
+                self.note(server, name, number)
+
+    def all(self) -> None:
+        """Every measure of every server, round after round."""
+        zipf = asking.Zipf(MANY)
+        for number in range(self.rounds + 1):
+            for name in self.servers:
+                count = 16 if name in ONE_BY_ONE else CHATS
+                base = self.servers[name].base
+                tell = number > 0
+                if name == "suite 500":
+                    self.measure(name, "zipf", lambda s: asking.chats(s, zipf.draw(CHATS, number)), tell)  # noqa: B023
+                    continue
+                if name != "swift adapters":
+                    self.measure(name, "base", lambda s: asking.chats(s, [base] * count), tell)  # noqa: B023
+                    self.measure(name, "one", asking.one, tell)
+                if name in ("suite", "swift adapters", *peers.MIXES):
+                    for size in (2, 8):
+                        names = [base, *EIGHT[:size]]
+                        self.measure(name, f"mixed {size}", lambda s: asking.chats(s, asking.turns(names, count)), tell)  # noqa: B023
+        for name, server in self.servers.items():
+            server.thaw()
+            self.note(name, "memory", server.memory())
+            server.freeze()
 
 
-def row(measure: str, ours: float, theirs: float, goal: float) -> dict[str, Any]:
-    """One line of the result; `ratio` is ours / theirs."""
-    ratio = ours / theirs
+def rows(run: Run) -> Iterator[dict[str, Any]]:
+    """What the figures mean."""
+    others = [name for name in (*run.servers, "generate") if not name.startswith("suite")]
+    ours = run.found
+
+    def against(what: str, theirs: str, their_what: str, goal: float, unit: str, text: str) -> Iterator[dict[str, Any]]:
+        own, other = ours.get(("suite", what)), ours.get((theirs, their_what))
+        if own and other:
+            yield row(text, own, other, unit, goal)
+
+    for name in others:
+        yield from against("base", name, "base", GOALS.get(name, 1), "tokens/s", f"64 chats, base, to {name}")
+    for size in (2, 8):
+        text = f"64 chats, base and {size} adapters mixed, to"
+        yield from against(f"mixed {size}", "suite", "base", 0.85, "tokens/s", f"{text} base alone")
+        for name, goal in MIXED_GOALS.items():
+            yield from against(f"mixed {size}", name, f"mixed {size}", goal, "tokens/s", f"{text} {name}")
+    if ("suite 500", "zipf") in ours and ("suite", "mixed 8") in ours:
+        text = "64 chats, 500 adapters on disk, Zipf, to 8 adapters"
+        yield row(text, ours["suite 500", "zipf"], ours["suite", "mixed 8"], "tokens/s", 0.7)
+        limit = ours["suite", "memory"].median + shapes.MANY_MEMORY / 2**20
+        text = "memory with 500 adapters on disk, to that with 8 and the limit of the pool"
+        yield row(text, ours["suite 500", "memory"], Figures([limit]), "MiB", 1, least=True)
+    for name in others:
+        yield from _lower(run, name)
+    if starts := {name: ours[name, "ready"] for name in others if (name, "ready") in ours}:
+        fastest = min(starts, key=lambda name: starts[name].median)
+        text = f"start to first answer, to the fastest ({fastest})"
+        yield row(text, ours["suite", "ready"], starts[fastest], "s", 0.5, least=True)
+    for name, why in run.absent.items():
+        yield {"measure": name, "note": f"not measured: {why}"}
+
+
+def _lower(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    texts = {
+        "first": ("1 chat, time to first token", "ms"), "token": ("1 chat, time per token", "ms"),
+        "memory": ("memory of all processes", "MiB"),
+    }  # fmt: skip
+    for what, (text, unit) in texts.items():
+        if (name, what) in run.found and ("suite", what) in run.found:
+            yield row(f"{text}, to {name}", run.found["suite", what], run.found[name, what], unit, 1, least=True)
+
+
+def row(text: str, ours: Figures, theirs: Figures, unit: str, goal: float, *, least: bool = False) -> dict[str, Any]:
+    """One line; `ratio` is ours / theirs, and `goal` the smallest that is good enough, or the largest with `least`."""
+    ratio = ours.median / theirs.median
     return {
-        "measure": measure,
-        "ours": round(ours, 1),
-        "theirs": round(theirs, 1),
-        "unit": "tokens/s",
-        "ratio": round(ratio, 2),
-        "goal": goal,
-        "met": ratio >= goal,
-    }
+        "measure": text, "ours": _rounded(ours.median), "theirs": _rounded(theirs.median), "unit": unit,
+        "ratio": _rounded(ratio), "goal": goal, "met": ratio <= goal if least else ratio >= goal,
+        "ours_spread": ours.spread, "theirs_spread": theirs.spread,
+    }  # fmt: skip
 
 
-def run(folder: Path, rounds: int, sequential: int) -> list[dict[str, Any]]:
-    """All rows."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}") if abs(value) < 1000 else round(value)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        adapters = {name: make_adapter(model, Path(scratch) / name, seed) for seed, name in enumerate("ab")}
-        with endpoint(folder, adapters) as server:
-            rates = interleaved(
-                rounds,
-                {
-                    "generate": lambda: one_after_the_other(model, tokenizer, sequential),
-                    "1": lambda: chats(server, 1, ["base"]),
-                    "16": lambda: chats(server, 16, ["base"]),
-                    "64": lambda: chats(server, 64, ["base"]),
-                    "64 mixed": lambda: chats(server, 64, ["base", "a", "b"]),
-                },
-            )
-    return [
-        row("1 chat over HTTP, to generate", rates["1"], rates["generate"], 0.9),
-        row("16 chats at once, to generate one by one", rates["16"], rates["generate"], 4.0),
-        row("64 chats at once, to generate one by one", rates["64"], rates["generate"], 8.0),
-        row("64 chats, base and 2 adapters mixed, to base alone", rates["64 mixed"], rates["64"], 0.85),
-    ]
+
+def overhead(folder: Path, times: int) -> dict[str, Any]:
+    """The gateway alone, its engine answering at once, against the limit."""
+    found = Figures([1000 * seconds for seconds in asking.gateway_alone(folder, times)])
+    return row("gateway, one request of 64 tokens, to its limit", found, Figures([2.0]), "ms", 1, least=True)
 
 
 def main() -> None:
     """Print one line a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 50 s: 3 rounds instead of 9")
+    parser.add_argument("--quick", action="store_true", help="nano and 3 rounds: a minute without peers")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--model", type=Path, default=NANO, help="model folder [nano]")
+    parser.add_argument("--models", default="nano,8m", help="nano, 8m [nano,8m]")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the one that warms up [5]")
+    parser.add_argument("--peers", default="", help="NAME=PYTHON,... of " + ", ".join(peers.PEERS))
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    for found in run(given.model, 3 if given.quick else 9, 4 if given.quick else 16):
-        if given.json:
-            print(json.dumps(found))
-        else:
-            print(
-                "{measure:52} {ours:8} {theirs:8} {unit}  x{ratio} (goal {goal}, {0})".format(
-                    "met" if found["met"] else "missed", **found
-                )
-            )
+    pythons = {name: Path(python) for name, _, python in (p.partition("=") for p in given.peers.split(",") if p)}
+    if strange := pythons.keys() - peers.PEERS:
+        parser.error(f"unknown peers: {', '.join(strange)}")
+    for model in ["nano"] if given.quick else given.models.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
+            setting = shapes.make(model, Path(scratch), EIGHT, MANY)
+            run = Run(setting, pythons, 3 if given.quick else given.rounds)
+            with run.started():
+                run.all()
+            found = [*rows(run), overhead(setting.model, 200)]
+        for line in found:
+            line = {**line, "measure": f"{model}: {line['measure']}"}
+            print(json.dumps(line) if given.json else _text(line), flush=True)
+
+
+def _text(line: dict[str, Any]) -> str:
+    if "note" in line:
+        return "{measure:80} {note}".format(**line)
+    return (
+        "{measure:80} {ours:8} {theirs:8} {unit:9} x{ratio} (goal {goal}, {0})  {ours_spread} {theirs_spread}".format(
+            "met" if line["met"] else "missed", **line
+        )
+    )
 
 
 if __name__ == "__main__":
