@@ -41,6 +41,8 @@ DEPTH_LIMIT = 64
 """Levels of a JSON schema."""
 MULTIPLE_LIMIT = 100_000
 """The least common multiple of all `multipleOf` of a schema: so many states are made, whatever llguidance's limits."""
+EXACT = 2**53
+"""llguidance reads larger numbers as floating point, and would ask for another one."""
 FIRST_TOKENS = 16
 """How far a grammar is tried: over so many tokens, while there is no choice."""
 SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
@@ -120,9 +122,9 @@ def after(mark: str, constraint: Constraint, tokenizer: Any) -> Constraint:
     """Any text up to and with `mark`, which ends the model's reasoning, and then what `constraint` says."""
     tokens = _added_tokens(tokenizer)
     if mark in tokens:
-        outer = f"start: /(?s:.*)/ <[{tokens[mark]}]> /\\s{{0,4}}/ @answer"
+        outer = f"start: /(?s:.*)/ <[{tokens[mark]}]> /[ \\n]{{0,4}}/ @answer"
     else:
-        outer = f"start: reasoning /\\s{{0,4}}/ @answer\nreasoning[suffix={json.dumps(mark)}]: /(?s:.*)/"
+        outer = f"start: reasoning /[ \\n]{{0,4}}/ @answer\nreasoning[suffix={json.dumps(mark)}]: /(?s:.*)/"
     return replace(constraint, outer=outer)
 
 
@@ -255,11 +257,13 @@ def _source(constraint: Constraint, tokenizer: Any) -> str:
 def _json(schema: Mapping[str, Any], field: str, strict: bool) -> str:
     """An expression for JSON that `schema` accepts."""
     multiples = [1]
-    for depth, key, value in _entries(schema):
+    for depth, key, value in _values(schema):
         if depth > DEPTH_LIMIT:
             raise SuiteError(f"the schema has more than {DEPTH_LIMIT} levels", where=field)
         if key == "multipleOf" and type(value) in (int, float) and math.isfinite(value):
             multiples.append(int("".join(map(str, Decimal(repr(value)).normalize().as_tuple().digits))))
+        if key in ("const", "enum") and type(value) is int and abs(value) > EXACT:
+            raise SuiteError(f"'{key}' of a number beyond {EXACT} is not supported", where=field)
     if math.lcm(*multiples) > MULTIPLE_LIMIT:
         raise SuiteError(f"'multipleOf' beyond {MULTIPLE_LIMIT} is not supported", where=field)
     options = {"whitespace_pattern": SPACE, "lenient": not strict}
@@ -269,17 +273,16 @@ def _json(schema: Mapping[str, Any], field: str, strict: bool) -> str:
         raise SuiteError(f"the schema is no JSON: {error}", where=field) from None
 
 
-def _entries(schema: Any) -> Iterator[tuple[int, str, Any]]:
-    """All keys of a JSON document with their values and how deep they lie."""
-    waiting = [(1, schema)]
+def _values(schema: Any) -> Iterator[tuple[int, str, Any]]:
+    """All values of a JSON document with the keys they stand under, in lists too, and how deep they lie."""
+    waiting = [(0, "", schema)]
     while waiting:
-        depth, value = waiting.pop()
+        depth, key, value = waiting.pop()
+        yield depth, key, value
         if isinstance(value, Mapping):
-            for key, inside in value.items():
-                yield depth, key, inside
-                waiting.append((depth + 1, inside))
+            waiting += [(depth + 1, inner, inside) for inner, inside in value.items()]
         elif isinstance(value, list):
-            waiting += [(depth + 1, inside) for inside in value]
+            waiting += [(depth + 1, key, inside) for inside in value]
 
 
 def _added_tokens(tokenizer: Any) -> dict[str, int]:
