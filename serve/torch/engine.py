@@ -270,6 +270,8 @@ class Engine:
         """Score or pool what was read of prompts, but not what a preempted generation reads a second time."""
         for row, generation in enumerate(step.rows):
             request, begin = generation.request, generation.cached
+            if begin >= len(request.prompt):
+                continue
             first, last = max(begin, generation.observed), begin + step.counts[row]
             if request.prompt_logprobs is not None and (following := request.prompt[first + 1 : last + 1]):
                 scored = logits[row, first - begin : first - begin + len(following)]
