@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -93,6 +95,7 @@ class Catalog:
         self._served = {name: base}
         self._by_tokenizer = {"": base, _tokenizer_digest(model): base}
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._stamps: dict[str, str] = {name: _stamp(model)}
 
     def __contains__(self, name: str) -> bool:
         return name == self.base or name in self.folders
@@ -123,6 +126,7 @@ class Catalog:
             self._unregistered.discard(name)
             self.folders[name] = folder
             self._served.pop(name, None)
+            self._stamps.pop(name, None)
 
     async def unload(self, name: str, forget: Callable[[str], None]) -> None:
         """Offer an adapter no more, and have the engine `forget` it."""
@@ -146,11 +150,24 @@ class Catalog:
         return self._card(name)
 
     def _card(self, name: str) -> dict[str, Any]:
-        """`parent` is the base of an adapter, `targets` are the shares of an alias."""
+        """`parent` is the base of an adapter, `targets` are an alias's shares, `fingerprint` stands for the files."""
         card = {"id": name, "object": "model", "created": self.created, "owned_by": "suite"}
+        card["fingerprint"] = self._fingerprint(name)
         if name in self.aliases:
             return {**card, "targets": self.aliases.shares(name)}
         return card if name == self.base else {**card, "parent": self.base}
+
+    def _fingerprint(self, name: str) -> str:
+        """Another one when the files behind a name are others; the same in another server with the same files."""
+        if name in self.aliases:
+            parts: Any = {
+                target: [share, self._fingerprint(target)] for target, share in self.aliases.shares(name).items()
+            }
+        else:
+            if name not in self._stamps:
+                self._stamps[name] = _stamp(self.folders[name])
+            parts = [self._stamps[self.base], self._stamps[name]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _unknown(self, name: str, visible: Visible) -> ApiError:
         there = [f"'{known}'" for known in self.names if visible(known)]
@@ -207,6 +224,14 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     settings: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return settings
+
+
+def _stamp(folder: Path) -> str:
+    """What tells the files of a folder from later ones, at no cost of reading them."""
+    stats: list[tuple[str, os.stat_result]] = []
+    with contextlib.suppress(OSError):  # it may be deleted while it is served
+        stats = sorted((file.name, file.stat()) for file in folder.iterdir())
+    return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _tokenizer_digest(folder: Path) -> str:
