@@ -109,6 +109,8 @@ class Fleet:
             for i, replica in enumerate(self.replicas.members)
         ]
         self._probed = [False] * settings.replicas
+        self._taken = [0] * settings.replicas
+        """Adapters that each process was given in its life."""
 
     async def start(self) -> None:
         """Start all replicas; returns when the first one is ready.
@@ -186,10 +188,12 @@ class Fleet:
             self.adapters = adapters  # nobody finds a name that is about to go
         try:
             for index, replica in enumerate(self.replicas.members):
-                if not self.kind.loads_adapters:
+                if not self.kind.loads_adapters or (new and self._full(index)):
+                    self.adapters = adapters
                     await self._restart(index)
                 elif new:
                     await self._tell(replica, "load", new)
+                    self._taken[index] += 1
                 if new and self._probe and index == 0:
                     await self._probe(self._ask(replica), {name: new})
         except SuiteError:
@@ -200,6 +204,10 @@ class Fleet:
         if old and self.kind.loads_adapters:
             for replica in self.replicas.members:
                 await self._tell(replica, "unload", old)
+
+    def _full(self, index: int) -> bool:
+        room = self.kind.room(self.settings)
+        return room is not None and self._taken[index] >= room
 
     async def _undo(self, new: Loaded | None) -> None:
         for index, replica in enumerate(self.replicas.members):
@@ -238,6 +246,7 @@ class Fleet:
         return self.settings.model_copy(update={"adapters": adapters})
 
     def _launch(self, index: int, port: int) -> Launch:
+        self._taken[index] = len(self.adapters)
         inside = {loaded.inside: loaded.folder for loaded in self.adapters.values()}
         return self.kind.launch(self._with(inside), self.environment, port, self.key, index)
 

@@ -48,6 +48,9 @@ class Kind(Protocol):
     def precision(self, settings: Settings) -> str:
         """The dtype that it computes in, as its command line takes it."""
 
+    def room(self, settings: Settings) -> int | None:
+        """How many adapters one process can take in its life, if that is limited."""
+
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
         """How replica number `replica` is started on that port of the loopback; `key` is what it shall ask for."""
 

@@ -45,6 +45,30 @@ class AsIs:
         return chunks
 
 
+class JoinedText(AsIs):
+    """For an engine that puts line ends between the text parts of a message: joined, they are what all engines read."""
+
+    def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """With one string where a message has a list of nothing but text."""
+        messages = fields.get("messages")
+        if not isinstance(messages, list) or not any(_joinable(message) for message in messages):
+            return fields
+        joined = [
+            {**message, "content": "".join(part["text"] for part in message["content"])}
+            if _joinable(message)
+            else message
+            for message in messages
+        ]
+        return {**fields, "messages": joined}
+
+
+def _joinable(message: Any) -> bool:
+    parts = message.get("content") if isinstance(message, dict) else None
+    return isinstance(parts, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    )
+
+
 def openai_error(status: int, body: bytes) -> tuple[int, bytes]:
     """An error in OpenAI's form: as it is, or made from a flat one, from FastAPI's `detail`, or from plain text.
 

@@ -9,7 +9,7 @@ import psutil
 
 from serve.engines.kind import chat_template, flags
 from serve.engines.process import Launch
-from serve.engines.translation import AsIs, Translation
+from serve.engines.translation import JoinedText, Translation
 from serve.folders import read_adapter
 from serve.offers import offers
 from serve.settings import Settings
@@ -18,8 +18,10 @@ from suite.envs import Environment
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What its option for the highest rank of an adapter takes."""
-SLOTS = 8
+SHARED = 8
 """Adapters that may share a batch; each takes memory for the highest rank."""
+SPARE = 16
+"""On a CPU, adapters that may be added before the engine has to start again."""
 CPU_MEMORY = 0.1
 """Share of a machine's memory for keys and values; without a number vLLM asks for nearly all that there is."""
 
@@ -29,7 +31,7 @@ class Vllm:
 
     name = "vllm"
     loads_adapters = True
-    translation: Translation = AsIs()
+    translation: Translation = JoinedText()
     parser = (
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
@@ -41,6 +43,13 @@ class Vllm:
         if settings.dtype != "auto" or envs.device() != "cpu":
             return settings.dtype
         return "bfloat16" if quantized.settings(settings.model) else "float32"
+
+    def room(self, settings: Settings) -> int | None:
+        """None on a GPU. On a CPU one slot must stay empty: rows of the base compute with the last slot's adapter."""
+        if envs.device() != "cpu":
+            return None
+        offered = offers(settings.lora_dir, settings.adapters)
+        return len(settings.adapters) + len(offered) + (SPARE if settings.lora_dir else 0)
 
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
         """`vllm serve`; the key is a variable, so that no other user of the machine can read it from a command line."""
@@ -57,24 +66,24 @@ class Vllm:
             *(["--quantization", settings.quantization] if settings.quantization else []),
             *(["--gpu-memory-utilization", str(settings.memory)] if settings.memory and not cpu else []),
             *(["--kv-cache-memory-bytes", str(settings.cache_memory)] if settings.cache_memory and not cpu else []),
+            "--exclude-tools-when-tool-choice-none",
             *([] if settings.prefix_cache else ["--no-enable-prefix-caching"]),
-            *_lora(settings),
+            *_lora(settings, None if (room := self.room(settings)) is None else room + 1),
             *flags(settings.extra),
         ]  # fmt: skip
         return Launch(command, _variables(settings, key, replica, cpu))
 
 
-def _lora(settings: Settings) -> list[str]:
-    offered = offers(settings.lora_dir, settings.adapters)
-    folders = [*settings.adapters.values(), *offered.values()]
+def _lora(settings: Settings, slots: int | None) -> list[str]:
+    folders = [*settings.adapters.values(), *offers(settings.lora_dir, settings.adapters).values()]
     if not (folders or settings.lora_dir):
         return []
     highest = max((read_adapter(path).rank for path in folders), default=RANKS[-1])
     rank = next((r for r in RANKS if r >= highest), RANKS[-1])
-    slots = SLOTS if settings.lora_dir else min(len(folders), SLOTS)
+    together = SHARED if settings.lora_dir else min(len(folders), SHARED)
     named = [f"{name}={path}" for name, path in settings.adapters.items()]
     modules = ["--lora-modules", *named] if named else []
-    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), *modules]
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots or together), *modules]
 
 
 def _variables(settings: Settings, key: str, replica: int, cpu: bool) -> dict[str, str]:
