@@ -65,6 +65,7 @@ def run(
             app,
             log_config=None,
             access_log=False,
+            ws="none",
             timeout_graceful_shutdown=SLOW_SECONDS,
             timeout_keep_alive=60,  # clients reuse connections; one that closes while they do is an error to them
             ssl_certfile=settings.tls_cert,
