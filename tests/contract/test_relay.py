@@ -1,0 +1,266 @@
+"""The gateway in front of processes of another engine: bytes as they are, nothing lost when one dies, adapters too.
+
+The engine is `tests/upstream.py`, which does what requests say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from serve.engines import remote
+from serve.engines.process import Launch
+from serve.engines.translation import AsIs
+from serve.gateway import create_app
+from serve.server import listen
+from serve.settings import Settings
+from suite.envs import Environment
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
+
+UPSTREAM = Path(__file__).parents[1] / "upstream.py"
+
+
+@dataclass
+class Pretended:
+    """An engine whose program is `upstream.py`."""
+
+    given: dict[str, Any]
+    loads_adapters: bool = True
+    name: str = "vllm"
+    parser: str = "parser = None"
+    translation: AsIs = AsIs()  # noqa: RUF009
+    most: int | None = None
+
+    def room(self, settings: Settings) -> int | None:
+        return self.most
+
+    def precision(self, settings: Settings) -> str:
+        return "float32"
+
+    def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
+        journal = self.given.get("journal")
+        if journal:
+            with Path(journal).open("a") as file:
+                file.write(f"launch {replica} {' '.join(settings.adapters)}\n")
+        return Launch([sys.executable, "-S", str(UPSTREAM), str(port), json.dumps(self.given)], {"UPSTREAM_KEY": key})
+
+
+@dataclass
+class Running:
+    """A gateway, its engine's processes, and what they noted."""
+
+    http: httpx.Client
+    journal: Path
+    url: str
+
+    def chat(self, text: str, model: str = "base", **more: Any) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
+        return self.http.post("/v1/chat/completions", json=body)
+
+    def together(self, texts: list[str]) -> list[httpx.Response]:
+        async def ask() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
+                bodies = [{"model": "base", "messages": [{"role": "user", "content": text}]} for text in texts]
+                return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+
+        return asyncio.run(ask())
+
+    def lines(self, start: str = "") -> list[str]:
+        return [line for line in self.journal.read_text().splitlines() if line.startswith(start)]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, self.journal.read_text()
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("relay")
+    base = tiny_model(root / "base")
+    for seed, name in enumerate("abc"):
+        tiny_adapter(base, root / name, seed=seed)
+    (root / "more").mkdir()
+    for name in "bc":
+        (root / name).rename(root / "more" / name)
+    return root
+
+
+@contextlib.contextmanager
+def gateway(folder: Path, scratch: Path, kind: Pretended, **options: Any) -> Iterator[Running]:
+    journal = scratch / "journal"
+    kind.given = {"journal": str(journal), **kind.given}
+    given = {"probe": False, "log": "off", "adapters": {"a": folder / "a"}, **options}
+    settings = Settings(model=folder / "base", backend="vllm", env_python=sys.executable, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(remote.KINDS, "vllm", kind)
+        settings.check()
+        ready = threading.Event()
+        failed: list[Any] = []
+
+        def loaded(error: Any) -> None:
+            failed.append(error)
+            ready.set()
+
+        app = create_app(settings, loaded=loaded)
+    sock = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        assert ready.wait(30)
+        if failed[0]:
+            raise failed[0]
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=60) as http:
+            yield Running(http, journal, url)
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with gateway(folder, tmp_path_factory.mktemp("running"), Pretended({})) as found:
+        yield found
+
+
+def test_what_the_engine_may_understand_reaches_it(running: Running) -> None:
+    raw = b'{"model":"base", "messages":[{"role":"user","content":"\\u6c34"}], "never_heard_of": [1, {"x": null}],  "n":1}'
+    answer = running.http.post("/v1/chat/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert answer.json()["choices"][0]["message"]["content"].encode() == raw
+
+
+def test_a_stream_comes_as_it_is(running: Running) -> None:
+    answer = running.chat("x", stream=True)
+    assert answer.headers["content-type"] == "text/event-stream"
+    events = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    assert [event["choices"][0]["delta"]["content"] for event in events] == [f"{i} 水" for i in range(5)]
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_an_engine_that_dies_in_a_stream_is_an_error_in_it(running: Running) -> None:
+    answer = running.chat("break", stream=True)
+    assert '"type": "server_error"' in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_errors_get_openais_form(running: Running) -> None:
+    answer = running.chat("fail")
+    assert answer.status_code == 500
+    assert answer.json() == {"error": {"message": "out of luck", "type": "X", "param": None, "code": 500}}
+
+
+def test_nothing_is_lost_when_the_engine_dies_under_load(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({"pause": 0.2})) as running:
+        answers = running.together([*(f"{i}" for i in range(20)), "die once", *(f"{i}" for i in range(20, 32))])
+        assert [answer.status_code for answer in answers] == [200] * 33
+        assert len(running.lines("started")) == 2
+
+
+def test_requests_are_shared_and_a_replicas_death_is_not_seen(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({"pause": 0.3}), replicas=2) as running:
+        running.until(lambda: len(running.lines("started")) == 2)
+        running.until(lambda: len({a.json()["id"] for a in running.together(["x"] * 4)}) == 2)
+        ids = [answer.json()["id"] for answer in running.together([str(i) for i in range(16)])]
+        assert sorted(ids.count(port) for port in set(ids)) == [8, 8]
+        answers = running.together([*(str(i) for i in range(8)), "die once", *(str(i) for i in range(8, 16))])
+        assert [answer.status_code for answer in answers] == [200] * 17
+
+
+def test_what_kills_every_engine_is_given_up(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({})) as running:
+        answer = running.chat("die")
+        assert answer.status_code == 502
+        assert answer.json()["error"]["type"] == "server_error"
+        assert len(running.lines("asked die")) == 4
+
+
+def test_a_client_that_goes_away_takes_its_request_with_it(running: Running) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        running.http.post(
+            "/v1/chat/completions",
+            timeout=0.3,
+            json={"model": "base", "messages": [{"role": "user", "content": "hang"}]},
+        )
+    running.until(lambda: bool(running.lines("left")))
+    running.until(lambda: running.http.get("/health").json()["running"] == 0)
+
+
+def test_a_request_may_take_no_longer_than_the_server_allows(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({}), timeout=0.4) as running:
+        assert running.chat("hang").status_code == 504
+        running.until(lambda: bool(running.lines("left")))
+
+
+def test_answers_are_no_longer_than_the_server_allows(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({}), max_tokens=8) as running:
+        for given, reached in [({}, 8), ({"max_tokens": 5}, 5), ({"max_completion_tokens": 99}, 8)]:
+            seen = json.loads(running.chat("x", **given).json()["choices"][0]["message"]["content"])
+            assert seen.get("max_tokens", seen.get("max_completion_tokens")) == reached
+        page = running.http.get("/metrics").text
+        assert 'suite_generation_tokens_total{model="base"} 21.0' in page
+
+
+def test_adapters_come_and_go_while_the_engine_runs(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({}), lora_dir=[str(folder / "more")]) as running:
+
+        def change(what: str, **body: Any) -> str:
+            return running.http.post(f"/v1/{what}_lora_adapter", json=body).raise_for_status().text
+
+        change("load", lora_name="d", lora_path="c")
+        assert running.chat("x", "d").json()["model"] == "d"
+        change("load", lora_name="d", lora_path="b", load_inplace=True)
+        inside = json.loads(running.lines("/v1/load_lora_adapter")[-1].partition(" ")[2])["lora_name"]
+        assert inside != "d"  # what the engine cached for the old one is not taken for the new one's
+        answer = running.chat("x", "d").json()
+        assert (answer["model"], json.loads(answer["choices"][0]["message"]["content"])["model"]) == ("d", inside)
+        streamed = running.chat("x", "d", stream=True).text
+        assert streamed.count('"model":"d"') == 5
+        assert inside not in streamed
+        assert running.chat("die once").status_code == 200
+        assert running.lines("launch")[-1] == f"launch 0 a {inside}"
+        change("unload", lora_name="d")
+        assert running.chat("x", "d").status_code == 404
+        assert json.loads(running.lines("/v1/unload_lora_adapter")[-1].partition(" ")[2])["lora_name"] == inside
+
+
+@pytest.mark.parametrize(
+    "kind", [Pretended({"pause": 0.2}, False), Pretended({"pause": 0.2}, most=1)], ids=["never", "full"]
+)
+def test_an_engine_that_takes_no_more_adapters_is_started_again_and_requests_wait(
+    folder: Path, tmp_path: Path, kind: Pretended
+) -> None:
+    with gateway(folder, tmp_path, kind, lora_dir=[str(folder / "more")]) as running:
+        statuses: list[int] = []
+        asking = threading.Thread(target=lambda: statuses.extend(a.status_code for a in running.together(["x"] * 8)))
+        asking.start()
+        running.http.post("/v1/load_lora_adapter", json={"lora_name": "d", "lora_path": "c"}).raise_for_status()
+        assert running.chat("x", "d").status_code == 200
+        asking.join()
+        assert statuses == [200] * 8
+        assert running.lines("launch") == ["launch 0 a", "launch 0 a d"]
+
+
+def test_only_what_asks_a_model_is_relayed(running: Running) -> None:
+    assert running.http.post("/v1/pause", json={"model": "base"}).status_code == 404
+    assert running.http.get("/v1/chat/completions").status_code == 405
+    assert (
+        running.http.post("/v1/chat/completions", content=b"x", headers={"Content-Type": "text/plain"}).status_code
+        == 415
+    )
+    assert running.chat("x", "nobody").json()["error"]["code"] == "model_not_found"
