@@ -26,11 +26,14 @@ class Block(NamedTuple):
 
 
 class Gather(NamedTuple):
-    """Row `source[p]` is computed at place `p`; the result of row `rows[i]` is at place `places[i]`."""
+    """Row `source[p]` is computed at place `p`; the result of row `i` is at place `places[i]`.
+
+    Behind the last place are zeros, for the rows of the base. `results` are buffers for all of them, by their width.
+    """
 
     source: torch.Tensor
-    rows: torch.Tensor
     places: torch.Tensor
+    results: dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Plan:
 
     def to(self, device: torch.device) -> Plan:
         """The same on a device."""
-        return replace(self, gather=self.gather and Gather(*(t.to(device) for t in self.gather)))
+        if self.gather is None or self.gather.source.device == device:
+            return self
+        return replace(self, gather=Gather(self.gather.source.to(device), self.gather.places.to(device), {}))
 
 
 class MultiLora:
@@ -116,9 +121,11 @@ class MultiLora:
         source = [row for block in blocks for row in block.rows + block.rows[:1] * (size - len(block.rows))]
         if source == list(range(batch)):
             return Plan(batch, len(blocks), size, rank, None)
-        rows = [row for block in blocks for row in block.rows]
-        places = [size * i + j for i, block in enumerate(blocks) for j in range(len(block.rows))]
-        return Plan(batch, len(blocks), size, rank, Gather(*map(torch.tensor, (source, rows, places))))
+        places = [len(blocks) * size] * batch  # where nothing but zeros is
+        for i, block in enumerate(blocks):
+            for j, row in enumerate(block.rows):
+                places[row] = i * size + j
+        return Plan(batch, len(blocks), size, rank, Gather(torch.tensor(source), torch.tensor(places), {}))
 
     def _hook(self, adapters: Iterable[Weights]) -> None:
         """Hook into layers that no adapter before had weights for."""
@@ -189,16 +196,18 @@ class _Layer:
         plan = self._plan
         if plan is None:
             return None
-        x = inputs[0].to(self._a.dtype)
-        gather = plan.gather
+        x, gather = inputs[0].to(self._a.dtype), plan.gather
         if gather is None:
             low = x.view(plan.blocks, -1, x.shape[-1]) @ self._a_t
             output.view(plan.blocks, -1, self._outputs).baddbmm_(low, self._b_t)
             return output
-        x = x.view(plan.batch, -1).index_select(0, gather.source).view(plan.blocks, -1, x.shape[-1])
-        delta = torch.bmm(torch.bmm(x, self._a_t), self._b_t).view(plan.blocks * plan.size, -1)
-        output.view(plan.batch, -1).index_add_(0, gather.rows, delta.index_select(0, gather.places))
-        return output
+        low = x.view(plan.batch, -1).index_select(0, gather.source).view(plan.blocks, -1, x.shape[-1]) @ self._a_t
+        width = output.numel() // plan.batch
+        found = gather.results.get(width)
+        if found is None:
+            found = gather.results[width] = output.new_zeros(plan.blocks * plan.size + 1, width)
+        torch.bmm(low, self._b_t, out=found[:-1].view(plan.blocks, -1, self._outputs))
+        return output.add_(found.index_select(0, gather.places).view_as(output))
 
 
 def arrange(members: Mapping[Hashable, list[int]]) -> tuple[int, list[Block]]:
