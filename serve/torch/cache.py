@@ -26,8 +26,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     in every step.
     """
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, blocks: int, size: int, cells: int = 0) -> None:
         super().__init__(layers=[])
+        self._cells = cells
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -38,9 +39,13 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = self._batch = torch.empty(0, dtype=torch.long)
 
     def fit(self, rows: int, length: int) -> None:
-        """Make room for `rows` rows of `length` tokens. Where one has to grow, the other shrinks to its need."""
+        """Make room for `rows` rows of `length` tokens. Where one has to grow, the other shrinks to its need.
+
+        Rows grow to a power of two, so that they seldom do, where `cells` tokens in all allow it.
+        """
         if rows > self._shape[0] or length > self._shape[1]:
-            self._shape = 1 << (rows - 1).bit_length(), -(-length // BLOCK) * BLOCK
+            length = -(-length // BLOCK) * BLOCK
+            self._shape = max(rows, min(1 << (rows - 1).bit_length(), self._cells // length)), length
             for tensors in (self.keys, self.values):
                 for layer, tensor in tensors.items():
                     tensors[layer] = grown = self._zeros(tensor)

@@ -82,7 +82,7 @@ class Engine:
         self._adapters = Adapters(self.model, folder, memory, self._nudge)
         for name, path in (adapters or {}).items():
             self.load_adapter(name, path)
-        self._forward = Forward(self.model, self._adapters, SlotCache(kept, PREFIX_BLOCK))
+        self._forward = Forward(self.model, self._adapters, SlotCache(kept, PREFIX_BLOCK, cells))
         self._sampler = Sampler()
         self._notify = notify
         self._inbox: deque[Generation] = deque()

@@ -25,7 +25,7 @@ NEW = 24
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("prefix")
-    base = tiny_model(root / "base", architecture="gemma3_text", sliding_window=48)
+    base = tiny_model(root / "base", architecture="mistral", sliding_window=48)
     return {"base": base, "a": tiny_adapter(base, root / "a"), "b": tiny_adapter(base, root / "b", seed=2)}
 
 
@@ -76,6 +76,17 @@ def test_a_chat_reads_only_what_is_new_of_each_turn(engine: Engine, plain: Engin
         assert found == known // PREFIX_BLOCK * PREFIX_BLOCK
         assert generation.new == plain.generate([Request(history, "a", NEW)])[0].new
         history = generation.tokens
+
+
+def test_another_adapter_of_the_same_name_takes_nothing_of_the_first(
+    engine: Engine, plain: Engine, folders: dict[str, Path]
+) -> None:
+    prompt = text(100, 0)
+    old = engine.generate([Request(prompt, "a", NEW)])[0].new
+    engine.load_adapter("a", folders["b"])
+    (new,), found = hits(engine, [Request(prompt, "a", NEW)])
+    assert found == 0
+    assert new.new == plain.generate([Request(prompt, "b", NEW)])[0].new != old
 
 
 def test_what_must_be_scored_is_read(engine: Engine, plain: Engine) -> None:
