@@ -61,6 +61,10 @@ class Evaluate(Stage):
         """The settings, with the content of each set in place of where it lies."""
         return super().recipe() | {"sets": {s.name: s.digest for s in question_sets.load_all(self.sets)}}
 
+    def environment(self) -> str:
+        """The one of an engine that is another program's."""
+        return "" if self.backend == "torch" else self.backend
+
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         from serve.backends import check_backend
 
@@ -92,7 +96,10 @@ class Evaluate(Stage):
                 raise SuiteError(f"the base of the adapter '{subject.name}' is gone", hint="give it as 'base'")
             model, adapters, name = base, {"adapter": subject.path}, "adapter"
         log = job.scratch / "server.log"
-        with endpoint(model.path, adapters, name="model", backend=self.backend, log=log, dtype=self.dtype) as served:
+        options = {"env_python": str(job.python)} if self.environment() else {}
+        with endpoint(
+            model.path, adapters, name="model", backend=self.backend, log=log, dtype=self.dtype, **options
+        ) as served:
             client = Client(served.url, concurrency=self.concurrency, timeout=self.timeout)
             sets = question_sets.load_all(self.sets)
             journals = job.scratch / "answers"

@@ -67,6 +67,7 @@ class Vllm:
             *(["--gpu-memory-utilization", str(settings.memory)] if settings.memory and not cpu else []),
             *(["--kv-cache-memory-bytes", str(settings.cache_memory)] if settings.cache_memory and not cpu else []),
             "--exclude-tools-when-tool-choice-none",
+            *(["--enforce-eager"] if cpu else []),  # compiling takes minutes there, and gains little
             *([] if settings.prefix_cache else ["--no-enable-prefix-caching"]),
             *_lora(settings, None if (room := self.room(settings)) is None else room + 1),
             *flags(settings.extra),

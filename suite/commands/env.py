@@ -43,7 +43,7 @@ def command(verb: str, arguments: list[str]) -> int:
             f"suite env {given.action} needs a name", hint=f"known: {', '.join({**envs.BUILT_IN, **tables})}"
         )
     chosen = [tables.get(name) or envs.get(name) for name in given.names]
-    actions = {"install": _install, "check": _check, "remove": _remove}
+    actions = {"install": install, "check": _check, "remove": _remove}
     return max(actions[given.action](environment, given.json) for environment in chosen)
 
 
@@ -69,7 +69,8 @@ def _list(tables: Mapping[str, Environment], as_json: bool) -> int:
     return 0
 
 
-def _install(environment: Environment, as_json: bool) -> int:
+def install(environment: Environment, as_json: bool = False) -> int:
+    """Make it where it is not there, and say so; raises SuiteError."""
     name = environment.name
     if environment.installed:
         return _say(environment, as_json, "is installed already")

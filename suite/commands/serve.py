@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
+from suite import envs
+from suite.commands.env import install
 from suite.commands.flags import Parser, add_settings, values_of
 from suite.config import Takes, Where, parse
 from suite.errors import SuiteError
-from suite.pipeline import Plan, on_command_line
+from suite.pipeline import Plan, on_command_line, read_environments
 from suite.references import External
 from suite.runs import link
 from suite.serving import GROUPS, Options
@@ -33,6 +36,7 @@ def command(verb: str, arguments: list[str]) -> int:
         metavar="NAME=PATH,...",
         help="adapters, each with the name that requests use",
     )
+    parser.add_argument("--yes", action="store_true", help="install the engine's environment where it is missing")
     for group in GROUPS:
         add_settings(parser.add_argument_group((group.__doc__ or "").strip()), group)
     given = parser.read(arguments)
@@ -42,7 +46,25 @@ def command(verb: str, arguments: list[str]) -> int:
         name: _folder(str(path), "--lora", Takes("adapter")).artifact.path
         for name, path in parse_loras(",".join(given.lora)).items()
     }
+    options = _installed(options, None, given.yes)
     return _serve(options, model.artifact.path, adapters, given.name or model.artifact.name)
+
+
+def _installed(options: Options, pipeline: Path | None, yes: bool) -> Options:
+    """The options with the interpreter of another program's engine, whose environment is made if the person agrees."""
+    from serve.backends import check_backend
+
+    check_backend(options.backend)
+    if options.backend == "torch" or options.env_python:
+        return options
+    tables = read_environments(pipeline) if pipeline else {}
+    environment = tables.get(options.backend) or envs.get(options.backend)
+    if not environment.installed and not environment.interpreter:
+        asked = f"install the environment '{environment.name}' ({environment.cost})? [y/N] "
+        if yes or (sys.stdin.isatty() and input(asked).strip().lower() in ("y", "yes")):
+            install(environment)
+    environment.require()
+    return options.model_copy(update={"env_python": str(environment.python)})
 
 
 def _serve(options: Options, model: Path, adapters: dict[str, Path], name: str) -> int:
@@ -74,4 +96,5 @@ def serve_plan(plan: Plan, run_dir: Path) -> int:
 
     table = plan.serve
     adapters = {name: path(f"adapters.{name}") for name in table.adapters}
-    return _serve(table, path("base"), adapters, table.name)
+    options = _installed(table, plan.file, yes=False)
+    return _serve(options, path("base"), adapters, table.name)
