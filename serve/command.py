@@ -8,10 +8,10 @@ from pathlib import Path
 
 from serve.backends import check_backend
 from serve.keys import ENVIRONMENT, read_keys
-from serve.offers import NAME
+from serve.offers import NAME, offers
 from serve.server import listen, run
 from serve.settings import Settings
-from suite.errors import SuiteError
+from suite.errors import SHOWN, SuiteError
 
 
 def parse_loras(text: str) -> dict[str, Path]:
@@ -58,9 +58,10 @@ def serve(settings: Settings) -> None:
 
 
 def _announce(url: str, settings: Settings, keys: bool, seconds: float) -> None:
-    adapters = "".join(f", {name} (adapter)" for name in settings.adapters)
+    others = [*settings.adapters, *offers(settings.lora_dir), *settings.alias]
+    more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
     body = {
-        "model": next(iter(settings.adapters), settings.name),
+        "model": next(iter(others), settings.name),
         "messages": [{"role": "user", "content": "Who are you?"}],
         "max_tokens": 100,
         "temperature": 0,
@@ -68,7 +69,7 @@ def _announce(url: str, settings: Settings, keys: bool, seconds: float) -> None:
     key = " -H 'Authorization: Bearer KEY'" if keys else ""
     print(
         f"ready in {seconds:.1f} s at {url}/v1\n"
-        f"models: {settings.name}{adapters}\n"
+        f"models: {', '.join([settings.name, *others[:SHOWN]])}{more}\n"
         f"try:    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
         f"          -d '{json.dumps(body)}'\n"
         "stop:   Ctrl-C",

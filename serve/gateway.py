@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import IO
 
 from fastapi import FastAPI, Request
@@ -85,7 +86,8 @@ def create_app(
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if keys:
         opened = OPEN_PATHS | {"/metrics"} if settings.open_metrics else OPEN_PATHS
-        app.add_middleware(ApiKeys, keys=Keys(keys), open_paths=opened)
+        file = Path(settings.api_key_file) if settings.api_key_file else None
+        app.add_middleware(ApiKeys, keys=Keys(keys, file), open_paths=opened)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,

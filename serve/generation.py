@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
-from serve.torch.pool import PoolStats
-
 from serve.grammar import Grammar
+from serve.torch.pool import PoolStats
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 Pooling = Literal["mean", "last"]
@@ -174,4 +173,4 @@ class Stats:
     last_failure: str = ""
     last_failure_time: float | None = None
     """Seconds since the epoch."""
-    adapters: PoolStats = PoolStats()
+    adapters: PoolStats = field(default_factory=PoolStats)

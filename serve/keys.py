@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import math
 import os
 import time
@@ -20,6 +21,8 @@ from suite.config import Config, Where, parse
 from suite.errors import SuiteError
 
 ENVIRONMENT = "SUITE_API_KEYS"
+
+log = logging.getLogger("serve")
 
 
 class Rights(Config):
@@ -162,19 +165,43 @@ class Meter:
 
 
 class Keys:
-    """All keys of a server, each with its meter."""
+    """All keys of a server, each with its meter; those of `file` are read again when it changes."""
 
-    def __init__(self, keys: Iterable[Key], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, keys: Iterable[Key], file: Path | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file, self._clock = file, clock
+        self._version = _version(file)
         self._keys: Sequence[tuple[Key, Meter]] = [(key, Meter(key.rights, clock)) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._keys)
 
     def find(self, secret: bytes) -> tuple[Key, Meter] | None:
         """Whose it is. All are compared, and digests of one length, so that no time tells which one came close."""
+        self._refresh()
         digest = hashlib.sha256(secret).digest()
         found = None
         for entry in self._keys:
             if hmac.compare_digest(entry[0].digest, digest):
                 found = entry
         return found
+
+    def _refresh(self) -> None:
+        """A file that is wrong changes nothing: a slip of the pen locks nobody out."""
+        if self._version == (version := _version(self._file)):
+            return
+        self._version = version
+        try:
+            keys = read_keys(self._file)
+        except SuiteError as error:
+            log.warning("the API keys stay as they were: %s", error)
+            return
+        meters = dict(self._keys)
+        self._keys = [(key, meters.get(key) or Meter(key.rights, self._clock)) for key in keys]
+        log.warning("the API keys were read again: there are %d", len(keys))
+
+
+def _version(file: Path | None) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat() if file else None
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else None

@@ -81,5 +81,9 @@ def _log(to: str) -> Iterator[IO[str] | None]:
     if to in ("stderr", "off"):
         yield sys.stderr if to == "stderr" else None
         return
-    with Path(to).open("a", encoding="utf-8") as file:
+    try:
+        file = Path(to).open("a", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise SuiteError(f"cannot be written: {error.strerror}", where=f"--log {to}") from None
+    with file:
         yield file

@@ -13,6 +13,7 @@ from serve.metrics import Metrics
 from serve.offers import NAME, inside
 from serve.protocol import ApiError
 from serve.serving import Serving
+from serve.traffic import Exchange
 from suite.errors import SuiteError
 
 
@@ -44,6 +45,7 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
             await catalog.load(body.lora_name, folder)
         except SuiteError as error:
             raise ApiError(400, error.message, param="lora_path") from None
+        Exchange.of(request).adapter = body.lora_name
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")
@@ -58,6 +60,7 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
             raise ApiError(409, f"'{name}' is a target of the alias '{used[0]}'", param="lora_name")
         await catalog.unload(name, engine.unload_adapter)
         metrics.forget(name)
+        Exchange.of(request).adapter = name
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 

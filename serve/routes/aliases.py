@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from serve.catalog import Catalog
 from serve.protocol import ApiError
 from serve.serving import Serving, visible
+from serve.traffic import Exchange
 from suite.errors import SuiteError
 from suite.serving import check_aliases
 
@@ -38,6 +39,7 @@ def add(app: FastAPI, server: Serving) -> None:
         catalog = server.ready()[1]
         _check(catalog, name, weights)
         catalog.aliases.put(name, weights)
+        Exchange.of(request).alias = name
         return _form(catalog, name)
 
     @app.post("/v1/aliases/{name}/rollback")
@@ -51,6 +53,7 @@ def add(app: FastAPI, server: Serving) -> None:
             raise ApiError(409, f"the alias '{name}' had no split before this one", param="name")
         _check(catalog, name, before)
         catalog.aliases.rollback(name)
+        Exchange.of(request).alias = name
         return _form(catalog, name)
 
     @app.delete("/v1/aliases/{name}")
@@ -60,6 +63,7 @@ def add(app: FastAPI, server: Serving) -> None:
         if name not in aliases:
             raise _unknown(name)
         aliases.remove(name)
+        Exchange.of(request).alias = name
         return {"id": name, "object": "alias", "deleted": True}
 
 

@@ -277,6 +277,8 @@ def test_the_log_names_who_asked_what_and_never_the_contents(server: Running, fo
     assert lines["trace-7"]["prompt_tokens"] > 5
     assert 0 <= lines["trace-7"]["queue_ms"] <= lines["trace-7"]["ttft_ms"] <= lines["trace-7"]["total_ms"]
     assert (lines["gone-1"]["gone"], lines["gone-1"]["status"]) == (True, 499)
+    changes = [(line["key"], line["alias"] or line["adapter"]) for line in lines.values() if line["method"] == "PUT"]
+    assert set(changes) == {("ops", "prod"), ("ops", "canary"), ("ops", None), ("team", None)}
     text = (folder / "log.jsonl").read_text() + server.errors.read_text()
     assert "private" not in text
     assert "sk-" not in text

@@ -123,3 +123,23 @@ def test_tokens_are_taken_when_they_are_known() -> None:
 def test_the_name_of_a_plain_key_is_no_part_of_it() -> None:
     assert Key.of("abcdefgh").name not in "abcdefgh"
     assert Key.of("abcdefgh", "team").name == "team"
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys.toml"
+    alice = '[alice]\nkey = "sk-a"\nrequests_per_minute = 2\n'
+    file.write_text(alice)
+    keys = Keys(read_keys(file), file)
+    before = keys.find(b"sk-a")
+    file.write_text(alice + '[bob]\nkey = "sk-b"\n')
+    assert keys.find(b"sk-b")
+    assert keys.find(b"sk-a") == before  # with what it used of its limits
+    file.write_text("[alice]\nkey = ")
+    assert keys.find(b"sk-b")
+    assert "stay as they were" in caplog.text
+    file.unlink()
+    assert keys.find(b"sk-b")
+    file.write_text(alice.replace("sk-a", "sk-new"))
+    assert keys.find(b"sk-a") is keys.find(b"sk-b") is None
+    assert keys.find(b"sk-new")
+    assert "sk-" not in caplog.text
