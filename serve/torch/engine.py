@@ -206,7 +206,10 @@ class Engine:
         self._admit()  # what ended since may have made room
         with self._wake:
             while not (self._closing or self._inbox or self._gone or self._adapters.arrived or self._has_work()):
-                self._wake.wait()
+                left = self._due - time.monotonic()
+                if left <= 0:
+                    break
+                self._wake.wait(min(left, threading.TIMEOUT_MAX))
             while self._inbox:
                 generation = self._inbox.popleft()
                 self._due = min(self._due, generation.request.deadline or math.inf)
@@ -369,5 +372,6 @@ class Engine:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # on a CPU torch raises a plain RuntimeError
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+    # on a CPU torch raises a plain RuntimeError, with words that depend on the system
+    short = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in short)

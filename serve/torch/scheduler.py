@@ -15,6 +15,7 @@ that read a part of a prompt or whose generation left, and `Step.loads` into row
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -154,7 +155,8 @@ class Scheduler:
     @property
     def cells(self) -> int:
         """How much of `max_cells` is in use."""
-        return self._cells(self.running) if self.running else 0
+        rows = [*self.running]  # another thread may ask
+        return self._cells(rows) if rows else 0
 
     def _decode(self) -> Step:
         return Step(0, self.running[: self.decoding], [1] * self.decoding)
@@ -165,29 +167,39 @@ class Scheduler:
         self._swap(oldest, self.decoding)
         rows: list[Generation] = []
         loads: list[Copy] = []
+        reading: set[Hashable] = set()
         width = 0
         for row, generation in enumerate(self.running[self.decoding :], self.decoding):
-            loads += self._find(row)
+            found, following = self._find(row)
+            loads += found
             wider = max(width, min(generation.left, self.chunk))
-            if rows and wider * (len(rows) + 1) > self.budget:
+            # one that begins like another waits for it, and takes over what that one reads
+            if rows and (wider * (len(rows) + 1) > self.budget or following in reading):
                 break
             rows.append(generation)
+            reading.add(following)
             width = wider
         return Step(self.decoding, rows, [min(generation.left, self.chunk) for generation in rows], loads)
 
-    def _find(self, row: int) -> list[Copy]:
-        """What is kept of a prompt beyond the tokens that were read; another one may have read them meanwhile."""
+    def _find(self, row: int) -> tuple[list[Copy], Hashable]:
+        """What is kept of a prompt beyond the tokens that were read; another one may have read them meanwhile.
+
+        Also the block that is read next, which equals others' where both would keep the same.
+        """
         generation, size = self.running[row], self.prefixes.size
         last = len(generation.tokens) - 1  # one must be read to know what follows
         if generation.request.reads_all and generation.observed < len(generation.request.prompt):
             last = min(last, generation.observed)
         places = self.prefixes.find(generation.weights, generation.tokens[:last])
         known = generation.cached // size
-        if len(places) <= known:
-            return []
-        self.found += len(places) * size - generation.cached
-        generation.cached = len(places) * size
-        return [Copy(row, block, place) for block, place in enumerate(places[known:], known)]
+        copies = [Copy(row, block, place) for block, place in enumerate(places[known:], known)]
+        if copies:
+            self.found += len(places) * size - generation.cached
+            generation.cached = len(places) * size
+        start = len(places) * size
+        if start + size > last or start != generation.cached or len(places) == self.prefixes.blocks:
+            return copies, generation  # none that others could use
+        return copies, (generation.weights, *places[-1:], *generation.tokens[start : start + size])
 
     def _keep(self, generation: Generation) -> None:
         if generation.row is None:

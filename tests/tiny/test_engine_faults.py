@@ -126,6 +126,15 @@ def test_a_deadline_ends_what_runs_and_what_waits(engine: Engine) -> None:
     assert later.wait(30).finish == "length"
 
 
+def test_a_deadline_passes_while_an_adapter_is_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, release = engine._adapters._weights, threading.Event()
+    monkeypatch.setattr(engine._adapters, "_weights", lambda folder: release.wait(60) and read(folder))
+    late = engine.submit(Request([3, 4], "a", 4, deadline=time.monotonic() + 0.2))
+    assert late.wait(30).finish == "timeout"
+    release.set()
+    assert engine.generate([Request([3, 4], "a", 4)])[0].finish == "length"
+
+
 def test_times_are_in_order(engine: Engine) -> None:
     generation = engine.generate([Request([3, 4], "", 4)])[0]
     times = [generation.submitted, generation.started, generation.first_token, generation.ended]
