@@ -9,6 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from serve.folders import AdapterFolder, ModelFolder, check_fits, read_adapter
@@ -154,9 +155,13 @@ class Adapters:
                 for name, t in file.get_tensors().items()
             }
         folder.check_unchanged()
-        weights = {}
+        weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, module in folder.modules.items():
             a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
             scaled = (b.float() * module.scaling).T.contiguous()
-            weights[name] = tuple(t.to(self.lora.device(name), self._dtype) for t in (a, scaled))
+            a, b = (t.to(self.lora.device(name), self._dtype) for t in (a, scaled))
+            if not (a.isfinite().all() and b.isfinite().all()):
+                # they would make keys and values that stay in the cache behind the end of other rows
+                raise SuiteError(f"its {name} has numbers that are not finite", where=str(folder.weights))
+            weights[name] = a, b
         return weights

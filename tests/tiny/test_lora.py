@@ -1,0 +1,135 @@
+"""Adapters of any kind, mixed in one batch, are what each is alone and what peft makes of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from serve.generation import Request
+from serve.torch.engine import Engine
+from serve.torch.lora import arrange
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
+
+NEW = 8
+KINDS: dict[str, dict[str, Any]] = {
+    "one": {"rank": 1},
+    "two": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
+    "three": {"rank": 3, "use_rslora": True},
+    "five": {"rank": 5, "target_modules": ["gate_proj", "down_proj"]},
+    "eight": {"rank": 8, "target_modules": ["k_proj", "up_proj", "o_proj"]},
+    "sixteen": {"rank": 16, "lora_alpha": 4},
+    "head": {"rank": 4, "target_modules": ["lm_head", "up_proj"]},
+    "patterns": {"rank": 2, "alpha_pattern": {"up_proj": 5}, "rank_pattern": {"layers.1.self_attn.q_proj": 6}},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("lora")
+    base = tiny_model(root / "base")
+    made = {n: tiny_adapter(base, root / n, seed=i, **how) for i, (n, how) in enumerate(KINDS.items())}
+    # as save_pretrained(save_embedding_layers=False) leaves it: without a copy of the base's head
+    head = made["head"] / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(head).items() if ".lora_" in n}, head)
+    return {"": base, **made}
+
+
+@pytest.fixture(scope="module")
+def engine(folders: dict[str, Path]) -> Iterator[Engine]:
+    engine = Engine(folders[""], {name: folders[name] for name in KINDS}, max_batch=32, prefix_cache=False)
+    yield engine
+    engine.close()
+
+
+def prompts(count: int, longest: int = 30) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(3, 512) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
+
+
+def generate(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy tokens by transformers."""
+    ids = torch.tensor([prompt])
+    model.generation_config.max_length = None
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def reference(base: Path, adapter: Path | None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
+
+
+def tokens(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    return [generation.new for generation in engine.generate(requests)]
+
+
+def test_the_base_and_eight_adapters_in_one_batch_are_peft(engine: Engine, folders: dict[str, Path]) -> None:
+    asked = prompts(3)
+    requests = [Request(prompt, name, NEW) for prompt in asked for name in folders]
+    together = tokens(engine, requests)
+    assert together == [tokens(engine, [request])[0] for request in requests]
+    for i, name in enumerate(folders):
+        model = reference(folders[""], folders[name] if name else None)
+        assert together[i :: len(folders)] == [generate(model, prompt) for prompt in asked], name
+    assert len({tuple(new) for new in together[: len(folders)]}) == len(folders), "adapters that change nothing"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [("phi3", ["qkv_proj", "down_proj"]), ("gpt2", ["c_attn", "c_fc"]), ("gemma2", ["k_proj", "gate_proj", "o_proj"])],
+)
+def test_architectures(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+    base = tiny_model(tmp_path / "base", architecture=architecture)
+    adapters = {
+        n: tiny_adapter(base, tmp_path / n, seed=len(n), target_modules=targets, rank=len(n)) for n in ("ab", "c")
+    }
+    engine = Engine(base, adapters, max_batch=8)
+    asked = prompts(6)
+    names = ["", *adapters]
+    try:
+        given = tokens(engine, [Request(prompt, names[i % 3], NEW) for i, prompt in enumerate(asked)])
+    finally:
+        engine.close()
+    models = [reference(base, adapters.get(name)) for name in names]
+    assert given == [generate(models[i % 3], prompt) for i, prompt in enumerate(asked)]
+
+
+def test_an_adapter_of_rubbish_is_refused_and_harms_nobody(folders: dict[str, Path], tmp_path: Path) -> None:
+    rubbish = tmp_path / "rubbish"
+    rubbish.mkdir()
+    (rubbish / "adapter_config.json").write_bytes((folders["three"] / "adapter_config.json").read_bytes())
+    weights = load_file(folders["three"] / "adapter_model.safetensors")
+    weights[next(name for name in weights if "lora_B" in name)][0, 0] = float("nan")
+    save_file(weights, rubbish / "adapter_model.safetensors")
+    engine = Engine(folders[""], {"rubbish": rubbish, "one": folders["one"]}, max_batch=8, prefix_cache=False)
+    names = ["", "one", "rubbish"]
+    try:
+        requests = [Request(prompt, names[i % 3], NEW) for i, prompt in enumerate(prompts(9))]
+        alone = tokens(engine, [request for request in requests if request.adapter != "rubbish"])
+        together = engine.generate(requests)
+    finally:
+        engine.close()
+    assert [g.new for g in together if g.request.adapter != "rubbish"] == alone
+    refused = [g for g in together if g.request.adapter == "rubbish"]
+    assert all(g.finish == "error" and "not finite" in g.error for g in refused)
+
+
+def test_rows_are_gathered_to_blocks_of_one_size() -> None:
+    assert arrange({"a": [0, 1, 2, 3]}) == (4, [("a", [0, 1, 2, 3])])
+    size, blocks = arrange({"a": list(range(60)), "b": [60], "c": [61], "d": [62]})
+    assert size < 60, "three rows would cost as much as 180"
+    for members in ({"a": [3, 1], "b": [0]}, {str(i): [i] for i in range(9)}, {"a": list(range(33)), "b": [40, 41]}):
+        size, blocks = arrange(members)
+        assert all(0 < len(block.rows) <= size for block in blocks)
+        for key, rows in members.items():
+            assert [row for block in blocks if block.adapter == key for row in block.rows] == rows
