@@ -1,0 +1,223 @@
+"""The real vLLM behind our gateway: the probe's judgement, adapters that come and go, death under load, why it fails.
+
+What its endpoint answers is in tests/contract, which runs over it too where its environment is installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from serve.backends import endpoint
+from serve.probe import references
+from suite.chat import load_tokenizer
+from suite.envs import Environment
+from suite.errors import SuiteError
+from tests.tiny.tiny_models import tiny_adapter
+
+NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small, and different."""
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: tiny_adapter(NANO, root / name, rank=4 * i, seed=i) for i, name in enumerate("abcd", 1)}
+
+
+@dataclass
+class Nano:
+    """Nano with adapters a, b and c; d may be added."""
+
+    http: httpx.Client
+    url: str
+    python: Path
+
+    def answer(self, model: str, prompt: list[int]) -> list[int]:
+        body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        found = self.http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["token_ids"]
+        return list(found)
+
+
+@pytest.fixture(scope="module")
+def nano(
+    installed: Callable[[str], Environment], adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Nano]:
+    python = installed("vllm").python
+    offered = tmp_path_factory.mktemp("offered")
+    (offered / "d").symlink_to(adapters["d"], target_is_directory=True)
+    started = {name: adapters[name] for name in "abc"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUITE_HOME", str(tmp_path_factory.mktemp("home")))
+        options: dict[str, Any] = {"env_python": str(python), "max_length": 1024, "lora_dir": [str(offered)]}
+        with (
+            endpoint(NANO, started, backend="vllm", **options) as running,
+            httpx.Client(base_url=running.url, timeout=120) as http,
+        ):
+            yield Nano(http, running.url, python)
+
+
+def test_greedy_tokens_are_our_engines_for_base_and_adapters_asked_at_once(
+    nano: Nano, adapters: dict[str, Path]
+) -> None:
+    known = references(NANO, adapters)
+    asked = [(name or "base", entry) for name in ("", *"abcd") for entry in known[name]]
+
+    async def ask() -> list[list[int]]:
+        async with httpx.AsyncClient(base_url=nano.url, timeout=120) as client:
+            bodies = [
+                {"model": m, "prompt": e.prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+                for m, e in asked
+            ]
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+            return [answer.raise_for_status().json()["choices"][0]["token_ids"] for answer in answers]
+
+    wanted = [[token.id for token in entry.answer] for _, entry in asked]
+    assert asyncio.run(ask()) == wanted
+    assert len({json.dumps([[t.id for t in e.answer] for e in known[name]]) for name in known}) == 5
+
+
+def test_an_adapter_is_replaced_and_taken_away(nano: Nano, adapters: dict[str, Path]) -> None:
+    prompt = references(NANO, {})[""][3].prompt
+
+    def change(what: str, **body: Any) -> httpx.Response:
+        return nano.http.post(f"/v1/{what}_lora_adapter", json=body)
+
+    change("load", lora_name="e", lora_path="d").raise_for_status()
+    assert nano.answer("e", prompt) == nano.answer("d", prompt)
+    assert change("load", lora_name="e", lora_path=str(adapters["a"])).status_code == 400  # lies elsewhere
+    change("unload", lora_name="e").raise_for_status()
+    gone = nano.http.post("/v1/completions", json={"model": "e", "prompt": prompt})
+    assert gone.status_code == 404
+
+
+def test_tools_and_structure_are_vllms_own(nano: Nano) -> None:
+    body = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "Is the sky blue?"}],
+        "temperature": 0,
+        "structured_outputs": {"choice": ["yes, it is", "no, never"]},
+    }
+    answer = nano.http.post("/v1/chat/completions", json=body).raise_for_status().json()
+    assert answer["choices"][0]["message"]["content"] in ("yes, it is", "no, never")
+
+
+def test_no_request_is_lost_when_the_engine_is_killed_under_load(nano: Nano) -> None:
+    def engine() -> list[int]:
+        table = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        rows = [row.split(None, 1) for row in table.splitlines()[1:]]
+        return [
+            int(pid)
+            for pid, command in rows
+            if str(nano.python) in command and " serve " in command and "guard" not in command
+        ]
+
+    async def ask() -> list[int]:
+        async with httpx.AsyncClient(base_url=nano.url, timeout=300) as client:
+            body = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 200, "ignore_eos": True}
+            models = ["base", "a", "b", "c"]
+            asked = [
+                asyncio.create_task(client.post("/v1/chat/completions", json={**body, "model": models[i % 4]}))
+                for i in range(24)
+            ]
+            await asyncio.sleep(0.5)
+            os.kill(engine()[0], signal.SIGKILL)
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == [200] * 24
+    assert nano.http.get("/health").json()["failed_steps"] == 1
+
+
+@pytest.fixture
+def refused(installed: Callable[[str], Environment], tmp_path: Path) -> Callable[..., str]:
+    """Why a server did not start."""
+    python = installed("vllm").python
+
+    def start(model: Path = NANO, adapters: dict[str, Path] | None = None, **options: Any) -> str:
+        given = {"env_python": str(python), "max_length": 512, **options}
+        with pytest.raises(SuiteError) as failed, endpoint(model, adapters, backend="vllm", **given):
+            pass
+        return str(failed.value)
+
+    return start
+
+
+def test_an_adapter_that_the_engine_ignores_is_refused(
+    refused: Callable[..., str], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The probe knows adapter a; what vLLM is given under the name is one that adds nothing."""
+    empty = tmp_path / "a"
+    empty.mkdir()
+    for file in adapters["a"].iterdir():
+        (empty / file.name).write_bytes(file.read_bytes())
+    weights = load_file(empty / "adapter_model.safetensors")
+    save_file({k: v * ("lora_A" in k) for k, v in weights.items()}, empty / "adapter_model.safetensors")
+    known = references(NANO, {"a": adapters["a"]})
+    assert known
+    from suite import store
+
+    kept = store.Store(store.home())
+    from serve import probe
+
+    real, fake = (probe._file(kept.digest(NANO), kept.digest(folder)) for folder in (adapters["a"], empty))
+    fake.write_bytes(real.read_bytes())
+    said = refused(adapters={"a": empty})
+    assert "the adapter 'a' has no effect in this engine" in said
+    assert "--no-probe" in said
+
+
+def test_another_chat_template_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    template = load_tokenizer(NANO).chat_template.replace("<|im_start|>assistant", "<|im_start|>assistant ")
+    file = tmp_path / "other.jinja"
+    file.write_text(template)
+    said = refused(extra={"chat-template": str(file)})
+    assert "reads other tokens for 'Who are you?'" in said
+
+
+def test_what_vllm_refuses_is_its_last_words(refused: Callable[..., str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in NANO.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(
+        json.dumps({**config, "architectures": ["NoSuchModel"], "model_type": "nothing"})
+    )
+    said = refused(broken, probe=False)
+    assert "nothing" in said
+    assert "could not start" in said
+
+
+def test_its_own_parser_refuses_unknown_options(refused: Callable[..., str]) -> None:
+    said = refused(extra={"max-num-seqz": 4})
+    assert "did you mean '--max-num-seqs'?" in said
+
+
+def test_half_an_environment_is_none(tmp_path: Path) -> None:
+    began = time.monotonic()
+    missing = tmp_path / "bin" / "python"
+    with (
+        pytest.raises(SuiteError, match="no such interpreter"),
+        endpoint(NANO, backend="vllm", env_python=str(missing)),
+    ):
+        pass
+    with (
+        pytest.raises(SuiteError, match="vllm"),
+        endpoint(NANO, backend="vllm", env_python=sys.executable, probe=False),
+    ):
+        pass
+    assert time.monotonic() - began < 60
