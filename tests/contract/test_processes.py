@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from serve.command import serve
 from serve.settings import Settings
 from suite.errors import SuiteError
 from tests.contract.conftest import Served
+from tests.contract.suite_server import suite_serve
 from tests.tiny.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -118,3 +120,28 @@ def test_two_servers_of_one_port(served: Served) -> None:
     with pytest.raises(SuiteError) as error:
         serve(Settings(model=served.base, port=port))
     assert "another server listens there" in error.value.hint
+
+
+def test_https(folder: Path, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*make, *names, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    with suite_serve(tmp_path, "--model", folder, "--tls-cert", cert, "--tls-key", key) as running:
+        url = str(running.http.base_url)
+        assert httpx.get(f"{url}/ready", verify=ssl.create_default_context(cafile=str(cert))).status_code == 200
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{url}/ready")
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(url.replace("https", "http") + "/ready")
