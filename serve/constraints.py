@@ -18,23 +18,34 @@ def constraint(body: Body, served: Served, thinking: str = "") -> Constraint | N
     Raises ApiError 400, naming the field, for what is no grammar or too much work.
     """
     try:
-        found = _calls(body, served) if isinstance(body, ChatBody) else None
-        found = found or _format(body.response_format) or _structured(body.structured_outputs)
+        found = _format(body.response_format) or _structured(body.structured_outputs)
+        if isinstance(body, ChatBody):
+            found = _calls(body, served, found) or found
     except SuiteError as error:
         raise ApiError(400, error.message, param=error.where) from None
     return grammar.after(thinking, found, served.tokenizer) if found and thinking else found
 
 
-def _calls(body: ChatBody, served: Served) -> Constraint | None:
-    if not body.must_call:
-        return None
+def _calls(body: ChatBody, served: Served, otherwise: Constraint | None) -> Constraint | None:
+    """Calls that have to be made, or that may be made and are bound: beside a form of answers, or for a strict tool."""
     functions = [tool["function"] for tool in body.usable_tools or []]
+    form = served.dialect.calls or (HERMES if body.must_call else None)
+    strict = any(function.get("strict") for function in functions)
+    if form is None or not functions or not (body.must_call or otherwise or strict):
+        return None
+    if otherwise and not body.must_call and not form.opening:
+        return None  # both would begin with the same brace, and nothing tells them apart
     if isinstance(body.tool_choice, NamedTool):
         functions = [function for function in functions if function["name"] == body.tool_choice.function.name]
-    form = served.dialect.calls or HERMES
-    parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
-    written = (form.first, form.middle, form.between, form.last)
-    return grammar.tool_calls(functions, written, served.tokenizer, "tools", parallel=parallel)
+    return grammar.tool_calls(
+        functions,
+        (form.first, form.middle, form.between, form.last),
+        served.tokenizer,
+        "tools",
+        parallel=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),
+        otherwise=None if body.must_call else otherwise,
+        among_text=not body.must_call and not otherwise,
+    )
 
 
 def _format(given: JsonFormat | None) -> Constraint | None:

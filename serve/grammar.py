@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -53,12 +53,13 @@ _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must be, in llguidance's Lark. `field` of the request asked for it, and errors name it."""
+    """What a text must be: grammars of llguidance's Lark by their names, the first of which may refer to the next.
 
-    source: str
+    `field` of the request asked for it, and errors name it.
+    """
+
+    grammars: tuple[tuple[str, str], ...]
     field: str
-    outer: str = ""
-    """A grammar around it, which refers to it as @answer."""
 
 
 def json_schema(schema: Mapping[str, Any], field: str, *, strict: bool = True) -> Constraint:
@@ -67,26 +68,26 @@ def json_schema(schema: Mapping[str, Any], field: str, *, strict: bool = True) -
     Keywords that cannot be enforced are an error when it is compiled; without `strict` they are left out. Raises
     SuiteError for a schema that is too large.
     """
-    return Constraint(f"start: {_json(schema, field, strict)}", field)
+    return _answer(f"start: {_json(schema, field, strict)}", field)
 
 
 def regex(pattern: str, field: str) -> Constraint:
     """Text that the whole of `pattern` matches, in the syntax of Rust's regex: no look-around, no back references."""
     try:
-        return Constraint(f"start: /{llguidance.regex_to_lark(pattern, '')}/", field)
+        return _answer(f"start: /{llguidance.regex_to_lark(pattern, '')}/", field)
     except ValueError as error:  # half a surrogate pair
         raise SuiteError(str(error), where=field) from None
 
 
 def choice(options: Sequence[str], field: str) -> Constraint:
     """One of `options`."""
-    return Constraint("start: " + " | ".join(map(json.dumps, options)), field)
+    return _answer("start: " + " | ".join(map(json.dumps, options)), field)
 
 
 def grammar(text: str, field: str) -> Constraint:
     """Text of a context-free grammar, in llguidance's Lark or llama.cpp's GBNF."""
     try:
-        return Constraint(llguidance.grammar_from("grammar", text), field)
+        return _answer(llguidance.grammar_from("grammar", text), field)
     except ValueError as error:
         raise SuiteError(str(error), where=field) from None
 
@@ -98,34 +99,49 @@ def tool_calls(
     field: str,
     *,
     parallel: bool = False,
+    otherwise: Constraint | None = None,
+    among_text: bool = False,
 ) -> Constraint:
     """A call of one of OpenAI's `functions`, or with `parallel` of one or more, in the `form` the model was trained on:
 
     first NAME middle ARGUMENTS between NAME middle ARGUMENTS last
 
     `between` is None where a turn has one call only. ARGUMENTS follow a function's `parameters`, strictly where it
-    says `strict`. Marks that are tokens of `tokenizer` are written as these tokens.
+    says `strict`. Marks that are tokens of `tokenizer` are written as these tokens. Instead of calls the text may be
+    what `otherwise` says, or with `among_text` be anything, so that only calls are bound.
     """
     first, middle, between, last = form
     tokens = _added_tokens(tokenizer)
     more = f"({_literal(between, tokens)} call)*" if parallel and between else ""
-    lines = [f"start: {_literal(first, tokens)} call {more} {_literal(last, tokens)}"]
+    rest = f"call {more} {_literal(last, tokens)}"
+    start = f"{_literal(first, tokens)} {rest}"
+    lines = []
+    if otherwise:
+        start = f"{start} | @{otherwise.grammars[0][0]}"
+    elif among_text and _starts_with_token(first, tokens):
+        start = f"TEXT ({start} TEXT)?"
+    elif among_text:
+        start = f"(head {rest})? text"
+        lines = [f"head[suffix={json.dumps(first)}]: TEXT", "text: TEXT"]
+    lines = [f"start: {start}", *lines, *(["TEXT: /(?s:.*)/"] if among_text else [])]
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
     for i, function in enumerate(functions):
         schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
         arguments = _json(schema, field, bool(function.get("strict")))
         lines.append(f"call_{i}: {_literal(function['name'] + middle, tokens)} {arguments}")
-    return Constraint("\n".join(lines), field)
+    others = otherwise.grammars if otherwise else ()
+    return Constraint((("calls", "\n".join(lines)), *others), field)
 
 
 def after(mark: str, constraint: Constraint, tokenizer: Any) -> Constraint:
     """Any text up to and with `mark`, which ends the model's reasoning, and then what `constraint` says."""
     tokens = _added_tokens(tokenizer)
+    rest = f"/[ \\n]{{0,4}}/ @{constraint.grammars[0][0]}"
     if mark in tokens:
-        outer = f"start: /(?s:.*)/ <[{tokens[mark]}]> /[ \\n]{{0,4}}/ @answer"
+        lark = f"start: /(?s:.*)/ <[{tokens[mark]}]> {rest}"
     else:
-        outer = f"start: reasoning /[ \\n]{{0,4}}/ @answer\nreasoning[suffix={json.dumps(mark)}]: /(?s:.*)/"
-    return replace(constraint, outer=outer)
+        lark = f"start: reasoning {rest}\nreasoning[suffix={json.dumps(mark)}]: /(?s:.*)/"
+    return Constraint((("thinking", lark), *constraint.grammars), constraint.field)
 
 
 class Matcher:
@@ -194,7 +210,7 @@ class Grammars:
 
         Raises SuiteError, `where` being the constraint's field, when it is no grammar or too much work.
         """
-        if len(constraint.source) > SOURCE_LIMIT:
+        if sum(len(source) for _, source in constraint.grammars) > SOURCE_LIMIT:
             raise SuiteError(f"the grammar has more than {SOURCE_LIMIT} characters", where=constraint.field)
         begun = asyncio.wrap_future(self._begun(constraint, tokenizer, stops, hidden))
         try:
@@ -245,13 +261,16 @@ def _converted(tokenizer: Any, stops: frozenset[int]) -> LLTokenizer:
 
 
 def _source(constraint: Constraint, tokenizer: Any) -> str:
-    sources = [source for source in (constraint.outer, constraint.source) if source]
+    marks = _added_tokens(tokenizer)
     # llguidance would force the token of a mark where text spells the mark, and then refuse that token
-    if any(mark in source for mark in _added_tokens(tokenizer) for source in sources):
-        sources = [f'%llguidance {{"no_forcing": true}}\n{source}' for source in sources]
-    names = ["outer", "answer"] if constraint.outer else ["answer"]
-    named = [{"name": name, "lark_grammar": source} for name, source in zip(names, sources, strict=True)]
-    return json.dumps({"grammars": named})
+    spelled = any(mark in source for mark in marks for _, source in constraint.grammars)
+    header = '%llguidance {"no_forcing": true}\n' if spelled else ""
+    grammars = [{"name": name, "lark_grammar": header + source} for name, source in constraint.grammars]
+    return json.dumps({"grammars": grammars})
+
+
+def _answer(source: str, field: str) -> Constraint:
+    return Constraint((("answer", source),), field)
 
 
 def _json(schema: Mapping[str, Any], field: str, strict: bool) -> str:
@@ -287,6 +306,10 @@ def _values(schema: Any) -> Iterator[tuple[int, str, Any]]:
 
 def _added_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+
+
+def _starts_with_token(text: str, tokens: Mapping[str, int]) -> bool:
+    return text.startswith(tuple(tokens))
 
 
 def _literal(text: str, tokens: Mapping[str, int]) -> str:

@@ -111,6 +111,15 @@ def test_a_named_call_is_made_with_its_arguments(served: Served, name: str) -> N
         jsonschema.validate(json.loads(call.function.arguments), PERSON if name == "register" else {"type": "object"})
 
 
+def test_tools_beside_a_form_of_answers(served: Served) -> None:
+    got = chat(served, tools=TOOLS, response_format=schema(PERSON), n=8)
+    for choice in got.choices:
+        for call in choice.message.tool_calls or []:
+            jsonschema.validate(json.loads(call.function.arguments), PERSON if call.function.name == "register" else {})
+        if not choice.message.tool_calls:
+            jsonschema.validate(json.loads(choice.message.content), PERSON)
+
+
 def test_constrained_answers_leave_others_alone(served: Served) -> None:
     alone = chat(served, temperature=0, max_tokens=20).choices[0].message.content
     biased = {"logit_bias": {"5": 100}, "temperature": 0, "max_tokens": 5}

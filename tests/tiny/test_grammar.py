@@ -189,6 +189,40 @@ def test_marks_of_calls_are_tokens_where_the_model_has_them() -> None:
     assert [matcher.take(token) for token in ids] == [False] * (len(ids) - 1) + [True]
 
 
+def follows(constraint: Constraint, tokenizer: Any, text: str) -> bool:
+    """Whether the grammar allows `text`, and an end behind it."""
+    matcher, ended = compiled(constraint, tokenizer).matcher(), False
+    try:
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            ended = matcher.take(token)
+    except ValueError:
+        return False
+    return ended or bool(allowed([matcher])[0, tokenizer.eos_token_id])
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 5}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("tokenizer", [*TOKENIZERS.values()][:2], ids=[*TOKENIZERS][:2])
+def test_calls_that_may_be_made_are_bound_and_other_text_is_not(tokenizer: Any) -> None:
+    bound = grammar.tool_calls(FUNCTIONS, HERMES, tokenizer, "tools", parallel=True, among_text=True)
+    for text in ("hello, a < b", CALL, f"let me see {CALL}", f"{CALL}\n{CALL}", f"{CALL} done"):
+        assert follows(bound, tokenizer, text), text
+    for text in (CALL.replace('"a"', '"b"'), f"well {CALL.replace('add', 'sub')}"):
+        assert not follows(bound, tokenizer, text), text
+
+
+@pytest.mark.parametrize("tokenizer", [*TOKENIZERS.values()][:2], ids=[*TOKENIZERS][:2])
+def test_calls_or_an_answer_of_a_form_behind_reasoning(tokenizer: Any) -> None:
+    answer = grammar.json_schema({"const": {"k": True}}, "response_format")
+    either = grammar.tool_calls(FUNCTIONS, HERMES, tokenizer, "tools", otherwise=answer)
+    thought = grammar.after("</tool_response>", either, tokenizer)
+    for text, allowed_ in (('{"k": true}', True), (CALL, True), ("hello", False), (CALL + '{"k":true}', False)):
+        assert follows(either, tokenizer, text) == allowed_, text
+        assert follows(thought, tokenizer, f"hm</tool_response>\n{text}") == allowed_, text
+    assert not follows(thought, tokenizer, "hm")
+
+
 @each_tokenizer
 @pytest.mark.parametrize("mark", ["</tool_call>", "done"])
 def test_reasoning_is_free_up_to_its_end(tokenizer: Any, mark: str) -> None:
