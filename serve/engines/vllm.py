@@ -18,6 +18,13 @@ from suite.envs import Environment
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What its option for the highest rank of an adapter takes."""
+PARSERS = {
+    "<function=": "qwen3_coder",
+    "<tool_call>": "hermes",
+    "[TOOL_CALLS]": "mistral",
+    "<|python_tag|>": "llama3_json",
+}
+"""vLLM's parsers by a mark in the chat template, the most telling first."""
 SHARED = 8
 """Adapters that may share a batch; each takes memory for the highest rank."""
 SPARE = 16
@@ -54,37 +61,54 @@ class Vllm:
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
         """`vllm serve`; the key is a variable, so that no other user of the machine can read it from a command line."""
         cpu = envs.device() == "cpu"
-        template = chat_template(settings.model)
         command = [
             str(environment.python.with_name("vllm")), "serve", str(settings.model),
             "--served-model-name", settings.name, "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", self.precision(settings),
-            "--max-num-seqs", str(settings.max_batch),
-            *(["--chat-template", str(template)] if template else []),
-            *(["--max-model-len", str(settings.max_length)] if settings.max_length else []),
-            *(["--tensor-parallel-size", str(settings.tensor_parallel)] if settings.tensor_parallel > 1 else []),
-            *(["--quantization", settings.quantization] if settings.quantization else []),
-            *(["--gpu-memory-utilization", str(settings.memory)] if settings.memory and not cpu else []),
-            *(["--kv-cache-memory-bytes", str(settings.cache_memory)] if settings.cache_memory and not cpu else []),
-            "--exclude-tools-when-tool-choice-none",
-            *(["--enforce-eager"] if cpu else []),  # compiling takes minutes there, and gains little
-            *([] if settings.prefix_cache else ["--no-enable-prefix-caching"]),
-            *_lora(settings, None if (room := self.room(settings)) is None else room + 1),
+            "--dtype", self.precision(settings), "--max-num-seqs", str(settings.max_batch),
+            *_memory(settings, cpu),
+            *_template(settings.model),
+            *_lora(settings, self.room(settings)),
             *flags(settings.extra),
         ]  # fmt: skip
         return Launch(command, _variables(settings, key, replica, cpu))
 
 
-def _lora(settings: Settings, slots: int | None) -> list[str]:
+def _memory(settings: Settings, cpu: bool) -> list[str]:
+    """What fits where, and what is kept."""
+    given = {
+        "max-model-len": settings.max_length,
+        "tensor-parallel-size": settings.tensor_parallel if settings.tensor_parallel > 1 else None,
+        "quantization": settings.quantization or None,
+        "gpu-memory-utilization": None if cpu else settings.memory,
+        "kv-cache-memory-bytes": None if cpu or settings.cache_memory is None else int(settings.cache_memory),
+        "enforce-eager": True if cpu else None,  # compiling takes minutes there, and gains little
+        "enable-prefix-caching": None if settings.prefix_cache else False,
+    }
+    return flags({name: value for name, value in given.items() if value is not None})
+
+
+def _template(model: Path) -> list[str]:
+    """The model's own chat template, and the parser for calls of tools as it writes them, where that is known."""
+    file = chat_template(model)
+    if file is None:
+        return []
+    text = file.read_text("utf-8")
+    parser = next((parser for mark, parser in PARSERS.items() if "tools" in text and mark in text), None)
+    calls = ["--enable-auto-tool-choice", "--tool-call-parser", parser] if parser else []
+    return ["--chat-template", str(file), "--exclude-tools-when-tool-choice-none", *calls]
+
+
+def _lora(settings: Settings, room: int | None) -> list[str]:
     folders = [*settings.adapters.values(), *offers(settings.lora_dir, settings.adapters).values()]
     if not (folders or settings.lora_dir):
         return []
     highest = max((read_adapter(path).rank for path in folders), default=RANKS[-1])
     rank = next((r for r in RANKS if r >= highest), RANKS[-1])
     together = SHARED if settings.lora_dir else min(len(folders), SHARED)
+    slots = together if room is None else room + 1
     named = [f"{name}={path}" for name, path in settings.adapters.items()]
     modules = ["--lora-modules", *named] if named else []
-    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots or together), *modules]
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), *modules]
 
 
 def _variables(settings: Settings, key: str, replica: int, cpu: bool) -> dict[str, str]:
