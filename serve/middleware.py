@@ -37,7 +37,8 @@ class BodyLimit:
             nonlocal read, whole, refused
             try:
                 # what comes after the whole body is the disconnect, which may take its time
-                message = await asyncio.wait_for(receive(), None if whole else self.seconds)
+                async with asyncio.timeout(None if whole else self.seconds):
+                    message = await receive()
             except TimeoutError:
                 refused = ApiError(408, f"nothing more of the body came for {self.seconds:.0f} s")
             else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from serve.catalog import Catalog
 from serve.metrics import Metrics
@@ -20,8 +20,8 @@ from suite.errors import SuiteError
 class LoadBody(BaseModel):
     """POST /v1/load_lora_adapter; `lora_path` lies in a folder given with --lora-dir, and may be relative to it."""
 
-    lora_name: str
-    lora_path: str
+    lora_name: str = Field(max_length=256)
+    lora_path: str = Field(max_length=4096)
     load_inplace: bool = False
     """Whether to replace an adapter of that name; requests that run end with the one they began with."""
 

@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "loras" / "link").symlink_to(root / "outside")
     shutil.copytree(root / "loras" / "spare", root / "loras" / "broken")
     (root / "loras" / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    shutil.copytree(root / "loras" / "spare", root / "loras" / "late")
     other = tiny_model(root / "other", hidden=64)
     tiny_adapter(other, root / "loras" / "foreign")
     (root / "keys.toml").write_text(KEYS)
@@ -98,7 +99,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_folder_of_adapters_is_offered_and_answers(server: Running) -> None:
     listed = [card["id"] for card in get(server, "/v1/models").json()["data"]]
-    assert listed == ["base", "broken", "foreign", "law@v2", "law@v3", "link", "spare", "prod"]
+    assert listed == ["base", "broken", "foreign", "late", "law@v2", "law@v3", "link", "spare", "prod"]
     texts = {model: answer(server, model) for model in ("base", "law@v2", "law@v3", "spare")}
     assert len(set(texts.values())) == 4
     assert "cannot be served: not a safetensors file" in error(chat(server, "broken"), 400)
@@ -151,6 +152,31 @@ def test_paths_and_names_that_are_refused(server: Running, folder: Path, name: s
     )
     assert str(folder / "outside") not in said
     assert name not in [card["id"] for card in get(server, "/v1/models").json()["data"]] or name in ("base", "prod")
+
+
+@pytest.mark.parametrize("path", ["load_lora_adapter", "unload_lora_adapter", "aliases/prod"])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"lora_name": 1}', b'{"lora_name": "\\ud800", "lora_path": "x"}',
+     b'{"law@v2": NaN}', b'{"law@v2": 1e999}', b'{"law@v2": true, "lora_name": "' + b"x" * 10_000 + b'"}'],
+    ids=lambda body: repr(body[:20]),
+)  # fmt: skip
+def test_hostile_bodies_change_nothing(server: Running, path: str, body: bytes) -> None:
+    method = "PUT" if path.startswith("aliases") else "POST"
+    headers = {"Authorization": "Bearer sk-ops", "Content-Type": "application/json"}
+    before = get(server, "/v1/models").json()
+    answer = server.http.request(method, f"/v1/{path}", content=body, headers=headers)
+    assert answer.status_code in (400, 404), answer.text
+    assert answer.json()["error"]["message"]
+    assert get(server, "/v1/models").json() == before
+
+
+def test_an_adapter_that_is_deleted(server: Running, folder: Path) -> None:
+    shutil.rmtree(folder / "loras" / "late")
+    assert "no such folder" in error(chat(server, "late"), 400)
+    assert chat(server, "spare").status_code == 200
+    assert post(server, "unload_lora_adapter", lora_name="late").status_code == 200
+    assert server.http.get("/health").json()["failed_steps"] == 0
 
 
 def test_an_alias_shares_requests_out_and_says_who_answered(server: Running) -> None:
