@@ -134,6 +134,7 @@ class Catalog:
             if self.folders.pop(name, None) is None:
                 return
             self._served.pop(name, None)
+            self._stamps.pop(name, None)
             if name in self._unregistered:
                 self._unregistered.remove(name)
             else:
@@ -182,8 +183,9 @@ class Catalog:
                 await asyncio.to_thread(self._register, name, folder)
                 self._unregistered.discard(name)
             served = await asyncio.to_thread(self._read, name, folder)
-        except SuiteError as error:
-            raise ApiError(400, f"the adapter '{name}' cannot be served: {error.message}", param="model") from None
+        except (SuiteError, OSError) as error:
+            reason = error.message if isinstance(error, SuiteError) else error.strerror
+            raise ApiError(400, f"the adapter '{name}' cannot be served: {reason}", param="model") from None
         self._served[name] = served
 
     def _read(self, name: str, folder: Path) -> Served:
