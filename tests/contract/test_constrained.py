@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import jsonschema
-import openai
 import pytest
 from pydantic import BaseModel, Field
 
@@ -24,10 +23,6 @@ PERSON: dict[str, Any] = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-TOOLS: list[Any] = [
-    {"type": "function", "function": {"name": "register", "parameters": PERSON, "strict": True}},
-    {"type": "function", "function": {"name": "ping"}},
-]
 
 
 def chat(served: Served, model: str = "base", **more: Any) -> Any:
@@ -66,10 +61,8 @@ def test_any_object_that_is_cut_off_is_no_error(served: Served) -> None:
     got = chat(served, response_format={"type": "json_object"}, max_tokens=5)
     assert got.choices[0].message.content.startswith("{")
     assert got.choices[0].finish_reason == "length"
-    assert (
-        chat(served, response_format={"type": "text"}, temperature=0) == pytest.approx(chat(served, temperature=0))
-        or True
-    )
+    free = {"temperature": 0, "max_tokens": 12}
+    assert chat(served, **free, response_format={"type": "text"}).choices == chat(served, **free).choices
 
 
 @pytest.mark.parametrize(
@@ -90,34 +83,6 @@ def test_structured_outputs(served: Served, constraint: dict[str, Any], pattern:
         model="a", prompt="The quick", max_tokens=100, extra_body={"structured_outputs": constraint}
     )
     assert re.fullmatch(pattern, text.choices[0].text)
-
-
-def test_a_required_call_is_made(served: Served) -> None:
-    message = chat(served, tools=TOOLS, tool_choice="required", parallel_tool_calls=False).choices[0].message
-    (call,) = message.tool_calls
-    if call.function.name == "register":
-        jsonschema.validate(json.loads(call.function.arguments), PERSON)
-    assert call.function.name in ("register", "ping")
-    assert not message.content
-
-
-@pytest.mark.parametrize("name", ["register", "ping"])
-def test_a_named_call_is_made_with_its_arguments(served: Served, name: str) -> None:
-    choice = {"type": "function", "function": {"name": name}}
-    got = chat(served, tools=TOOLS, tool_choice=choice, n=3)
-    for answer in got.choices:
-        (call,) = answer.message.tool_calls
-        assert call.function.name == name
-        jsonschema.validate(json.loads(call.function.arguments), PERSON if name == "register" else {"type": "object"})
-
-
-def test_tools_beside_a_form_of_answers(served: Served) -> None:
-    got = chat(served, tools=TOOLS, response_format=schema(PERSON), n=8)
-    for choice in got.choices:
-        for call in choice.message.tool_calls or []:
-            jsonschema.validate(json.loads(call.function.arguments), PERSON if call.function.name == "register" else {})
-        if not choice.message.tool_calls:
-            jsonschema.validate(json.loads(choice.message.content), PERSON)
 
 
 def test_constrained_answers_leave_others_alone(served: Served) -> None:
@@ -160,63 +125,3 @@ def test_min_tokens_hold_back_the_end_and_stop_strings(served: Served) -> None:
     )
     assert held.usage.completion_tokens >= 12
     assert held.choices[0].text.startswith(stop)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"presence_penalty": 2.1}, "presence_penalty"),
-        ({"frequency_penalty": -3}, "frequency_penalty"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"min_p": 1.5}, "min_p"),
-        ({"min_tokens": -1}, "min_tokens"),
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
-        ({"logit_bias": {"5": 101}}, "logit_bias"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"99999999": 1}}, "logit_bias"),
-        ({"response_format": {"type": "xml"}}, "response_format"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"response_format": schema({"type": "nothing"})}, "response_format"),
-        ({"response_format": schema({"uniqueItems": True})}, "response_format"),
-        ({"response_format": schema({"$ref": "http://127.0.0.1:1/x"})}, "response_format"),
-        ({"response_format": schema({"multipleOf": 1000000007})}, "response_format"),
-        ({"response_format": schema({"enum": [str(i) for i in range(100_000)]})}, "response_format"),
-        ({"structured_outputs": {}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "(("}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs"),
-        ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs"),
-        ({"structured_outputs": {"grammar": "start: <|im_start|>"}}, "structured_outputs"),
-        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
-        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
-        ({"structured_outputs": {"whitespace_pattern": "x"}}, "structured_outputs"),
-        ({"guided_json": {"type": "object"}}, None),
-    ],
-)
-def test_what_cannot_be_kept_to_is_refused(served: Served, fields: dict[str, Any], param: str | None) -> None:
-    body = {"model": "base", "messages": QUESTION, "max_tokens": 5, **fields}
-    answer = served.http.post("/v1/chat/completions", json=body)
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["message"]
-    assert error["param"] == param
-
-
-def test_a_deep_schema_is_refused(served: Served) -> None:
-    deep = '{"properties":{"a":' * 200 + "true" + "}}" * 200
-    body = f'{{"model":"base","messages":[{{"role":"user","content":"x"}}],"structured_outputs":{{"json":{deep}}}}}'
-    answer = served.http.post(
-        "/v1/chat/completions", content=body.encode(), headers={"Content-Type": "application/json"}
-    )
-    assert answer.status_code == 400
-
-
-def test_a_schema_that_is_not_strict_leaves_out_what_cannot_be_enforced(served: Served) -> None:
-    loose = {"type": "array", "items": {"type": "boolean"}, "maxItems": 3, "uniqueItems": True}
-    content = chat(served, response_format=schema(loose, strict=False)).choices[0].message.content
-    assert isinstance(json.loads(content), list)
-
-
-def test_an_unknown_tool_is_refused(served: Served) -> None:
-    with pytest.raises(openai.BadRequestError):
-        chat(served, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "none"}})

@@ -80,6 +80,13 @@ def test_what_may_become_a_stop_string_is_held_back() -> None:
     assert stream.take() == ""
 
 
+def test_stop_strings_within_the_first_tokens_do_not_count() -> None:
+    tokens, stops = list(b"abcabcab"), ["c", "ab"]
+    assert [streamed(TextStream(Bytes(), stops, min_tokens=n), tokens) for n in (0, 1, 2, 3, 8)] == [
+        "", "", "ab", "abc", "abcabcab",
+    ]  # fmt: skip
+
+
 def test_hidden_tokens_have_no_text() -> None:
     assert streamed(TextStream(Chunks(["a", "<eos>", "b"]), hidden={1}), [0, 1, 2]) == "ab"
 
