@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import IO
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -170,7 +171,7 @@ class Observed:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = exchange.id
                 if exchange.model:
-                    headers["x-model"] = exchange.model
+                    headers["x-model"] = quote(exchange.model, safe="/@:")
             else:
                 complete = not message.get("more_body", False)
             await send(message)

@@ -111,6 +111,13 @@ def test_an_id_that_could_break_a_log_is_replaced(given: str) -> None:
     assert server.logged[0]["id"] == answer.headers["x-request-id"] != given
 
 
+def test_a_name_of_any_script() -> None:
+    server = Server()
+    assert server.post(model="法律@v2").headers["x-model"] == "%E6%B3%95%E5%BE%8B@v2"
+    assert server.logged[0]["model"] == "法律@v2"
+    assert server.metric("suite_prompt_tokens_total") == {("法律@v2",): 7.0}
+
+
 def test_what_fails_is_logged_and_counted_too() -> None:
     server = Server()
     assert server.post(model="base", fails=True).status_code == 500
