@@ -307,4 +307,5 @@ async def _end(error: ApiError, begun: bool, send: Send) -> None:
 def add(app: FastAPI, server: Serving, fleet: Fleet) -> None:
     """All of `PATHS`."""
     relay = Relay(server, fleet)
-    app.router.routes += [Route(path, relay, methods=["POST"]) for path in PATHS]
+    # most requests are for these, so they are looked for first
+    app.router.routes[:0] = [Route(path, relay, methods=["POST"]) for path in PATHS]
