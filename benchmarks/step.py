@@ -1,0 +1,135 @@
+"""What a decode step takes, and how much of it is Python.
+
+    python benchmarks/step.py [--quick] [--json]
+
+Ours is a step of the engine: rows of unequal length in, a token for each out. Theirs is what cannot be saved: the same
+operators of the model on as many rows, replayed by TorchScript without Python. Python is 20 % of the step where the
+ratio is 1.25. Milliseconds, medians over steps that take turns, so that both meet the same load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks.shapes import make
+from serve.folders import read_model
+from serve.generation import Generation, Request
+from serve.torch.adapters import Adapters
+from serve.torch.cache import SlotCache
+from serve.torch.forward import Forward
+from serve.torch.loading import load_model
+from serve.torch.scheduler import Step
+
+MODELS = ("nano", "8M")
+BATCHES = (1, 16, 64)
+PROMPT = 40
+GOAL = 1.25
+
+
+def engine_step(forward: Forward, batch: int) -> Callable[[], object]:
+    """A decode step of `batch` rows whose prompts have up to twice `PROMPT` tokens; each call makes the rows longer."""
+    rows = [Generation(Request([3 + row % 90] * (PROMPT + row * PROMPT // batch))) for row in range(batch)]
+    forward.run(Step(0, rows, [row.left for row in rows]), rows)
+    for row in rows:
+        row.cached = len(row.tokens)
+        row.tokens.append(3)
+    step = Step(0, rows, [1] * batch)
+
+    def run() -> None:
+        tokens = forward.run(step, rows)[:, 0].argmax(-1).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            row.cached += 1
+            row.tokens.append(token)
+
+    return run
+
+
+def replay(model: Any, batch: int, length: int) -> Callable[[], object]:
+    """The forward pass of a decode step of rows that have `length` tokens, as TorchScript."""
+    cache = SlotCache(0, 1)
+    cache.fit(batch, length + 1)
+    # unequal starts, so that both have a mask where there is more than one row
+    cache.begin(0, [length - row % 2 for row in range(batch)], 1, model.device)
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+        return logits.argmax(-1)
+
+    ids = torch.full((batch, 1), 3)
+    forward(ids, cache.positions)  # makes the tensors of the cache, which a trace must find
+    traced = torch.jit.trace(forward, (ids, cache.positions), check_trace=False)
+    return lambda: traced(ids, cache.positions)
+
+
+def taking_turns(steps: int, *measured: Callable[[], object]) -> list[float]:
+    """Median milliseconds of each; some first calls only warm up."""
+    seconds: list[list[float]] = [[] for _ in measured]
+    for number in range(steps + 10):
+        for found, run in zip(seconds, measured, strict=True):
+            started = time.perf_counter()
+            run()
+            if number >= 10:
+                found.append(time.perf_counter() - started)
+    return [1000 * statistics.median(found) for found in seconds]
+
+
+@torch.inference_mode()
+def rows(folder: Path, name: str, steps: int) -> list[dict[str, Any]]:
+    """One row for each batch size."""
+    base = read_model(folder)
+    model = load_model(base, "float32").requires_grad_(False)
+    forward = Forward(model, Adapters(model, base, 0, lambda: None), SlotCache(0, 1))
+    found = []
+    for batch in BATCHES:
+        length = PROMPT + PROMPT * (batch - 1) // batch + steps // 2  # of the longest row, halfway
+        bare = replay(model, batch, length)
+        ours, theirs = taking_turns(steps, engine_step(forward, batch), bare)
+        found.append(
+            {
+                "measure": f"{name}, a decode step of {batch}, theirs is without Python",
+                "ours": round(ours, 2), "theirs": round(theirs, 2), "unit": "ms", "ratio": round(ours / theirs, 2),
+                "goal": GOAL, "met": ours / theirs <= GOAL,
+            }
+        )  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Print one line a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="50 steps instead of 200")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")  # TorchScript is deprecated, and sees numbers where they do not vary
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in MODELS:
+            (folder := Path(scratch) / name).mkdir()
+            for found in rows(make(name, folder, [], 0).model, name, 50 if given.quick else 200):
+                if given.json:
+                    print(json.dumps(found))
+                else:
+                    share = f"{1 - found['theirs'] / found['ours']:.0%} Python"
+                    print("{measure:50} {ours:7} {theirs:7} {unit}  x{ratio} (goal {goal}), {0}".format(share, **found))
+
+
+if __name__ == "__main__":
+    main()
