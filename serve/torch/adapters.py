@@ -155,7 +155,7 @@ class Adapters:
                 for name, t in file.get_tensors().items()
             }
         folder.check_unchanged()
-        weights: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, module in folder.modules.items():
             a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
             scaled = (b.float() * module.scaling).T.contiguous()
@@ -163,5 +163,5 @@ class Adapters:
             if not (a.isfinite().all() and b.isfinite().all()):
                 # they would make keys and values that stay in the cache behind the end of other rows
                 raise SuiteError(f"its {name} has numbers that are not finite", where=str(folder.weights))
-            weights[name] = a, b
-        return weights
+            layers[name] = a, b
+        return Weights(layers)

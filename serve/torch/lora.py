@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,20 @@ from torch import nn
 
 from serve.torch.fused import Part
 
-Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""An adapter in memory: by the name of a linear layer, A (rank, in) and scaling * B^T (rank, out)."""
-
 READING = 16
 """Reading the weights of a block takes about as long as computing this many rows with them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """An adapter in memory: for each linear layer, by its name, A (rank, in) and scaling * B^T (rank, out)."""
+
+    layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+    @cached_property
+    def rank(self) -> int:
+        """The highest of a layer."""
+        return max(len(a) for a, _ in self.layers.values())
 
 
 class Block(NamedTuple):
@@ -77,8 +87,11 @@ class MultiLora:
         self._model = model
         self._parts: Mapping[str, Part] = model.parts
         self._layers: dict[str, _Layer] = {}
-        self._rows: list[Hashable] = []
         self._slots: list[Hashable] = []
+        self._room = 0  # the rank that slots have room for
+        self._rows: list[Hashable] = []
+        self._adapters: set[Hashable] = set()
+        self._touched: set[str] = set()
         self._rank = 0
 
     def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights]) -> None:
@@ -90,16 +103,17 @@ class MultiLora:
         for row, key in enumerate(rows):
             if key:
                 members.setdefault(key, []).append(row)
-        running = {key: pool[key] for key in members}
-        plan = self._plan(members, running, len(rows)) if members else None
-        touched = set().union(*running.values())
+        if members.keys() != self._adapters:
+            self._meet([pool[key] for key in members])
+            self._adapters = set(members)
+        plan = self._plan(members, len(rows), pool) if members else None
         for layer in self._layers.values():
-            layer.follow(None if touched.isdisjoint(layer.parts) else plan)
+            layer.follow(None if self._touched.isdisjoint(layer.parts) else plan)
         self._rows = list(rows)
 
     def device(self, name: str) -> torch.device:
         """Where the weights for a layer of the checkpoint belong."""
-        layer = self._model.get_submodule(self._parts[name].path if name in self._parts else name)
+        layer = self._model.get_submodule(self._path(name))
         found: torch.device = next((t.device for t in (*layer.parameters(), *layer.buffers())), self._model.device)
         return found
 
@@ -108,36 +122,39 @@ class MultiLora:
         """The memory that the slots take."""
         return sum(layer.bytes for layer in self._layers.values())
 
-    def _plan(self, members: Mapping[Hashable, list[int]], running: Mapping[Hashable, Weights], batch: int) -> Plan:
+    def _meet(self, adapters: Sequence[Weights]) -> None:
+        """Note what these adapters need, and hook into layers that none before had weights for."""
+        self._rank = max((weights.rank for weights in adapters), default=0)
+        self._touched = set().union(*(weights.layers for weights in adapters))
+        for name, (a, b) in ((name, pair) for weights in adapters for name, pair in weights.layers.items()):
+            path = self._path(name)
+            if path not in self._layers:
+                parts = {n: p for n, p in self._parts.items() if p.path == path} or {name: Part(path, 0, b.shape[1])}
+                layer = self._layers[path] = _Layer(parts, a)
+                layer.resize(len(self._slots), self._room)
+                self._model.get_submodule(path).register_forward_hook(layer)
+
+    def _path(self, name: str) -> str:
+        return self._parts[name].path if name in self._parts else name
+
+    def _plan(self, members: Mapping[Hashable, list[int]], batch: int, pool: Mapping[Any, Weights]) -> Plan:
         size, blocks = arrange(members)
-        rank = max(len(a) for weights in running.values() for a, _ in weights.values())
-        self._hook(running.values())
-        if len(blocks) > len(self._slots) or rank > self._rank:
-            count, self._rank = 1 << (len(blocks) - 1).bit_length(), max(rank, self._rank)
-            self._slots = [None] * max(count, len(self._slots))
+        if len(blocks) > len(self._slots) or self._rank > self._room:
+            self._room = max(self._rank, self._room)
+            self._slots = [None] * max(-(-len(blocks) // 8) * 8, len(self._slots))
             for layer in self._layers.values():
-                layer.resize(len(self._slots), self._rank)
-        blocks = self._fill(blocks, running)
+                layer.resize(len(self._slots), self._room)
+        blocks = self._fill(blocks, pool)
         source = [row for block in blocks for row in block.rows + block.rows[:1] * (size - len(block.rows))]
         if source == list(range(batch)):
-            return Plan(batch, len(blocks), size, rank, None)
+            return Plan(batch, len(blocks), size, self._rank, None)
         places = [len(blocks) * size] * batch  # where nothing but zeros is
         for i, block in enumerate(blocks):
             for j, row in enumerate(block.rows):
                 places[row] = i * size + j
-        return Plan(batch, len(blocks), size, rank, Gather(torch.tensor(source), torch.tensor(places), {}))
+        return Plan(batch, len(blocks), size, self._rank, Gather(torch.tensor(source), torch.tensor(places), {}))
 
-    def _hook(self, adapters: Iterable[Weights]) -> None:
-        """Hook into layers that no adapter before had weights for."""
-        for name, (a, b) in ((name, pair) for weights in adapters for name, pair in weights.items()):
-            path = self._parts[name].path if name in self._parts else name
-            if path not in self._layers:
-                parts = {n: p for n, p in self._parts.items() if p.path == path} or {name: Part(path, 0, b.shape[1])}
-                layer = self._layers[path] = _Layer(parts, a)
-                layer.resize(len(self._slots), self._rank)
-                self._model.get_submodule(path).register_forward_hook(layer)
-
-    def _fill(self, blocks: list[Block], running: Mapping[Hashable, Weights]) -> list[Block]:
+    def _fill(self, blocks: list[Block], pool: Mapping[Any, Weights]) -> list[Block]:
         """The blocks in the order of their slots, the first ones. What one of them holds already is not written."""
         missing: dict[Hashable, list[Block]] = {}
         for block in blocks:
@@ -147,9 +164,9 @@ class MultiLora:
         placed = [block or next(rest) for block in held]
         for slot, block in enumerate(placed):
             if held[slot] is None:
-                self._slots[slot] = None
+                self._slots[slot] = None  # until all of it is written
                 for layer in self._layers.values():
-                    layer.write(slot, running[block.adapter])
+                    layer.write(slot, pool[block.adapter])
                 self._slots[slot] = block.adapter
         return placed
 
@@ -163,13 +180,16 @@ class _Layer:
         self._a = like.new_empty(0, 0, len(parts), like.shape[1])
         self._b = like.new_empty(0, 0, len(parts), self._outputs)
         self._plan: Plan | None = None
+        self._shape = (0, 0)
 
     @property
     def bytes(self) -> int:
+        """The memory that they take."""
         return self._a.nbytes + self._b.nbytes
 
     def resize(self, slots: int, rank: int) -> None:
         """Make room; all slots are zero afterwards."""
+        self._shape = (0, 0)
         self._a = self._a.new_zeros(slots, rank, *self._a.shape[2:])
         self._b = self._b.new_zeros(slots, rank, *self._b.shape[2:])
 
@@ -178,16 +198,17 @@ class _Layer:
         for index, (name, part) in enumerate(self.parts.items()):
             a, b = self._a[slot, :, index], self._b[slot, :, index, part.first : part.last]
             rank = 0
-            if name in weights:
-                rank = len(weights[name][0])
-                a[:rank], b[:rank] = weights[name]
+            if name in weights.layers:
+                rank = len(weights.layers[name][0])
+                a[:rank], b[:rank] = weights.layers[name]
             if rank < len(a):
                 a[rank:], b[rank:] = 0, 0
 
     def follow(self, plan: Plan | None) -> None:
         """Compute the next forward passes by `plan`; with None, leave the layer's output as it is."""
         self._plan = plan and plan.to(self._a.device)
-        if plan is not None:
+        if plan is not None and (plan.blocks, plan.rank) != self._shape:
+            self._shape = plan.blocks, plan.rank
             self._a_t = self._a[: plan.blocks, : plan.rank].flatten(1, 2).transpose(1, 2)  # (blocks, in, R * P)
             self._b_t = self._b[: plan.blocks, : plan.rank].flatten(1, 2)  # (blocks, R * P, out)
 
