@@ -169,7 +169,8 @@ def fuse(model: Any) -> dict[str, Part]:
     hooks = [
         layer.register_forward_hook(partial(compare, path), with_kwargs=True)
         for path, layer in model.named_modules()
-        if _is_attention(layer) or _is_mlp(layer) or _is_norm(layer) or _is_rotary(layer)
+        if (_is_attention(layer) or _is_mlp(layer) or _is_norm(layer) or _is_rotary(layer))
+        and not any(hasattr(part, "_hf_hook") for part in layer.modules())  # accelerate's: it moves what goes in
     ]
     logits = _read_a_little(model)
     for hook in hooks:
@@ -285,13 +286,12 @@ def _is_rotary(layer: nn.Module) -> bool:
 
 
 def _joins(layer: nn.Module, names: Sequence[str], last: str) -> bool:
-    """Whether linear layers of these names, on one device and changed by nothing, hold all that `layer` has learnt."""
+    """Whether plain linear layers of these names, on one device, hold all that `layer` has learnt."""
     linear: list[Any] = [getattr(layer, name, None) for name in (*names, last)]
     return (
         all(type(part) is nn.Linear for part in linear)
         and len({(part.weight.device, part.weight.dtype, part.bias is None) for part in linear[:-1]}) == 1
         and not list(layer.parameters(recurse=False))
-        and not any(hasattr(part, "_hf_hook") for part in layer.modules())
     )
 
 

@@ -116,11 +116,12 @@ def test_what_computes_something_else_stays(llama: Path) -> None:
 
 def test_what_accelerate_moves_between_devices_stays(llama: Path) -> None:
     model = load(llama)
-    for layer in (model.model.layers[0].self_attn.q_proj, model.model.layers[1].mlp, model):
+    for layer in (model.model.layers[0].self_attn.q_proj, model.model.layers[1].mlp, model.model.norm, model):
         add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
     wanted = read(model)
     parts = fuse(model)
     assert (names(parts, 0), names(parts, 1)) == (GATE_UP, QKV)
+    assert isinstance(model.model.norm, LlamaRMSNorm)
     torch.testing.assert_close(read(model), wanted, atol=2e-4, rtol=1e-4)
 
 
