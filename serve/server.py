@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,12 +42,6 @@ def run(
     settings: Settings, sock: socket.socket, ready: Callable[[], None] = lambda: None, keys: Sequence[Key] = ()
 ) -> int:
     """Serve until SIGTERM or SIGINT, then let running requests end. Returns 0, or 2 when loading failed."""
-    preload(settings.model)
-    import uvicorn
-
-    from serve.draining import Server
-    from serve.gateway import create_app
-
     failed: list[SuiteError] = []
 
     def loaded(error: SuiteError | None) -> None:
@@ -60,6 +56,15 @@ def run(
     for library in ("torchao", "torch"):  # they complain at import about what nobody here uses
         logging.getLogger(library).setLevel(logging.ERROR)
     with _log(settings.log) as log_to:
+        # those of `draining.Server` hold between these: while it is imported, and while the interpreter ends
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(0))
+        preload(settings.model)
+        import uvicorn
+
+        from serve.draining import Server
+        from serve.gateway import create_app
+
         app = create_app(settings, keys=keys, log_to=log_to, loaded=loaded)
         config = uvicorn.Config(
             app,

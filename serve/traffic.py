@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -205,7 +206,8 @@ class RequestLog:
         self.stream = stream
 
     def __call__(self, exchange: Exchange) -> None:
-        """Write the line at once: a server that is killed loses none."""
+        """Write the line at once, so that a server that is killed loses none; where that fails, requests go on."""
         if exchange.route not in OPEN_PATHS:  # probes ask every few seconds
-            self.stream.write(exchange.line() + "\n")
-            self.stream.flush()
+            with contextlib.suppress(OSError):
+                self.stream.write(exchange.line() + "\n")
+                self.stream.flush()
