@@ -193,8 +193,8 @@ class _Shape:
         def column(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-        self._temperature = column([max(rule.temperature, COLDEST) for rule in rules])
-        self._least = column([rule.min_p for rule in rules]).log() if any(rule.min_p for rule in rules) else None
+        self._scale = column([math.log2(math.e) / max(rule.temperature, COLDEST) for rule in rules])
+        self._min_p = column([rule.min_p for rule in rules]) if any(rule.min_p for rule in rules) else None
         # the others need no sorting
         self._cut = [row for row, rule in enumerate(rules) if tops[row] < vocabulary or rule.top_p < 1]
         self._top_k = column([tops[row] for row in self._cut])
@@ -204,17 +204,19 @@ class _Shape:
     def draw(self, logits: torch.Tensor, numbers: Sequence[float]) -> list[int]:
         """Invert each row's distribution function at its number from [0, 1). logits: (D, V), used up.
 
-        Tokens are cut off by their logit and not by their rank, so that ties need no order and all rows are alike.
+        Weights are probabilities in units of the likeliest token's. Tokens are cut off by their weight and not by
+        their rank, so that ties need no order and all rows are alike.
         """
-        logits.sub_(logits.amax(-1, keepdim=True)).div_(self._temperature)
-        if self._least is not None:
-            logits.masked_fill_(logits < self._least, float("-inf"))
+        # by powers of 2, because torch's exp takes a hundred times as long where it underflows
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).mul_(self._scale).exp2_()
+        if self._min_p is not None:
+            weights.masked_fill_(weights < self._min_p, 0.0)
         if self._cut:
-            least = torch.full_like(self._temperature, float("-inf"))
-            rows = logits if len(self._cut) == len(logits) else logits[self._cut]
+            least = torch.zeros_like(self._scale)
+            rows = weights if len(self._cut) == len(weights) else weights[self._cut]
             least[self._cut] = _least_kept(rows, self._top_k, self._top_p, self._width)
-            logits.masked_fill_(logits < least, float("-inf"))
-        reached = logits.exp_().cumsum_(-1)
+            weights.masked_fill_(weights < least, 0.0)
+        reached = weights.cumsum_(-1)
         target = torch.tensor(numbers, dtype=torch.float32, device=logits.device)[:, None] * reached[:, -1:]
         index = torch.searchsorted(reached, target, right=True)
         # rounding may land it behind the last token that is left in
@@ -229,26 +231,26 @@ def _likeliest(logits: torch.Tensor) -> list[int]:
     return picked
 
 
-def _least_kept(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, width: int) -> torch.Tensor:
-    """The lowest logit that `top_k` and then `top_p` leave in each row: (N, 1). The likeliest of a row has the logit 0.
+def _least_kept(weights: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, width: int) -> torch.Tensor:
+    """The lowest weight that `top_k` and then `top_p` leave in each row: (N, 1). weights: (N, V).
 
-    `width` of the likeliest are sorted, and in rows where these do not reach `top_p`, more.
+    `width` of the largest are sorted, and in rows where these do not reach `top_p`, more.
     """
-    vocabulary = logits.shape[-1]
+    vocabulary = weights.shape[-1]
     width = min(width, vocabulary)
-    ranked = logits.topk(width, dim=-1).values
-    weights = ranked.exp().masked_fill_(torch.arange(width, device=logits.device) >= top_k, 0.0)
-    reached = weights.cumsum(-1)
+    ranked = weights.topk(width, dim=-1).values
+    left = ranked.masked_fill(torch.arange(width, device=weights.device) >= top_k, 0.0)
+    reached = left.cumsum(-1)
     total = reached[:, -1:]
     if (free := top_k == vocabulary).any():
-        total = torch.where(free, logits.exp().sum(-1, keepdim=True), total)
+        total = torch.where(free, weights.sum(-1, keepdim=True), total)
     # the smallest set that reaches top_p: a token stays while those before it do not
-    kept = (reached - weights < top_p * total).sum(-1, keepdim=True).minimum(top_k.long()).clamp_(1, width)
+    kept = (reached - left < top_p * total).sum(-1, keepdim=True).minimum(top_k.long()).clamp_(1, width)
     least = ranked.gather(-1, kept - 1)
     if width < vocabulary:
         short = (free & (reached[:, -1:] < top_p * total))[:, 0]
         if short.any():
-            least[short] = _least_kept(logits[short], top_k[short], top_p[short], 16 * width)
+            least[short] = _least_kept(weights[short], top_k[short], top_p[short], 16 * width)
     return least
 
 
