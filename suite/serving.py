@@ -95,7 +95,7 @@ class Access(Config):
     """Port to listen on; 0 takes a free one."""
     api_key_file: Annotated[str | None, Beside()] = None
     """API keys: one a line, or a .toml file with a table for each (key, models, requests_per_minute,
-    tokens_per_minute, concurrent, admin), read again when it changes. SUITE_API_KEYS holds keys too, separated by commas."""
+    tokens_per_minute, concurrent, admin); read again when it changes. SUITE_API_KEYS may hold some too, with commas."""
     no_key: bool = False
     """Serve other machines without any key. What changes the server then stays forbidden."""
     cors: list[str] = Field(default_factory=list)

@@ -74,9 +74,7 @@ def serving(home: Path, port: int, *arguments: str) -> Iterator[str]:
         try:
             deadline = time.monotonic() + 120
             while (
-                time.monotonic() < deadline
-                and process.poll() is None
-                and not answers(f"http://127.0.0.1:{port}/ready")
+                time.monotonic() < deadline and process.poll() is None and not answers(f"http://127.0.0.1:{port}/ready")
             ):
                 time.sleep(0.2)
             assert process.poll() is None

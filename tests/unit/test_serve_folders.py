@@ -151,7 +151,7 @@ def test_unknown_and_unbuilt_backends(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="unknown backend 'troch'") as error:
         check_backend("troch")
     assert "torch" in error.value.hint
-    with pytest.raises(SuiteError, match="vllm"), endpoint(tmp_path, backend="vllm"):
+    with pytest.raises(SuiteError, match="lmdeploy"), endpoint(tmp_path, backend="lmdeploy"):
         pass
 
 
