@@ -34,7 +34,7 @@ class NoReplica(Exception):
 class Replicas:
     """The members and who waits for one. Not thread-safe: all of it lives in one event loop."""
 
-    def __init__(self, members: Sequence[Replica], patience: float = 120.0) -> None:
+    def __init__(self, members: Sequence[Replica], patience: float) -> None:
         self.members = members
         self.patience = patience
         """Seconds that a request waits while none is ready, but one is being started again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ class Probe(Protocol):
         """Ask a replica about the base and these adapters; raises SuiteError with the evidence where it is wrong."""
 
 
+log = logging.getLogger("serve")
+
+
 class Fleet:
     """Replicas of one engine with the same model and adapters.
 
@@ -89,7 +93,8 @@ class Fleet:
         self.adapters = {name: Loaded(name, folder) for name, folder in settings.adapters.items()}
         """By the names that requests use."""
         self.key = secrets.token_urlsafe(24)
-        self.replicas = Replicas([Replica(f"{kind.name}-{i}") for i in range(settings.replicas)])
+        members = [Replica(f"{kind.name}-{i}") for i in range(settings.replicas)]
+        self.replicas = Replicas(members, patience.start)  # clients may lose theirs sooner
         self._probe = probe
         self._session: aiohttp.ClientSession | None = None
         self._refusal: SuiteError | None = None
@@ -137,8 +142,11 @@ class Fleet:
             raise refused
 
     async def stop(self) -> None:
-        """End all processes."""
+        """End all processes; logs that say nothing of a failure go with them."""
+        failed = any(process.error for process in self.processes)
         await asyncio.gather(*(process.stop() for process in self.processes))
+        for file in () if failed else (process.log for process in self.processes):
+            file.unlink(missing_ok=True)
         for task in self._watching:
             task.cancel()
         if self._session:
@@ -186,14 +194,18 @@ class Fleet:
         old, new = before.get(name), adapters.get(name)
         if new is None or not self.kind.loads_adapters:
             self.adapters = adapters  # nobody finds a name that is about to go
+        lives: dict[int, int] = {}
         try:
             for index, replica in enumerate(self.replicas.members):
+                # one that starts at the moment has the adapters of before
+                await self._settled(replica)
                 if not self.kind.loads_adapters or (new and self._full(index)):
                     self.adapters = adapters
                     await self._restart(index)
                 elif new:
                     await self._tell(replica, "load", new)
                     self._taken[index] += 1
+                lives[index] = replica.life
                 if new and self._probe and index == 0:
                     await self._probe(self._ask(replica), {name: new})
         except SuiteError:
@@ -201,8 +213,10 @@ class Fleet:
             await self._undo(new)
             raise
         self.adapters = adapters
-        if old and self.kind.loads_adapters:
-            for replica in self.replicas.members:
+        for index, replica in enumerate(self.replicas.members):
+            if replica.life != lives[index]:  # it died meanwhile
+                await self._restart(index)
+            elif old and self.kind.loads_adapters:
                 await self._tell(replica, "unload", old)
 
     def _full(self, index: int) -> bool:
@@ -212,13 +226,13 @@ class Fleet:
     async def _undo(self, new: Loaded | None) -> None:
         for index, replica in enumerate(self.replicas.members):
             with contextlib.suppress(SuiteError):
-                if not self.kind.loads_adapters:
+                if not self.kind.loads_adapters or replica.failed:
                     await self._restart(index)
                 elif new:
                     await self._tell(replica, "unload", new)
 
     async def _tell(self, replica: Replica, what: Literal["load", "unload"], adapter: Loaded) -> None:
-        if not replica.ready:  # it will start with the adapters of that moment
+        if not replica.ready:
             return
         body = {"lora_name": adapter.inside, **({"lora_path": str(adapter.folder)} if what == "load" else {})}
         status, said = await self._ask(replica).post(f"/v1/{what}_lora_adapter", body)
@@ -233,9 +247,12 @@ class Fleet:
         await self.replicas.until(lambda: not replica.running)
         await process.stop()
         process.start()
-        await self.replicas.until(lambda: replica.ready or bool(replica.failed))
+        await self._settled(replica)
         if replica.failed:
             raise SuiteError(replica.failed)
+
+    async def _settled(self, replica: Replica) -> None:
+        await self.replicas.until(lambda: replica.ready or bool(replica.failed))
 
     # processes
 
@@ -267,7 +284,11 @@ class Fleet:
             self._watching.add(task)
             task.add_done_callback(self._watching.discard)
         else:
-            self.deaths += process.state == "starting" and replica.ready
+            if process.state == "starting" and replica.ready:
+                self.deaths += 1
+                log.warning("%s died, and is started again; its log: %s", replica.name, process.log)
+            elif replica.failed:
+                log.error("%s: %s", replica.name, replica.failed)
             replica.ready = False
         self.replicas.changed()
 

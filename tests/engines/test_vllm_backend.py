@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def nano(
 ) -> Iterator[Nano]:
     python = installed("vllm").python
     offered = tmp_path_factory.mktemp("offered")
-    (offered / "d").symlink_to(adapters["d"], target_is_directory=True)
+    shutil.copytree(adapters["d"], offered / "d")
     started = {name: adapters[name] for name in "abc"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUITE_HOME", str(tmp_path_factory.mktemp("home")))
