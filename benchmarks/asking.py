@@ -103,6 +103,26 @@ class Zipf:
         return random.Random(seed).choices(self.names, self.weights, k=count)
 
 
+class Generate:
+    """`transformers.generate` in this process, one chat after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def rate(self, count: int) -> float:
+        """New tokens per second of `count` chats."""
+        began = time.perf_counter()
+        for number in range(count):
+            prompt = self.tokenizer.apply_chat_template(
+                body("", number)["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            self.model.generate(**prompt, max_new_tokens=NEW, min_new_tokens=NEW, max_length=None, do_sample=False)
+        return count * NEW / (time.perf_counter() - began)
+
+
 def gateway_alone(folder: Path, times: int) -> list[float]:
     """Seconds of each of `times` requests, one after the other, to a gateway whose engine answers at once."""
     context = multiprocessing.get_context("spawn")

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from suite.processes import die_with, foreign
+
 ROOT = Path(__file__).parents[1]
 START_SECONDS = 300.0
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
@@ -55,7 +57,7 @@ def suite(_: Path, setting: Setting) -> Command:
     loras = ["--lora", ",".join(f"{name}={path}" for name, path in setting.adapters.items())]
     words = [sys.executable, "-m", "suite.cli", "serve", "--model", str(setting.model), "--name", "base"]
     words += ["--port", "{port}", *(loras if setting.adapters else [])]
-    return Command(words, environment={"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"})
+    return Command(words, environment={"PYTHONPATH": str(ROOT)})
 
 
 def swift(python: Path, setting: Setting) -> Command:
@@ -151,15 +153,15 @@ def running(name: str, command: Command, scratch: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [word.replace("{port}", str(port)) for word in command.words]
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     given = {key: value.replace("{port}", str(port)) for key, value in command.environment.items()}
+    own = {key: value for key, value in foreign().items() if key != "OMP_WAIT_POLICY"}  # each server sets its own
     log = scratch / f"{name.replace(' ', '-')}.log"
-    began = time.perf_counter()
+    began, parent = time.perf_counter(), os.getpid()
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                env={**inherited, **OFFLINE, **given}, cwd=scratch,
+                env={**own, **OFFLINE, **given}, cwd=scratch, preexec_fn=lambda: die_with(parent),
             )  # fmt: skip
         except OSError as error:
             raise PeerError(f"{words[0]}: {error.strerror}") from None
