@@ -99,10 +99,11 @@ class Pool(Generic[Key, Value, Waiter]):
                 load.append(key)
             still.append((waiter, key))
         self.parked = still
-        for key in self._retired - pinned - {key for _, key in still} - self._loading:
-            self._retired.remove(key)
-            if key in self.resident:
-                self._drop(key)
+        if self._retired:
+            for key in self._retired - pinned - {key for _, key in still} - self._loading:
+                self._retired.remove(key)
+                if key in self.resident:
+                    self._drop(key)
         return go, load
 
     def loaded(self, key: Key, value: Value) -> None:
