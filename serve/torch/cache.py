@@ -121,19 +121,18 @@ class SlotCache(Cache):  # type: ignore[misc]
     def _copy(self, copies: Sequence[Copy], keep: bool) -> None:
         if not copies:
             return
-        rows, numbers, places = torch.tensor(copies).T  # each (N,)
+        row, number, place = torch.tensor(copies).T  # each (N,)
         for layer, keys in self.keys.items():
             values = self.values[layer]
             if layer not in self._kept:
                 self._kept[layer] = self._empty_blocks(keys), self._empty_blocks(values)
             for tensor, kept in zip((keys, values), self._kept[layer], strict=True):
-                blocks = tensor.view(
-                    *tensor.shape[:2], -1, self._size, tensor.shape[3]
-                )  # (rows, kv_heads, N, size, dim)
+                rows, heads, _, dim = tensor.shape
+                blocks = tensor.view(rows, heads, -1, self._size, dim)
                 if keep:
-                    kept[places] = blocks[rows, :, numbers]
+                    kept[place] = blocks[row, :, number]
                 else:
-                    blocks[rows, :, numbers] = kept[places]
+                    blocks[row, :, number] = kept[place]
 
     def _empty_blocks(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(self._blocks, like.shape[1], self._size, like.shape[3])
