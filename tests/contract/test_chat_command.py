@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from suite.cli import main
+from suite.commands.answers import Answer, beside
 from tests.contract.conftest import Served
 from tests.contract.streaming_fake import Delta, endless, streaming
 
@@ -132,6 +134,20 @@ def test_mistakes_are_one_message(talk: Any, monkeypatch: pytest.MonkeyPatch) ->
     code, _, err = talk(fake.url)
     assert code == 2
     assert "suite serve" in err
+
+
+def test_columns_on_a_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, height=8, color_system=None)
+    answers = [Answer("left"), Answer("right")]
+    with beside(console, answers) as shown:
+        for number in range(30):
+            for answer in answers:
+                answer.add({"content": f"{answer.model}{number} "}, shown)
+    shown_last = console.file.getvalue().rpartition("\x1b[2K")[2]  # type: ignore[attr-defined]
+    first = next(line for line in shown_last.splitlines() if "left0" in line)
+    assert "right0" in first
+    assert "left29" in shown_last
+    assert max(map(len, shown_last.splitlines())) <= 60
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat() -> None:
