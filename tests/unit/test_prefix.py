@@ -52,7 +52,7 @@ class Keeping(RuleBasedStateMachine):
         assert {self.prefixes._kept[key].place for keys in ways for key in keys} == set(kept)
 
 
-Keeping.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Keeping.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestKeeping = Keeping.TestCase
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve.generation import Generation, Request
 from serve.torch.prefix import Prefixes
-from serve.torch.scheduler import CALM_STEPS, Scheduler, Step
+from serve.torch.scheduler import Scheduler, Step
 
 BLOCK = 4
 
@@ -215,10 +215,11 @@ def test_a_preempted_generation_comes_back_cheaply() -> None:
     assert run.scheduler.found > 16 * run.scheduler.preemptions
 
 
-def test_after_a_lack_of_memory_fewer_run_at_once_for_a_while() -> None:
+def test_after_a_lack_of_memory_fewer_run_at_once_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.torch.scheduler.CALM_STEPS", 20)
     run = machine(rows=8, cells=10_000)
     for _ in range(8):
-        run.scheduler.add(generation(4, 2 * CALM_STEPS))
+        run.scheduler.add(generation(4, 40))
     widths = []
     run.step()
     run.lose_the_cache(4)
