@@ -187,7 +187,7 @@ def job(
             logit_bias=body.logit_bias or {},
             seed=seed,
         ),
-        stop_ids=frozenset() if body.ignore_eos else served.stops,
+        stop_ids=(frozenset() if body.ignore_eos else served.stops) | {*(body.stop_token_ids or [])},
         min_tokens=body.min_tokens or 0,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

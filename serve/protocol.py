@@ -148,6 +148,8 @@ class Body(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=16)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
+    """Tokens that end an answer too, and are no part of it."""
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
     """No end and no stop string before so many tokens."""

@@ -106,6 +106,14 @@ def test_fields_that_change_the_answer(served: Served) -> None:
     assert chat(served, **cold).choices[0].message.content == plain
 
 
+def test_tokens_that_end_an_answer(served: Served) -> None:
+    forced = {"temperature": 0, "max_tokens": 9, "logit_bias": {"100": 100}, "ignore_eos": True}
+    body = {"model": "base", "messages": QUESTION, **forced, "stop_token_ids": [100, 101]}
+    answer = served.http.post("/v1/chat/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 1
+    assert (answer["choices"][0]["finish_reason"], answer["choices"][0]["message"]["content"]) == ("stop", "")
+
+
 def test_logprobs_are_the_models_own(served: Served) -> None:
     plain = chat(served, temperature=0, max_tokens=1, logprobs=True, top_logprobs=2).choices[0].logprobs.content[0]
     bent = chat(
