@@ -59,7 +59,8 @@ def run(
         # those of `draining.Server` hold between these: while it is imported, and while the interpreter ends
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(0))
-        preload(settings.model)
+        if settings.backend == "torch":
+            preload(settings.model)
         import uvicorn
 
         from serve.draining import Server
