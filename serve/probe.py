@@ -22,7 +22,7 @@ from suite import store
 from suite.errors import SuiteError
 from suite.processes import importing
 
-FORMAT = 1
+FORMAT = 2
 QUESTIONS = (
     "Who are you?",
     "中国的首都是哪座城市？",
@@ -54,6 +54,8 @@ class Known:
     question: str
     prompt: list[int]
     answer: list[Token]
+    chat: bool = True
+    """Whether it is asked as a chat, or as the text to go on with."""
 
 
 @dataclass(frozen=True)
@@ -147,22 +149,28 @@ async def _ask_all(ask: Ask, name: str, known: Sequence[Known]) -> list[Heard]:
 
 
 async def _ask(ask: Ask, name: str, known: Known) -> Heard:
-    body = {
-        "model": name,
-        "messages": [{"role": "user", "content": known.question}],
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "logprobs": True,
-        "top_logprobs": 1,
-        "return_token_ids": True,
-    }
-    status, said = await ask.post("/v1/chat/completions", body)
+    asked = {
+        "model": name, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+    }  # fmt: skip
+    if known.chat:
+        messages = [{"role": "user", "content": known.question}]
+        body = {**asked, "messages": messages, "logprobs": True, "top_logprobs": 1}
+        said = await _said(ask, "/v1/chat/completions", body)
+        choice = said["choices"][0]
+        prompt, scores = said.get("prompt_token_ids"), [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    else:
+        said = await _said(ask, "/v1/completions", {**asked, "prompt": known.question, "logprobs": 1})
+        choice = said["choices"][0]
+        prompt, scores = choice.get("prompt_token_ids"), choice["logprobs"]["token_logprobs"]
+    answer = list(zip(choice["token_ids"], scores, strict=True))
+    return Heard(prompt, said["usage"]["prompt_tokens"], answer)
+
+
+async def _said(ask: Ask, path: str, body: Mapping[str, Any]) -> Any:
+    status, said = await ask.post(path, body)
     if status != 200:
-        raise SuiteError(f"the engine answers the probe with {status}: {said}")
-    choice = said["choices"][0]
-    scores = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-    tokens = choice.get("token_ids") or []
-    return Heard(said.get("prompt_token_ids"), said["usage"]["prompt_tokens"], list(zip(tokens, scores, strict=True)))
+        raise SuiteError(f"the engine answers the probe with {status}: {said}", hint="--no-probe serves without it")
+    return said
 
 
 def references(model: Path, adapters: Mapping[str, Path]) -> dict[str, list[Known]]:
@@ -181,7 +189,7 @@ def references(model: Path, adapters: Mapping[str, Path]) -> dict[str, list[Know
 
 def _known(entry: Mapping[str, Any]) -> Known:
     answer = [Token(token, logprob, {int(k): v for k, v in top.items()}) for token, logprob, top in entry["answer"]]
-    return Known(entry["question"], entry["prompt"], answer)
+    return Known(entry["question"], entry["prompt"], answer, entry["chat"])
 
 
 def _file(model: str, adapter: str) -> Path:

@@ -33,7 +33,7 @@ PATHS = (
 )  # fmt: skip
 """What is relayed; an engine may have none behind some. Routes that administer an engine are never among them."""
 
-LIVES = 4
+LIVES = 3
 """Replicas, or lives of one, that a request is tried on."""
 DEATH_SECONDS = 3.0
 """An answer of 500 waits for so long whether the engine is just dying, which makes it worth another try."""

@@ -1,8 +1,8 @@
 """`python -m serve.torch.reference`: what our own engine answers to the probe's questions, in a process of its own.
 
 Reads `{"model": folder, "adapters": {name: folder}, "questions": [...], "tokens": n, "top": n}` from standard input.
-Writes for each name ("" is the base) a list with `question`, `prompt` and `answer` to standard output: the prompt's
-token ids, and for each token of the greedy answer its log probability with those of the likeliest ones.
+Writes for each name ("" is the base) a list with `question`, `chat`, `prompt` and `answer` to standard output: whether
+it was asked as a chat, its token ids, and each token of the greedy answer with the log probabilities of the likeliest.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def references(
     engine = Engine(model, adapters)
     running: list[tuple[str, dict[str, Any], Generation]] = []
     for name, folder in {"": model, **adapters}.items():
-        for question, ids, stops in _prompts(model, folder, questions):
-            request = Request(ids, name, tokens, stop_ids=stops, logprobs=top)
-            running.append((name, {"question": question, "prompt": ids}, engine.submit(request)))
+        for asked in _prompts(model, folder, questions):
+            # nothing ends an answer: all have the same length, whatever an engine takes for an end
+            request = Request(asked["prompt"], name, tokens, logprobs=top)
+            running.append((name, asked, engine.submit(request)))
     found: dict[str, list[dict[str, Any]]] = {}
     for name, asked, generation in running:
         generation.wait()
@@ -62,17 +63,19 @@ def references(
     return found
 
 
-def _prompts(model: Path, folder: Path, questions: list[str]) -> list[tuple[str, list[int], frozenset[int]]]:
-    """Each question with its token ids, and what ends an answer; as plain text where the model cannot chat."""
-    own = folder if (folder / "tokenizer_config.json").is_file() else model
-    tokenizer = load_tokenizer(own)
+def _prompts(model: Path, folder: Path, questions: list[str]) -> list[dict[str, Any]]:
+    """Each `question` with its `prompt`, its token ids; as a `chat`, or as plain text where the model cannot chat."""
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else model)
     if not tokenizer.chat_template:
         tokenizer = load_tokenizer(model)
-    stops = frozenset({tokenizer.eos_token_id} - {None})
-    if not tokenizer.chat_template:
-        return [(question, list(tokenizer(question)["input_ids"]), stops) for question in questions]
-    chat = Chat(tokenizer)
-    return [(q, chat.ids([{"role": "user", "content": q}], generate=True), stops) for q in questions]
+    chat = Chat(tokenizer) if tokenizer.chat_template else None
+
+    def ids(question: str) -> list[int]:
+        if chat is None:
+            return list(tokenizer(question)["input_ids"])
+        return chat.ids([{"role": "user", "content": question}], generate=True)
+
+    return [{"question": question, "chat": chat is not None, "prompt": ids(question)} for question in questions]
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_what_kills_every_engine_is_given_up(folder: Path, tmp_path: Path) -> No
         answer = running.chat("die")
         assert answer.status_code == 502
         assert answer.json()["error"]["type"] == "server_error"
-        assert len(running.lines("asked die")) == 4
+        assert len(running.lines("asked die")) == 3
 
 
 def test_a_client_that_goes_away_takes_its_request_with_it(running: Running) -> None:

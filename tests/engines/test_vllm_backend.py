@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from tests.tiny.tiny_models import tiny_adapter
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
 pytestmark = pytest.mark.timeout(600)
+ALL = {"ignore_eos": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class Nano:
     python: Path
 
     def answer(self, model: str, prompt: list[int]) -> list[int]:
-        body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
+        body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, **ALL}
         found = self.http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["token_ids"]
         return list(found)
 
@@ -80,10 +80,7 @@ def test_greedy_tokens_are_our_engines_for_base_and_adapters_asked_at_once(
 
     async def ask() -> list[list[int]]:
         async with httpx.AsyncClient(base_url=nano.url, timeout=120) as client:
-            bodies = [
-                {"model": m, "prompt": e.prompt, "max_tokens": 12, "temperature": 0, "return_token_ids": True}
-                for m, e in asked
-            ]
+            bodies = [{"model": m, "prompt": e.prompt, "max_tokens": 12, "temperature": 0, **ALL} for m, e in asked]
             answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
             return [answer.raise_for_status().json()["choices"][0]["token_ids"] for answer in answers]
 
@@ -118,14 +115,17 @@ def test_tools_and_structure_are_vllms_own(nano: Nano) -> None:
 
 
 def test_no_request_is_lost_when_the_engine_is_killed_under_load(nano: Nano) -> None:
-    def engine() -> list[int]:
-        table = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        rows = [row.split(None, 1) for row in table.splitlines()[1:]]
-        return [
-            int(pid)
-            for pid, command in rows
-            if str(nano.python) in command and " serve " in command and "guard" not in command
-        ]
+    def engine() -> int:
+        """The process of `vllm serve`."""
+        commands = {int(f.parent.name): words(f) for f in Path("/proc").glob("[0-9]*/cmdline")}
+        (found,) = (pid for pid, said in commands.items() if said[1:2] == [str(nano.python.with_name("vllm"))])
+        return found
+
+    def words(file: Path) -> list[str]:
+        try:
+            return file.read_text().split("\0")
+        except OSError:  # it has ended
+            return []
 
     async def ask() -> list[int]:
         async with httpx.AsyncClient(base_url=nano.url, timeout=300) as client:
@@ -136,7 +136,7 @@ def test_no_request_is_lost_when_the_engine_is_killed_under_load(nano: Nano) -> 
                 for i in range(24)
             ]
             await asyncio.sleep(0.5)
-            os.kill(engine()[0], signal.SIGKILL)
+            os.kill(engine(), signal.SIGKILL)
             return [answer.status_code for answer in await asyncio.gather(*asked)]
 
     assert asyncio.run(ask()) == [200] * 24
