@@ -162,6 +162,11 @@ class Matcher:
         return self._at.is_stopped()
 
     @property
+    def failed(self) -> bool:
+        """Whether it cannot be followed any further; `error` says why."""
+        return self._at.is_error()
+
+    @property
     def error(self) -> str:
         """Why it cannot be followed any further, "" while it can."""
         line = self._at.get_error().partition("\n")[0].removesuffix("<non-verbose/>").strip()
@@ -173,13 +178,15 @@ class Matcher:
 
 
 def allowed(matchers: Sequence[Matcher]) -> NDArray[np.bool_]:
-    """Which tokens may follow: (R, V), V rounded up to a multiple of 32. A row with none cannot be continued."""
+    """Which tokens may follow: (R, V), V rounded up to a multiple of 32; none where a grammar cannot be followed."""
     bits = np.zeros((len(matchers), max(matcher.words for matcher in matchers)), np.int32)
     for row, matcher in enumerate(matchers):
         matcher.fill(bits, row)
     mask = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
     for row, matcher in enumerate(matchers):
         mask[row, matcher.hidden] = False
+        if matcher.failed:
+            mask[row] = False
     return mask
 
 

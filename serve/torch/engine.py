@@ -326,8 +326,9 @@ class Engine:
         generation.tokens.append(token)
         generation.first_token = generation.first_token or time.monotonic()
         finish: Finish | None = None
-        stopped = token in request.stop_ids or (request.stop is not None and request.stop(token))
-        if stopped or (generation.matcher is not None and generation.matcher.take(token)):
+        # first, because one that has failed allows nothing but the end
+        complete = generation.matcher is not None and generation.matcher.take(token)
+        if token in request.stop_ids or (request.stop is not None and request.stop(token)) or complete:
             finish = "stop"
         elif generation.count >= request.max_tokens or len(generation.tokens) >= self.max_length:
             finish = "length"

@@ -354,8 +354,18 @@ def test_a_text_that_is_read_again_goes_on_in_its_grammar(engine: Engine) -> Non
     assert all(one.finish == "stop" for one in got)
 
 
-def test_a_grammar_that_leads_nowhere_fails_its_request_only(engine: Engine) -> None:
-    dead = grammar.grammar("start: /[ab]/ <|im_start|>", "x")
+@pytest.mark.parametrize(
+    "lark",
+    [
+        "start: /[ab]/ <|im_start|>",
+        'start: /[ab]/ a\na: "x" a',
+        "start: /[ab]/ "
+        + " ".join(f"(o{i})?" for i in range(600))
+        + "".join(f'\no{i}: "{i}" | /x{i}+/' for i in range(600)),
+    ],
+)
+def test_a_grammar_that_leads_nowhere_fails_its_request_only(engine: Engine, lark: str) -> None:
+    dead = grammar.grammar(lark, "x")
     failed, other = engine.generate([request(dead, 5), request(None, 6, most=4)])
     assert failed.finish == "error"
     assert "grammar" in failed.error
