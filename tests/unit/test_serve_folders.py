@@ -92,6 +92,26 @@ def test_an_adapter_for_another_base(tmp_path: Path, wrong: dict[str, Any]) -> N
         check_fits(read_adapter(adapter(tmp_path / "a", **wrong)), read_model(model(tmp_path / "m")))
 
 
+def test_an_adapter_that_is_cut_off(tmp_path: Path) -> None:
+    file = adapter(tmp_path / "a") / "adapter_model.safetensors"
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"1234567")
+    with pytest.raises(SuiteError, match="1 bytes are missing"):
+        read_adapter(tmp_path / "a")
+
+
+def test_an_adapter_that_changes_on_disk_is_noticed(tmp_path: Path) -> None:
+    read = read_adapter(adapter(tmp_path / "a"))
+    read.check_unchanged()
+    safetensors(read.weights, {"x": (1, 1)})
+    with pytest.raises(SuiteError, match="changed on disk"):
+        read.check_unchanged()
+    read.weights.unlink()
+    with pytest.raises(SuiteError, match="is missing"):
+        read.check_unchanged()
+    assert read.parameters == 2 * (8 + 16)
+
+
 def test_loras_of_single_experts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="expert"):
         read_adapter(adapter(tmp_path / "a", module="base_model.model.model.layers.0.mlp.experts.3.up_proj"))
