@@ -15,10 +15,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from serve import relay
 from serve.admission import Admission
 from serve.document import document
-from serve.engines.remote import fleet as open_fleet
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.middleware import ApiKeys, BodyLimit
@@ -45,8 +43,7 @@ def create_app(
     Its `state.serving` is what a server needs to end it.
     """
     admission = Admission(settings.max_queue)
-    fleet = None if settings.backend == "torch" else open_fleet(settings)
-    server = Serving(settings, admission, fleet=fleet)
+    server = Serving(settings, admission)
     metrics = Metrics(server.stats)
 
     async def load() -> None:
@@ -77,10 +74,15 @@ def create_app(
     state.add(app, server, metrics)
     adapters.add(app, server, metrics)
     aliases.add(app, server)
-    if fleet:
-        relay.add(app, server, fleet)
-    for routes in () if fleet else (completions, embeddings, responses, tokens):
-        routes.add(app, server)
+    if settings.backend == "torch":
+        for routes in (completions, embeddings, responses, tokens):
+            routes.add(app, server)
+    else:  # its client of other servers takes a while to import
+        from serve import relay
+        from serve.engines.remote import fleet
+
+        server.fleet = fleet(settings)
+        relay.add(app, server, server.fleet)
     document(app, [ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, ResponsesBody])
     # the last one added is the first one asked
     app.add_middleware(BodyLimit, limit=settings.max_body)

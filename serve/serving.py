@@ -7,15 +7,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from starlette.requests import Request as HttpRequest
 
 from serve.admission import Admission
 from serve.answers import Bridge, Engine, Group
 from serve.catalog import Catalog, Served
-from serve.engines.fleet import Fleet
-from serve.engines.remote import start
 from serve.generation import Request, Stats
 from serve.grammar import Constraint, Grammars
 from serve.offers import offers
@@ -24,6 +22,9 @@ from serve.settings import Settings
 from serve.text import TextStream
 from serve.traffic import Answered, Exchange, Traffic
 from suite.errors import SuiteError
+
+if TYPE_CHECKING:
+    from serve.engines.fleet import Fleet
 
 
 class Cancellable(Protocol):
@@ -59,6 +60,8 @@ class Serving:
             Catalog, given.model, given.adapters, given.name, offered, given.alias, self._register
         )
         if self.fleet:
+            from serve.engines.remote import start
+
             self.engine = await start(self.fleet)
         else:
             self.engine = await asyncio.to_thread(given.start_engine, self.bridge.notify)
