@@ -101,12 +101,7 @@ class _Batch:
     `ruled` are the R rows that have any rule; elsewhere rows are counted among these.
     """
 
-    def __init__(
-        self,
-        generations: Sequence[Generation],
-        memories: Sequence[_Memory],
-        logits: torch.Tensor,
-    ) -> None:
+    def __init__(self, generations: Sequence[Generation], memories: Sequence[_Memory], logits: torch.Tensor) -> None:
         self.generations = list(generations)
         self.ruled = [row for row, generation in enumerate(generations) if _has_rules(generation)]
         self._rows = rows = [generations[row] for row in self.ruled]
@@ -120,8 +115,7 @@ class _Batch:
         self._stops = {row: [s for s in rows[row].request.stop_ids if s < vocabulary] for row in held}
         rules = [rows[row].request.sampling for row in self._penalised]
         self._penalties = np.array(
-            [[rule.repetition_penalty, rule.frequency_penalty, rule.presence_penalty] for rule in rules],
-            np.float32,
+            [[rule.repetition_penalty, rule.frequency_penalty, rule.presence_penalty] for rule in rules], np.float32
         )
         biases = [
             (row * vocabulary + token, bias)
