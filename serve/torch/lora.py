@@ -219,15 +219,15 @@ class _Layer:
             return None
         x, gather = inputs[0].to(self._a.dtype), plan.gather
         if gather is None:
-            low = x.view(plan.blocks, -1, x.shape[-1]) @ self._a_t
+            low = x.reshape(plan.blocks, -1, x.shape[-1]) @ self._a_t
             output.view(plan.blocks, -1, self._outputs).baddbmm_(low, self._b_t)
             return output
-        low = x.view(plan.batch, -1).index_select(0, gather.source).view(plan.blocks, -1, x.shape[-1]) @ self._a_t
+        x = x.reshape(plan.batch, -1).index_select(0, gather.source).view(plan.blocks, -1, x.shape[-1])
         width = output.numel() // plan.batch
         found = gather.results.get(width)
         if found is None:
-            found = gather.results[width] = output.new_zeros(plan.blocks * plan.size + 1, width)
-        torch.bmm(low, self._b_t, out=found[:-1].view(plan.blocks, -1, self._outputs))
+            found = gather.results[width] = self._b.new_zeros(plan.blocks * plan.size + 1, width)
+        torch.bmm(x @ self._a_t, self._b_t, out=found[:-1].view(plan.blocks, -1, self._outputs))
         return output.add_(found.index_select(0, gather.places).view_as(output))
 
 
