@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 BROKEN = "\ufffd"
@@ -21,6 +22,7 @@ class TextStream:
         self, tokenizer: Any, stops: Sequence[str] = (), hidden: Collection[int] = (), min_tokens: int = 0
     ) -> None:
         self.tokenizer, self.stops, self.hidden = tokenizer, [stop for stop in stops if stop], hidden
+        self._decode = plain_decode(tokenizer)
         self._early = min_tokens
         self.text = ""
         self.stopped = False
@@ -50,13 +52,13 @@ class TextStream:
 
     def _extend(self, final: bool) -> None:
         # the few ids before give a token's text its context (spaces, joined bytes) at a cost that does not grow
-        longer = self.tokenizer.decode(self._ids[self._from :])
+        longer = self._decode(self._ids[self._from :])
         if len(longer) > len(self._known) and (final or not longer.endswith(BROKEN)):
             self._append(longer[len(self._known) :])
             self._known = longer
             if len(self._ids) - self._from > 2 * CONTEXT:
                 self._from = len(self._ids) - CONTEXT
-                self._known = self.tokenizer.decode(self._ids[self._from :])
+                self._known = self._decode(self._ids[self._from :])
 
     def _append(self, new: str) -> None:
         start = len(self.text)
@@ -66,6 +68,15 @@ class TextStream:
         # the one that is complete first, or the answer would depend on where its tokens begin
         self.text = text[: min(found)[1]] if found else text
         self.stopped = bool(found)
+
+
+def plain_decode(tokenizer: Any) -> Callable[[list[int]], str]:
+    """`tokenizer.decode` without what transformers does around it, which takes several times as long."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.clean_up_tokenization_spaces:
+        decode: Callable[[list[int]], str] = tokenizer.decode
+        return decode
+    return partial(backend.decode, skip_special_tokens=False)
 
 
 def begun(text: str, marks: Iterable[str]) -> int:
