@@ -1,0 +1,29 @@
+"""What a model's card says of its files: the same for the same files in any server, another one for others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from serve.catalog import Catalog
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
+
+
+def fingerprints(base: Path, adapters: dict[str, Path]) -> dict[str, str]:
+    catalog = Catalog(base, adapters, "base", {}, {"half": {"a": 0.5, "b": 0.5}}, lambda *_: None)
+    return {card["id"]: card["fingerprint"] for card in catalog.listing()["data"]}
+
+
+def test_fingerprints_tell_files_apart(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    adapters = {name: tiny_adapter(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    first = fingerprints(base, adapters)
+    assert len(set(first.values())) == 4
+    assert fingerprints(base, adapters) == first
+    weights = adapters["a"] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    second = fingerprints(base, adapters)
+    assert {name for name in first if first[name] != second[name]} == {"a", "half"}
+    shutil.rmtree(adapters["b"])
+    third = fingerprints(base, adapters)
+    assert {name for name in second if second[name] != third[name]} == {"b", "half"}
