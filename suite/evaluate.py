@@ -63,7 +63,9 @@ class Evaluate(Stage):
 
     def environment(self) -> str:
         """The one of an engine that is another program's."""
-        return "" if self.backend == "torch" else self.backend
+        from serve.backends import BACKENDS
+
+        return self.backend if self.backend != "torch" and BACKENDS.get(self.backend) else ""
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         from serve.backends import check_backend

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve.calls import CallParser
@@ -53,7 +53,7 @@ cuts = st.lists(st.integers(1, 7), max_size=40)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@settings(max_examples=20)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])  # nested values, on a busy machine
 @given(st.lists(st.tuples(names, arguments), min_size=1, max_size=3), plain, cuts)
 def test_calls_come_back_in_any_pieces(
     form: CallForm, calls: list[tuple[str, str]], before: str, sizes: list[int]
