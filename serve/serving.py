@@ -81,8 +81,10 @@ class Serving:
 
     def ready(self) -> tuple[Engine, Catalog, Bridge]:
         """Raises ApiError 503 while requests cannot be answered."""
-        if self.engine is None or self.catalog is None or self.bridge is None or not self.engine.alive:
+        if self.engine is None or self.catalog is None or self.bridge is None:
             raise ApiError(503, self.problem or "the model is still loading", kind="server_error", retry_after=1)
+        if not self.engine.alive:
+            raise ApiError(503, self.problem or "the engine has ended; /health says why", kind="server_error")
         return self.engine, self.catalog, self.bridge
 
     async def find(self, request: HttpRequest, name: str, user: str | None = None) -> Served:

@@ -194,6 +194,9 @@ class Engine:
             with torch.inference_mode():
                 while self._collect():
                     self._step()
+        except BaseException as error:
+            self._last_failure = f"{type(error).__name__}: {error}", time.time()
+            raise
         finally:
             self._closing = True
             for generation in [*self._unfinished(), *self._inbox]:
@@ -218,8 +221,10 @@ class Engine:
                 else:
                     self.scheduler.add(generation)
             self._adapters.retire()
-        while self._gone:
-            self._drop(self._gone.popleft(), "cancelled")
+            gone = [*self._gone]  # taken with the inbox: what comes and goes from now on is in neither
+            self._gone.clear()
+        for generation in gone:
+            self._drop(generation, "cancelled")
         if time.monotonic() >= self._due:
             self._expire()
         self._admit()

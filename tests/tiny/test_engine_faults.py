@@ -154,6 +154,29 @@ def test_one_who_cannot_be_told_stops_nobody(folders: dict[str, Path]) -> None:
         engine.close()
 
 
+class Window(threading.Condition):
+    """Calls `then` once in the engine's thread, right after it let go of the lock."""
+
+    then: Callable[[], None] | None = None
+
+    def __exit__(self, *given: Any) -> None:
+        super().__exit__(*given)
+        if threading.current_thread().name == "engine" and (then := self.then):
+            self.then = None
+            then()
+
+
+def test_one_who_comes_and_goes_while_the_engine_looks_elsewhere(engine: Engine) -> None:
+    engine.generate([Request([1, 2, 3], max_tokens=1)])
+    window, old = Window(), engine._wake
+    with old:  # the engine waits there, and goes on with the other
+        engine._wake = window
+        old.notify()
+    window.then = lambda: engine.cancel(engine.submit(Request([1, 2, 3], max_tokens=4)))
+    assert engine.submit(Request([1, 2, 3], max_tokens=4)).wait(60).finish == "length"
+    assert window.then is None
+
+
 def test_closing_ends_everything(folders: dict[str, Path]) -> None:
     engine = Engine(folders["base"], max_batch=2)
     generations = [engine.submit(Request([3, 4], "", 2000)) for _ in range(5)]
