@@ -55,8 +55,7 @@ class Vllm:
         """None on a GPU. On a CPU one slot must stay empty: rows of the base compute with the last slot's adapter."""
         if envs.device() != "cpu":
             return None
-        offered = offers(settings.lora_dir, settings.adapters)
-        return len(settings.adapters) + len(offered) + (SPARE if settings.lora_dir else 0)
+        return len(_adapters(settings)) + (SPARE if settings.lora_dir else 0)
 
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
         """`vllm serve`; the key is a variable, so that no other user of the machine can read it from a command line."""
@@ -98,8 +97,13 @@ def _template(model: Path) -> list[str]:
     return ["--chat-template", str(file), "--exclude-tools-when-tool-choice-none", *calls]
 
 
+def _adapters(settings: Settings) -> dict[str, Path]:
+    """All that may be asked for; at a restart some that are offered are among those that are served."""
+    return {**offers(settings.lora_dir), **settings.adapters}
+
+
 def _lora(settings: Settings, room: int | None) -> list[str]:
-    folders = [*settings.adapters.values(), *offers(settings.lora_dir, settings.adapters).values()]
+    folders = _adapters(settings).values()
     if not (folders or settings.lora_dir):
         return []
     highest = max((read_adapter(path).rank for path in folders), default=RANKS[-1])

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 
 from serve.engines.kind import flags
 from serve.engines.translation import AsIs, JoinedText, openai_error
+from serve.engines.vllm import Vllm
 from serve.probe import Heard, Known, Token, compare, distance
 from serve.relay import Tally, _limited, _renamed
+from serve.settings import Settings
 from suite.errors import SuiteError
 
 NAMES = (b'"model":"a@2"', b'"model":"a"')
@@ -133,6 +136,15 @@ def known(*tokens: tuple[int, float], **more: Any) -> Known:
 
 def heard(*tokens: tuple[int, float], prompt: list[int] | None = None) -> Heard:
     return Heard(prompt, len(prompt or [1, 2]), list(tokens))
+
+
+def test_an_offered_adapter_that_is_served_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("suite.envs.device", lambda: "cpu")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "adapter_config.json").touch()
+    once = Settings(model=tmp_path, lora_dir=[str(tmp_path)])
+    again = Settings(model=tmp_path, lora_dir=[str(tmp_path)], adapters={"d": tmp_path / "d"})
+    assert Vllm().room(again) == Vllm().room(once)
 
 
 def test_distance() -> None:
