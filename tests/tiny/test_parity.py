@@ -214,7 +214,8 @@ def test_a_changed_template_or_tokenizer_is_named(tmp_path: Path) -> None:
         tmp_path / "trims", hidden=64, template=CHAT_TEMPLATE.replace("+ message.content", "+ message.content | trim")
     )
     other = tiny_model(tmp_path / "other", hidden=64, vocab=300)
-    for child, probe in ((trims, r"\\tAgain"), (other, "The old lighthouse")):
+    # which dialogue comes first depends on the merges that the tokenizer learnt, and those on ties
+    for child, probe in ((trims, r"\\tAgain|\[INST\]"), (other, "The old lighthouse")):
         found = parity.probes(child, parent=parent)
         measured = parity.measure(
             lambda: Table(table(0)), lambda: Table(table(0)), [replace(p, ids=[1, 2]) for p in found]
