@@ -18,6 +18,7 @@ from serve.backends import Endpoint, endpoint
 from suite import envs
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
+NANO = Path(__file__).parents[2] / "examples/nano/model"
 VLLM = envs.get("vllm")  # before each test gets a store of its own
 BACKENDS = ["torch", *(["vllm"] if VLLM.installed else [])]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -82,3 +83,13 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
         yield Served(request.param, running, base, adapters, client, http)
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[openai.OpenAI]:
+    """A client of nano, which has learnt to answer and to call tools."""
+    with (
+        endpoint(NANO, name="nano") as running,
+        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client

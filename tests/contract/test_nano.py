@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
-import pytest
 
-from serve.backends import endpoint
-
-NANO = Path(__file__).parents[2] / "examples/nano/model"
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -22,15 +16,6 @@ WEATHER: Any = {
     },
 }
 ASK: list[Any] = [{"role": "user", "content": "How is the weather in Paris?"}]
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
-    with (
-        endpoint(NANO, name="nano") as running,
-        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
 
 
 def ask(client: openai.OpenAI, messages: list[Any], **more: Any) -> Any:

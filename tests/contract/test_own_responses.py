@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai.types.responses import Response
 
-from serve.backends import endpoint
-
-NANO = Path(__file__).parents[2] / "examples/nano/model"
 WEATHER: Any = {
     "type": "function",
     "name": "get_weather",
@@ -21,15 +16,6 @@ WEATHER: Any = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
 ASK = "How is the weather in Paris?"
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
-    with (
-        endpoint(NANO, name="nano") as running,
-        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
 
 
 def ask(client: openai.OpenAI, given: Any = "Who are you?", **more: Any) -> Any:

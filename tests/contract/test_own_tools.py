@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-
-from serve.backends import endpoint
-
-NANO = Path(__file__).parents[2] / "examples/nano/model"
 
 
 def tool(name: str, *arguments: str) -> Any:
@@ -24,15 +18,6 @@ def tool(name: str, *arguments: str) -> Any:
 
 TOOLS = [tool("get_weather", "city"), tool("add", "a", "b")]
 HELLO: list[Any] = [{"role": "user", "content": "Who are you?"}]
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
-    with (
-        endpoint(NANO, name="nano") as running,
-        openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
-    ):
-        yield client
 
 
 def ask(client: openai.OpenAI, choice: Any, **more: Any) -> Any:
