@@ -19,7 +19,7 @@ import numpy as np
 
 from evalsets import report
 from evalsets.ask import Client, Journal, Reply
-from evalsets.score import headline, request, score
+from evalsets.score import headline, requests, score
 from evalsets.sets import EvalSet, Question
 
 
@@ -79,15 +79,15 @@ def _one(
 ) -> dict[str, Any]:
     """Everything about one set, as report.json has it."""
     about = {"kind": asked.kind, "title": asked.file.title, "digest": asked.digest, "headline": headline(asked)}
-    requests = [request(asked, q, model) for q in questions]
+    wanted = [request for q in questions for request in requests(asked, q, model)]
     journal = Journal(journals / f"{asked.name}.jsonl")
     if asked.kind == "perplexity":
         # one by one: which texts share a batch moves the last digits of their probabilities
         client = replace(client, concurrency=1)
-        probe = client.ask(requests[:1], journal)[requests[0].id]
+        probe = client.ask(wanted[:1], journal)[wanted[0].id]
         if probe.refused:
             return about | {"total": {"not_available": probe.error}, "subsets": {}, "problems": []}
-    replies = client.ask(requests, journal, meter)
+    replies = client.ask(wanted, journal, meter)
     meter.ended = time.perf_counter()
     scores = score(asked, questions, replies)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)

@@ -30,11 +30,38 @@ class Scores:
     rows: list[Row]
 
 
-def request(asked: EvalSet, question: Question, model: str) -> Request:
-    """What is sent for a question."""
+def requests(asked: EvalSet, question: Question, model: str) -> list[Request]:
+    """What is sent for a question: that with the question's own id first, then `ID#A` and so on for its options.
+
+    The requests for options have the endpoint read the prompt with each option, which takes log-probabilities; one
+    that gives none still answers the first.
+    """
     if asked.kind == "perplexity":
-        body = {"model": model, "prompt": question.text, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
-        return Request(question.id, "completions", body)
+        return [_echo(question.id, question.text, model)]
+    options = continuations(question) if asked.file.likelihood else {}
+    return [_chat(asked, question, model), *(_echo(f"{question.id}#{o}", p, model) for o, p in options.items())]
+
+
+def continuations(question: Question) -> dict[str, str]:
+    """A choice question as texts to continue, each with one option's letter after it.
+
+    This is the form in which lm-evaluation-harness asks MMLU and C-Eval: solved examples, the question, a space and the
+    letter. As the texts differ in the letter only, so do the sums of their log-probabilities: no token boundary is
+    needed to compare options.
+    """
+    turns = "".join(
+        m["content"] + {"user": " ", "assistant": "\n\n", "system": "\n\n"}[m["role"]] for m in question.messages
+    )
+    return {letter: turns + letter for letter in question.letters}
+
+
+def _echo(name: str, prompt: str, model: str) -> Request:
+    """A request for the log-probabilities of a text's tokens."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 0, "temperature": 0}
+    return Request(name, "completions", body)
+
+
+def _chat(asked: EvalSet, question: Question, model: str) -> Request:
     generation = asked.file.generation
     body = {
         "model": model, "messages": list(question.messages), "max_tokens": generation.max_tokens,
@@ -52,12 +79,16 @@ def score(asked: EvalSet, questions: list[Question], replies: Mapping[str, Reply
     for question in questions:
         reply = replies.get(question.id) or Reply(question.id, "", error="not asked")
         rows.append(_common(question, reply) | row(asked, question, reply))
+        if asked.file.likelihood:
+            rows[-1] |= _likely(question, replies)
     subsets = sorted({r["subset"] for r in rows})
     parts = {name: [r for r in rows if r["subset"] == name] for name in subsets}
     total = figures(asked, rows)
     each = {name: figures(asked, part) for name, part in parts.items()}
     if asked.kind == "choice":
         total["macro"] = fmean(part["acc"] for part in each.values())
+    if asked.file.likelihood:
+        total |= _likelihood(questions, rows, replies)
     return Scores(total, each, rows)
 
 
@@ -73,6 +104,26 @@ def _choice(_: EvalSet, question: Question, reply: Reply) -> Row:
     options = dict(zip(question.letters, question.options, strict=True))
     chosen = letter(reply.text, question.letters) or named(reply.text, options)
     return {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
+
+
+def _likely(question: Question, replies: Mapping[str, Reply]) -> Row:
+    """The option whose letter is likeliest after the question; None where not every option was measured."""
+    found = {o: replies[name].logprobs for o in question.letters if (name := f"{question.id}#{o}") in replies}
+    if len(found) < len(question.letters) or not all(found.values()):
+        return {"likely": None, "likely_score": 0.0}
+    likely = max(found, key=lambda option: math.fsum(found[option]))
+    return {"likely": likely, "likely_score": float(likely == question.expected)}
+
+
+def _likelihood(questions: list[Question], rows: list[Row], replies: Mapping[str, Reply]) -> dict[str, Any]:
+    """How often the likeliest option is right; or why nobody knows."""
+    options = [replies.get(f"{q.id}#{o}") for q in questions for o in q.letters]
+    if refused := next((r for r in options if r and r.refused), None):
+        return {"likelihood": {"not_available": refused.error}}
+    right = sum(r["likely_score"] == 1 for r in rows)
+    low, high = wilson(right, len(rows))
+    unmeasured = sum(r["likely"] is None for r in rows)
+    return {"likelihood": {"acc": right / len(rows), "low": low, "high": high, "failed": unmeasured}}
 
 
 def _qa(asked: EvalSet, question: Question, reply: Reply) -> Row:

@@ -73,6 +73,8 @@ class SetFile(Config):
     """choice: the first rows of dev/{subject}_dev.csv that precede a question as solved examples."""
     metrics: list[Literal["rouge", "bleu", "exact"]] = Field(default=["rouge", "bleu"])
     """qa: what to measure; the first, rouge or exact, gets the interval and decides comparisons."""
+    likelihood: bool = False
+    """choice: also measure which option's letter is likeliest, at endpoints that give log-probabilities of prompts."""
     generation: Generation = Generation()
 
 
