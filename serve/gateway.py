@@ -82,7 +82,7 @@ def create_app(
         from serve.engines.remote import fleet
 
         server.fleet = fleet(settings)
-        relay.add(app, server, server.fleet)
+        relay.add(app, server)
     document(app, [ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, ResponsesBody])
     # the last one added is the first one asked
     app.add_middleware(BodyLimit, limit=settings.max_body)

@@ -62,13 +62,15 @@ class Asked:
     renamed: tuple[bytes, bytes] | None
     """The engine's name of the model in its answers, and ours, where they differ."""
     exchange: Exchange
+    fleet: Fleet
+    """Who answers it."""
 
 
 class Relay:
     """An ASGI endpoint for `PATHS`. Clients' keys stay here; the engines have one of their own."""
 
-    def __init__(self, server: Serving, fleet: Fleet) -> None:
-        self._server, self._fleet, self._translation = server, fleet, fleet.kind.translation
+    def __init__(self, server: Serving) -> None:
+        self._server = server
         self._most = server.settings.max_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,11 +112,11 @@ class Relay:
 
     async def _relay(self, request: Request, body: bytes, send: Send) -> None:
         asked = await self._asked(request, body)
-        self._server.admission.check(self._server.ready()[0].load[1])
+        self._server.admission.check(asked.fleet.load[1])
         tried: set[tuple[Replica, int]] = set()
         while True:
             try:
-                async with self._fleet.replicas.lease(tried) as replica:
+                async with asked.fleet.replicas.lease(tried) as replica:
                     life = replica.life
                     try:
                         await self._on(replica, asked, send)
@@ -129,22 +131,23 @@ class Relay:
     async def _asked(self, request: Request, body: bytes) -> Asked:
         fields = read_body(request, body)
         served = await self._server.find(request, fields["model"], _user(fields))
-        inside = self._fleet.inside(served.adapter)
-        wanted = _limited(request.url.path, self._translation.ask(request.url.path, fields), self._most)
+        fleet = self._server.behind(served)
+        inside = fleet.inside(served.adapter)
+        wanted = _limited(request.url.path, fleet.kind.translation.ask(request.url.path, fields), self._most)
         if inside != fields["model"] or wanted is not fields:
             body = json.dumps({**wanted, "model": inside}).encode()
         names = tuple(f'"model":{json.dumps(name)}'.encode() for name in (inside, served.name))
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = {k: v for k, v in request.headers.items() if k not in OWN_HEADERS}
         renamed = (names[0], names[1]) if inside != served.name else None
-        return Asked(path, headers, body, fields, renamed, Exchange.of(request))
+        return Asked(path, headers, body, fields, renamed, Exchange.of(request), fleet)
 
     async def _on(self, replica: Replica, asked: Asked, send: Send) -> None:
         """One try; raises Broken while nothing was sent."""
-        life, tally = replica.life, Tally()
+        life, tally, translation = replica.life, Tally(), asked.fleet.kind.translation
         async with contextlib.AsyncExitStack() as stack:
             try:
-                call = self._fleet.session.post(replica.url + asked.path, data=asked.body, headers=asked.headers)
+                call = asked.fleet.session.post(replica.url + asked.path, data=asked.body, headers=asked.headers)
                 answer = await stack.enter_async_context(call)
                 streamed = answer.content_type == "text/event-stream"
                 chunks = aiter(answer.content.iter_any())
@@ -152,20 +155,20 @@ class Relay:
             except (aiohttp.ClientError, OSError) as error:
                 raise Broken(f"{type(error).__name__} {error}") from None
             status, told = answer.status, {k: answer.headers[k] for k in TOLD_HEADERS if k in answer.headers}
-            if status >= 500 and await self._dies(replica, life):
+            if status >= 500 and await _dies(asked.fleet, replica, life):
                 raise Broken(f"it answered {status}, and ended")
             if streamed:
-                stream = self._translation.stream(asked.fields, _unbroken(body, chunks))
+                stream = translation.stream(asked.fields, _unbroken(body, chunks))
                 try:
                     await _send_stream(tally.of(_renamed(stream, asked.renamed)), told, send)
                 finally:
                     asked.exchange.answers.append(tally.answered())
                 return
         if status >= 400:
-            status, body = self._translation.error(status, body)
+            status, body = translation.error(status, body)
             told["content-type"] = "application/json"
         else:
-            body = self._translation.answer(asked.fields, body)
+            body = translation.answer(asked.fields, body)
             tally.feed(body)
             asked.exchange.answers.append(tally.answered())
         body = body.replace(*asked.renamed) if asked.renamed else body
@@ -173,8 +176,9 @@ class Relay:
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": body})
 
-    async def _dies(self, replica: Replica, life: int) -> bool:
-        return await self._fleet.replicas.until(lambda: replica.life != life or not replica.ready, DEATH_SECONDS)
+
+async def _dies(fleet: Fleet, replica: Replica, life: int) -> bool:
+    return await fleet.replicas.until(lambda: replica.life != life or not replica.ready, DEATH_SECONDS)
 
 
 class Tally:
@@ -304,8 +308,8 @@ async def _end(error: ApiError, begun: bool, send: Send) -> None:
     await send({"type": "http.response.body", "body": _last_words(error)})
 
 
-def add(app: FastAPI, server: Serving, fleet: Fleet) -> None:
+def add(app: FastAPI, server: Serving) -> None:
     """All of `PATHS`."""
-    relay = Relay(server, fleet)
+    relay = Relay(server)
     # most requests are for these, so they are looked for first
     app.router.routes[:0] = [Route(path, relay, methods=["POST"]) for path in PATHS]

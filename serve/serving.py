@@ -97,6 +97,11 @@ class Serving:
         exchange.model, exchange.adapter, exchange.alias = found.name, found.adapter, name if name != found.name else ""
         return found
 
+    def behind(self, served: Served) -> Fleet:  # noqa: ARG002
+        """Whose engine answers for a model, where that is another program's."""
+        assert self.fleet
+        return self.fleet
+
     async def constrain(
         self, jobs: Sequence[tuple[Request, TextStream]], constraint: Constraint | None, served: Served
     ) -> list[tuple[Request, TextStream]]:

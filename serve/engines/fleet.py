@@ -164,6 +164,13 @@ class Fleet:
         return self.adapters[adapter].inside if adapter else self.settings.name
 
     @property
+    def load(self) -> tuple[int, int]:
+        """How many requests run, and how many wait: in the engines, and for one."""
+        most = self.settings.max_batch
+        running = sum(min(member.running, most) for member in self.replicas.members)
+        return running, self.replicas.running - running + self.replicas.waiting
+
+    @property
     def alive(self) -> bool:
         """Whether requests can be answered, at once or later."""
         return not all(member.failed for member in self.replicas.members)

@@ -79,9 +79,7 @@ class RemoteEngine:
     @property
     def load(self) -> tuple[int, int]:
         """How many requests run, and how many wait: in the engines, and for one."""
-        replicas, most = self.fleet.replicas, self.fleet.settings.max_batch
-        running = sum(min(member.running, most) for member in replicas.members)
-        return running, replicas.running - running + replicas.waiting
+        return self.fleet.load
 
     def stats(self) -> Stats:
         """What is known of it from outside."""
