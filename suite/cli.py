@@ -19,6 +19,7 @@ VERBS = {
     "merge": ("fold an adapter into its base", "suite.commands.stage:command"),
     "quantize": ("make a model smaller with GPTQ, AWQ or bitsandbytes", "suite.commands.stage:command"),
     "export": ("make a Hugging Face folder or an Ollama package", "suite.commands.stage:command"),
+    "download": ("fetch a model or an adapter from a model hub", "suite.commands.stage:command"),
     "push": ("upload a package to a model hub", "suite.commands.stage:command"),
     "eval": ("score an artifact, or any OpenAI endpoint (--url)", "suite.commands.evaluate:command"),
     "predict": (

@@ -7,7 +7,7 @@ unknown stages, references to the wrong type of artifact, cycles.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,7 +21,7 @@ from suite.config import ArtifactType, Beside, Config, Names, Takes, Where, mark
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
 from suite.places import Flags, Lines, cell_places
-from suite.references import External, external
+from suite.references import HUBS, External, external
 from suite.serving import Options, check_aliases
 from suite.stages import Artifact, Stage, kind
 
@@ -165,6 +165,7 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
             node = _node(base, cell, tables, data, where)
             node = replace(node, environment=_environment(node, environments))
             nodes |= {n.name: n for n in with_followers(node)}
+    nodes = {**_downloads(nodes.values()), **nodes}
     for node in nodes.values():
         _check_edges(node, nodes)
     _check_targets(nodes)
@@ -187,7 +188,7 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     own = {k: v for k, v in table.items() if k not in Wiring.model_fields}
     wiring = parse(Wiring, {k: v for k, v in table.items() if k in Wiring.model_fields}, where)
     values = merged(merged(data.get("defaults", {}).get(use, {}), own), cell.values)
-    stage = _placed(parse(stage_class, values, cell_places(where, table)), where.file.parent)
+    stage = _pinned(_placed(parse(stage_class, values, cell_places(where, table)), where.file.parent), where(()))
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
         takes = stage.accepts()[field]
@@ -243,10 +244,45 @@ def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
 def _source(reference: str, takes: Takes, field: str, where: Lines) -> Source:
     if reference.startswith("@"):
         return reference[1:]
+    if _at_hub(reference, takes):
+        return reference
     found = external(reference, takes, where.file.parent)
     if isinstance(found, SuiteError):
         raise SuiteError(f"{field}: {found.message}", where=where((field,)), hint=found.hint)
     return found
+
+
+def _at_hub(reference: str, takes: Takes) -> bool:
+    """Whether a download can stand in its place, as a stage that is named by the address."""
+    return reference.startswith(HUBS) and {"model", "quantized", "adapter"} & {*takes.types} != set()
+
+
+def _downloads(nodes: Iterable[Node]) -> dict[str, Node]:
+    """The stages that hub addresses among the inputs of `nodes` stand for."""
+    found: dict[str, Node] = {}
+    for node in nodes:
+        for field, sources in node.inputs.items():
+            for address in sources:
+                if isinstance(address, str) and address.startswith(HUBS) and address not in found:
+                    stage = download(address, node.where((field,)))
+                    found[address] = Node(address, stage, {}, (), (), node.where)
+    return found
+
+
+def download(address: str, where: str) -> Stage:
+    """The stage that fetches what lies at a hub address; an error is about the place `where` it stands."""
+    try:
+        return parse(kind("download"), {"address": address}, Where()).pinned()
+    except SuiteError as error:
+        message = error.message if address in error.message else f"{address}: {error.message}"
+        raise SuiteError(message, where=where, hint=error.hint) from None
+
+
+def _pinned(stage: Stage, where: str) -> Stage:
+    try:
+        return stage.pinned()
+    except SuiteError as error:
+        raise SuiteError(error.message, where=error.where or where, hint=error.hint) from None
 
 
 def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
@@ -260,7 +296,7 @@ def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
             made, takes = nodes[source].stage.makes(), node.stage.accepts()[field].types
             if made not in takes:
                 raise SuiteError(
-                    f"'{field}' takes {_either(takes)}, but '@{source}' makes {_article(made)}",
+                    f"'{field}' takes {_either(takes)}, but '{at_sign(source)}' makes {_article(made)}",
                     where=node.where((field,)),
                     hint="put a merge stage between them"
                     if made == "adapter" and "model" in takes
@@ -270,6 +306,11 @@ def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
         if name not in nodes:
             where = node.where(("needs",) if name in node.needs else ("gate",))
             raise SuiteError(f"no stage '{name}'", where=where, hint=near(name, nodes))
+
+
+def at_sign(source: str) -> str:
+    """A stage as a reference names it: `@stage`, or the address that it downloads."""
+    return source if source.startswith(HUBS) else f"@{source}"
 
 
 def _check_targets(nodes: Mapping[str, Node]) -> None:
@@ -393,14 +434,19 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
     where = Flags(file, {}, ((),))
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
-        found = [on_command_line(r, stage.accepts()[field], folder) for r in references]
-        for source in found:
-            if isinstance(source, SuiteError):
-                raise SuiteError(source.message, where=where((field,)), hint=source.hint)
-        inputs[field] = [s for s in found if isinstance(s, External)]
-    node = Node(name, stage, inputs, (), (), where)
+        inputs[field] = []
+        for reference in references:
+            takes = stage.accepts()[field]
+            found = reference if _at_hub(reference, takes) else on_command_line(reference, takes, folder)
+            if isinstance(found, SuiteError):
+                raise SuiteError(found.message, where=where((field,)), hint=found.hint)
+            inputs[field].append(found)
+    node = Node(name, _pinned(stage, ""), inputs, (), (), where)
     node = replace(node, environment=_environment(node, {}))
-    plan = Plan(name, None, "", {n.name: n for n in with_followers(node)})
+    nodes = {**_downloads([node]), **{n.name: n for n in with_followers(node)}}
+    for each in nodes.values():
+        _check_edges(each, nodes)
+    plan = Plan(name, None, "", nodes)
     check_inputs(plan)
     return plan
 

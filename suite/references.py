@@ -12,6 +12,8 @@ from suite.errors import SuiteError
 from suite.stages import RECORD, Artifact
 
 NANO = "nano"
+HUBS = ("hf:", "ms:")
+"""How addresses at model hubs begin."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ def nano() -> Path:
 
 def external(reference: str, takes: Takes, folder: Path) -> External | SuiteError:
     """The artifact at a path relative to `folder`; an error says what is missing and the cure."""
-    if reference.startswith(("hf:", "ms:")):
-        name = reference[3:].partition("@")[0]
-        hint = f"download it first (hf download {name} --local-dir DIR) and give the folder"
-        return SuiteError(f"'{reference}': hub addresses are not read yet", hint=hint)
+    if reference.startswith(HUBS):
+        hint = (
+            "download it first, and give the file"
+            if takes.types == ("dataset",)
+            else "suite download makes it a folder"
+        )
+        return SuiteError(f"'{reference}': no hub address can stand here", hint=hint)
     path = (folder / Path(reference).expanduser()).resolve()
     if reference == NANO and not any((path / name).is_file() for name in ("config.json", RECORD)):
         path = nano()

@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "merge": "export.merge:Merge",
     "quantize": "export.quantize:Quantize",
     "export": "export.package:Export",
+    "download": "export.hub.download:Download",
     "push": "export.hub.push:Push",
     "eval": "suite.evaluate:Evaluate",
 }
@@ -138,6 +139,13 @@ class Stage(Config):
 
         An input is None while the stage that makes it has not run.
         """
+
+    def pinned(self) -> Stage:
+        """These settings with everything decided that they leave to the world outside, such as what a branch holds.
+
+        Asked once while planning. Raises SuiteError where it cannot be known.
+        """
+        return self
 
     def environment(self) -> str:
         """The name of the environment (`suite.envs`) whose interpreter these settings need; empty: none but ours."""

@@ -1,4 +1,4 @@
-"""What a model hub holds, and what a push would change there; hubs themselves are in `export.hub_*`."""
+"""What a model hub holds, and what a push would change there; the hubs themselves are the modules beside this one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,22 @@ class Remote:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A file that can be fetched: its size in bytes, and a digest as in `RemoteFile` or "" where the hub has none."""
+
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What one commit of a repository holds, by path; where a hub has no commits, `commit` is a hash of the list."""
+
+    commit: str
+    files: Mapping[str, Listed]
+
+
+@dataclass(frozen=True)
 class Changes:
     """What makes a branch hold a package: files to send, and earlier ones of ours to remove.
 
@@ -69,6 +85,26 @@ class Hub(Protocol):
 
     def publish(self) -> None:
         """Let everybody see the repository."""
+
+    def listing(self, commit: str = "") -> Listing:
+        """The files of that commit, or of the branch's newest."""
+
+    def fetch(self, folder: Path, commit: str, files: Mapping[str, Listed]) -> None:
+        """Put these files of a commit into `folder`; what an interrupted attempt left there is used."""
+
+
+def at(address: str) -> Hub:
+    """The hub, repository and branch of an address; raises SuiteError where its library is missing."""
+    kind, repository, branch = parts(address)
+    if kind == "hf":
+        from export.hub.huggingface import HuggingFace
+
+        return HuggingFace(repository, branch)
+    try:
+        from export.hub.modelscope import ModelScope
+    except ModuleNotFoundError:
+        raise SuiteError("ModelScope's library is not installed", hint='pip install "suite[modelscope]"') from None
+    return ModelScope(repository, branch)
 
 
 def parts(address: str) -> tuple[str, str, str]:

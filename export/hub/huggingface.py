@@ -7,13 +7,15 @@ files are not. The token is the library's own: HF_TOKEN, or what `hf auth login`
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
@@ -23,12 +25,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id  # type: ignore[attr-defined]
 
-from export.hub import TITLE, Changes, Remote, RemoteFile, Temporary
+from export.hub import TITLE, Changes, Listed, Listing, Remote, RemoteFile, Temporary
 from suite.errors import SuiteError
 
 MAY_PASS = (408, 409, 412, 423, 429, 500, 502, 503, 504)
 """Statuses of a hub that is busy, or whose branch has moved."""
-OFFLINE = "HF_HUB_OFFLINE is set, so nothing can be pushed"
+OFFLINE = "HF_HUB_OFFLINE is set, so no hub is asked"
+UNSET = "unset it, or use what is on this machine"
+AT_ONCE = 4
+"""Files that are fetched at the same time."""
 LOG_IN = "export HF_TOKEN=..., or: hf auth login"
 
 
@@ -48,7 +53,7 @@ class HuggingFace:
         except HFValidationError as error:
             raise SuiteError(str(error)) from None
         if constants.is_offline_mode():
-            raise SuiteError(OFFLINE, hint="unset it, or leave out the push")
+            raise SuiteError(OFFLINE, hint=UNSET)
         if not get_token():
             raise SuiteError("there is no token for Hugging Face", hint=LOG_IN)
 
@@ -90,6 +95,24 @@ class HuggingFace:
         with explained(self.repository):
             self.api.update_repo_settings(self.repository, private=False)
 
+    def listing(self, commit: str = "") -> Listing:
+        """By git's ids, and the sha256 of large files."""
+        with explained(self.repository):
+            found = commit or str(self.api.model_info(self.repository, revision=self.branch).sha)
+            tree = self.api.list_repo_tree(self.repository, recursive=True, revision=found)
+            files = {f.path: Listed(f.size, _described(f).digest) for f in tree if isinstance(f, RepoFile)}
+        return Listing(found, files)
+
+    def fetch(self, folder: Path, commit: str, files: Mapping[str, Listed]) -> None:
+        """Several at once; the library notes beside them how far each is, and goes on from there."""
+
+        def one(name: str) -> None:
+            self.api.hf_hub_download(self.repository, name, revision=commit, local_dir=folder)
+
+        with explained(self.repository), ThreadPoolExecutor(AT_ONCE) as pool:
+            for done in [pool.submit(one, name) for name in files]:
+                done.result()
+
 
 def _described(file: RepoFile) -> RemoteFile:
     title = file.last_commit.title if file.last_commit else ""
@@ -107,7 +130,7 @@ def explained(repository: str) -> Iterator[None]:
 
 def _explanation(error: BaseException, repository: str) -> BaseException:
     if isinstance(error, OfflineModeIsEnabled):
-        return SuiteError(OFFLINE, hint="unset it, or leave out the push")
+        return SuiteError(OFFLINE, hint=UNSET)
     if isinstance(error, ValueError) and "README.md" in str(error):
         problems = str(error).partition("\n")[2].replace("- ", "").replace("\n", "; ")
         return SuiteError(f"the hub refuses the model card: {problems}", where="README.md")
@@ -122,12 +145,19 @@ def _explanation(error: BaseException, repository: str) -> BaseException:
 
 
 def _refusal(error: HfHubHTTPError, repository: str) -> BaseException:
+    if isinstance(error, GatedRepoError):
+        return SuiteError(f"{repository} asks for its terms to be accepted", hint=f"on its page; then {LOG_IN}")
+    if isinstance(error, RevisionNotFoundError):
+        return SuiteError(f"{repository} has no such commit, branch or tag")
+    if isinstance(error, RepositoryNotFoundError):
+        hint = f"if it is private: {LOG_IN}"
+        return SuiteError(f"the hub has no repository {repository}, or shows it to others only", hint=hint)
     status, said = error.response.status_code, error.server_message or error.response.reason_phrase
     if status in MAY_PASS:
         return Temporary(f"the hub answered {status}: {said}")
     if status == 401:
         return SuiteError("the hub does not accept the token", hint=LOG_IN)
     if status == 403:
-        hint = "the token needs the right to write there; `hf auth whoami` says whose it is"
-        return SuiteError(f"no permission to write to {repository}: {said}", hint=hint)
+        hint = "the token needs the right to do this there; `hf auth whoami` says whose it is"
+        return SuiteError(f"no permission for {repository}: {said}", hint=hint)
     return SuiteError(f"the hub answered {status}: {said}", where=repository)

@@ -8,8 +8,10 @@ library cannot change that later.
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from modelscope_hub.errors import (
 )
 
 from export.hf import CHECKSUMS, sha256
-from export.hub import TITLE, Changes, Remote, RemoteFile, Temporary, listed
+from export.hub import TITLE, Changes, Listed, Listing, Remote, RemoteFile, Temporary, listed
 from suite.errors import SuiteError
 
 MODEL = "model"
@@ -63,6 +65,32 @@ class ModelScope:
 
     def _download(self, path: str, folder: str) -> Path:
         return Path(self.api.download_file(self.repository, MODEL, path, revision=self.branch, local_dir=folder))
+
+    def listing(self, commit: str = "") -> Listing:
+        """Of the branch as it is now: there are no commits to ask for, so the list itself must be the same."""
+        with explained(self.repository):
+            try:
+                found = self.api.list_repo_files(self.repository, MODEL, revision=self.branch)
+            except NotExistError:
+                raise SuiteError(
+                    f"ModelScope has no repository {self.repository} with '{self.branch}', or shows it to others only",
+                    hint=f"if it is private: {LOG_IN}",
+                ) from None
+        files = {f.path: Listed(f.size, f.sha256 or "") for f in found if not f.is_dir}
+        whole = json.dumps([(name, file.size, file.digest) for name, file in sorted(files.items())])
+        now = "list-" + hashlib.sha256(whole.encode()).hexdigest()[:16]
+        if commit and commit != now:
+            raise SuiteError(f"{self.repository} has changed meanwhile", hint="run the same command again")
+        return Listing(now, files)
+
+    def fetch(self, folder: Path, commit: str, files: Mapping[str, Listed]) -> None:  # noqa: ARG002
+        """One by one; what lies there whole is not fetched again."""
+        with explained(self.repository):
+            for name, file in files.items():
+                self.api.download_file(
+                    self.repository, MODEL, name, revision=self.branch, local_dir=folder,
+                    expected_sha256=file.digest or None, file_size=file.size,
+                )  # fmt: skip
 
     def create(self, *, public: bool) -> None:
         """The library's own default would be public, and Apache-2.0."""
@@ -104,7 +132,7 @@ def explained(repository: str) -> Iterator[None]:
     except AuthenticationError:
         raise SuiteError("ModelScope does not accept the token", hint=LOG_IN) from None
     except PermissionDeniedError as error:
-        raise SuiteError(f"no permission to write to {repository}: {error.message}", hint=error.suggestion) from None
+        raise SuiteError(f"no permission for {repository}: {error.message}", hint=error.suggestion) from None
     except (StorageError, OSError) as error:  # requests' own errors are OSErrors
         raise Temporary(str(error).splitlines()[0]) from None
     except HubError as error:

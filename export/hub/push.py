@@ -26,19 +26,6 @@ WAITS = (1, 2, 4)
 """Seconds between attempts, on top of those that the hub's library makes for each request."""
 
 
-def _open(address: str) -> hub.Hub:
-    kind, repository, branch = hub.parts(address)
-    if kind == "hf":
-        from export.hub.huggingface import HuggingFace
-
-        return HuggingFace(repository, branch)
-    try:
-        from export.hub.modelscope import ModelScope
-    except ModuleNotFoundError:
-        raise SuiteError("ModelScope's library is not installed", hint='pip install "suite[modelscope]"') from None
-    return ModelScope(repository, branch)
-
-
 class Push(Stage):
     """Upload a package to a model hub: what is there already is not sent again, what others put there stays.
 
@@ -65,7 +52,7 @@ class Push(Stage):
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         """The name, a token and the library that are needed."""
         try:
-            _open(self.to).check()
+            hub.at(self.to).check()
         except SuiteError as error:
             raise SuiteError(error.message, where="to", hint=error.hint) from None
         package = next(iter(inputs.get("package", ())), None)
@@ -77,7 +64,7 @@ class Push(Stage):
         package = job.input("package")
         files = hub.listed(package.path)
         title = f"{package.name} {package.record.get('key') or files[CHECKSUMS][:32]}"
-        at, waits = _open(self.to), iter(WAITS)
+        at, waits = hub.at(self.to), iter(WAITS)
         sent: set[str] = set()
         removed: set[str] = set()
         done = None

@@ -100,7 +100,8 @@ class Export(Stage):
     license_link: str = ""
     """Where an "other" licence can be read: an https:// address, or LICENSE for the file in the model's folder."""
     base_model: str = ""
-    """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"; left out: the name of its folder, in the text only."""
+    """The base's name on the hub, e.g. "Qwen/Qwen3-0.6B"; left out: where it was downloaded from, or in the text only
+    the name of its folder."""
     description: str = ""
     """A paragraph for the model card."""
     languages: list[str] = Field(default_factory=list)
@@ -192,7 +193,8 @@ class Export(Stage):
             metrics, notes = self._gguf(job, model)
             use = OLLAMA_USE if self.to == "ollama" else GGUF_USE
         elif model.type == "adapter":
-            metrics = hf.write_adapter(model.path, job.out, self.base_model, job.progress)
+            base = self.base_model or lineage.at_hugging_face(lineage.walk(model))
+            metrics = hf.write_adapter(model.path, job.out, base, job.progress)
             use = ADAPTER_USE
         else:
             metrics = hf.write_model(model.path, job.out, job.progress)
@@ -257,7 +259,7 @@ class Export(Stage):
             license=self.license,
             license_name=self.license_name,
             license_link=self.license_link,
-            base_model=self.base_model,
+            base_model=self.base_model or lineage.at_hugging_face(steps),
             root=lineage.root(steps),
             quantized=model.type == "quantized" or (self.to != "hf" and self.weights not in ("f32", "f16", "bf16")),
             description=self.description,

@@ -46,7 +46,14 @@ def walk(artifact: Artifact, label: str = "") -> list[Step]:
 
 def root(steps: Sequence[Step]) -> str:
     """The name of the model that everything began with; empty where the artifact itself was made by no stage."""
-    return next((step.name for step in steps[:-1] if step.type == "model" and not step.kind), "")
+    return next((step.name for step in steps[:-1] if step.type == "model" and step.kind in ("", "download")), "")
+
+
+def at_hugging_face(steps: Sequence[Step]) -> str:
+    """The repository at Hugging Face's hub of the model that everything began with; empty where it began elsewhere."""
+    fetched = (step for step in steps if step.kind == "download" and step.type != "adapter")
+    addresses = (str(step.settings.get("address", "")) for step in fetched)
+    return next((a.removeprefix("hf:").partition("@")[0] for a in addresses if a.startswith("hf:")), "")
 
 
 def installed(distributions: Iterable[str]) -> dict[str, str]:

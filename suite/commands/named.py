@@ -5,18 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 
 from suite import store
+from suite.commands.pipelines import execute
 from suite.config import ArtifactType, Takes
 from suite.errors import SuiteError
-from suite.pipeline import on_command_line
+from suite.pipeline import download, on_command_line, one_stage
+from suite.references import HUBS
+from suite.runner import preview
+from suite.runs import link
 from suite.stages import Artifact
 
 
 def artifact(text: str, flag: str, *types: ArtifactType) -> Artifact:
     """What a flag's value names; raises SuiteError for what does not exist or is of another type."""
+    if text.startswith(HUBS):
+        return _downloaded(text, flag, types)
     found = on_command_line(text, Takes(*types), Path.cwd())
     if isinstance(found, SuiteError):
         raise SuiteError(found.message, where=flag, hint=found.hint)
     return found.artifact
+
+
+def _downloaded(address: str, flag: str, types: tuple[ArtifactType, ...]) -> Artifact:
+    """What lies at a hub, from the store or fetched now."""
+    plan = one_stage("download", download(address, flag), Path.cwd())
+    made = plan.nodes["download"].stage.makes()
+    if made not in types:
+        raise SuiteError(f"{address} holds {made}, and {' or '.join(types)} is expected", where=flag)
+    found = preview(plan, store.Store(store.home()))["download"].artifact
+    if found is None:
+        run_dir, error = execute(plan)
+        if error:
+            raise error
+        found = Artifact(link(run_dir, "download").resolve(), made)
+    return found
 
 
 def base_of(adapter: Artifact, flag: str) -> Artifact:

@@ -58,7 +58,9 @@ def _show_plan(read: Plan, as_json: bool) -> int:
 
 def _planned(read: Plan, outcome: Outcome) -> dict[str, Any]:
     node = read.nodes[outcome.name]
-    sources = [s.name if isinstance(s, External) else f"@{s}" for group in node.inputs.values() for s in group]
+    sources = [
+        s.name if isinstance(s, External) else pipeline.at_sign(s) for group in node.inputs.values() for s in group
+    ]
     to_run = "to run" if outcome.key else "to run if its inputs change"
     then = "cached" if outcome.state == "cached" else to_run
     return {

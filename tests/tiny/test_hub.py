@@ -218,7 +218,7 @@ def test_somebody_who_commits_meanwhile_is_not_run_over(hub: Hub, package: Path)
     ("token", "to", "message"),
     [
         ("hf_wrong", "hf:org/tiny", "does not accept the token"),
-        (TOKEN, "hf:others/tiny", "no permission to write to others/tiny"),
+        (TOKEN, "hf:others/tiny", "no permission for others/tiny"),
     ],
 )
 def test_a_refusal_is_said_without_the_token(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from export import hf
+from export.hub.download import Download
 from suite.errors import SuiteError
+from suite.stages import Job
 from tests.hub_server import TOKEN, Hub
 from tests.modelscope_server import ModelScopeHandler
 from tests.tiny.test_hub import CARD, OURS, packaged, push
@@ -67,6 +69,20 @@ def test_trouble_that_passes_is_waited_out(hub: Hub, package: Path) -> None:
     assert len(hub.sent(hf.sha256(package / "model.safetensors"))) == 1
 
 
+def test_what_lies_there_is_fetched_and_a_changed_list_is_noticed(hub: Hub, package: Path, tmp_path: Path) -> None:
+    push(package, TO)
+    stage = Download(address=TO).pinned()
+    assert stage.makes() == "model"
+    (out := tmp_path / "out").mkdir()
+    fetched = stage.run(Job("download", {}, out, tmp_path))["downloaded"]
+    assert {file.name for file in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert (out / "model.safetensors").read_bytes() == (package / "model.safetensors").read_bytes()
+    assert fetched["from"] == f"{hub.url}/models/org/tiny"
+    hub.repos["org/tiny"].commit("master", "by hand", {"config.json": (b"{} ", "")})
+    with pytest.raises(SuiteError, match="has changed meanwhile"):
+        stage.run(Job("download", {}, out, tmp_path))
+
+
 def test_public_is_said_at_the_beginning_or_not_at_all(hub: Hub, package: Path) -> None:
     push(package, TO, public=True)
     assert not hub.repos["org/tiny"].private
@@ -78,7 +94,7 @@ def test_public_is_said_at_the_beginning_or_not_at_all(hub: Hub, package: Path) 
 
 
 def test_refusals_are_said_without_the_token(hub: Hub, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SuiteError, match="no permission to write to others/tiny"):
+    with pytest.raises(SuiteError, match="no permission for others/tiny"):
         push(package, "ms:others/tiny")
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms-wrong")
     with pytest.raises(SuiteError, match="does not accept the token") as error:

@@ -58,7 +58,8 @@ MISTAKES = [
     ("matrix no list", '[stage.a]\nuse = "make"\nmatrix.text = "x"', "pipeline.toml:3: matrix.text must be a list", "["),
     ("matrix and value", '[stage.a]\nuse = "make"\ntext = "x"\nmatrix.text = ["y"]', "pipeline.toml:4: 'text' is set twice", ""),
     ("matrix wrong type", '[stage.a]\nuse = "make"\nmatrix.text = ["y", 3]', "pipeline.toml:3: text: input should be", ""),
-    ("hub address", '[stage.a]\nuse = "tune"\nbase = "hf:a/b"', "pipeline.toml:3: base: 'hf:a/b': hub addresses", "hf download a/b"),
+    ("hub address", '[stage.a]\nuse = "tune"\nbase = "hf:a/b"', "pipeline.toml:3: hf:a/b: HF_HUB_OFFLINE is set", "unset it"),
+    ("hub data", '[stage.a]\nuse = "train"\nbase = "nano"\ndata = "hf:a/b"', "pipeline.toml:4: data: 'hf:a/b': no hub", "give the file"),
 ]  # fmt: skip
 
 
