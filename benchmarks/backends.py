@@ -89,7 +89,7 @@ def serve_relay(kind: str, pause: float) -> None:
     app = create_app(settings, loaded=ready)
     sock = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, loop="uvloop", http="httptools"))
 
     def end() -> None:
         sys.stdin.read()

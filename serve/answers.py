@@ -65,11 +65,10 @@ class Answer:
     def read(self) -> None:
         """Take into the text what came since the last time; where there are stop strings, the engine's thread does."""
         if not self.text.stops:
-            came = self.generation.tokens[len(self.generation.request.prompt) + self._read :]
+            request = self.generation.request
+            came = self.generation.tokens[len(request.prompt) + self._read :]
             self._read += len(came)
-            for token in came:
-                if token not in self.generation.request.stop_ids:
-                    self.text.push(token)
+            self.text.extend(token for token in came if token not in request.stop_ids)
 
     def end(self) -> None:
         """Complete the text; raises ApiError when the engine gave up."""

@@ -18,7 +18,7 @@ from typing import Any
 from serve.aliases import Aliases
 from serve.dialect import Dialect
 from serve.protocol import ApiError
-from serve.text import special_ids
+from serve.text import plain_encode, special_ids
 from suite.chat import Chat, load_tokenizer
 from suite.errors import SHOWN, SuiteError
 
@@ -47,6 +47,11 @@ class Served:
     def hidden(self) -> frozenset[int]:
         """Tokens without text."""
         return special_ids(self.tokenizer)
+
+    @cached_property
+    def encode(self) -> Callable[[str, bool], list[int]]:
+        """Token ids of a text, with special ones around it or not."""
+        return plain_encode(self.tokenizer)
 
     @cached_property
     def dialect(self) -> Dialect:

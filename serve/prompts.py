@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from serve.answers import Engine
@@ -121,14 +122,18 @@ def rendered(
         raise ApiError(400, f"'{served.name}' cannot chat: {served.no_chat}", param="model")
     if tools and not served.dialect.takes_tools:
         raise ApiError(400, f"'{served.name}' cannot use tools: its chat template leaves them out", param="tools")
-    # a client must not bring a template of its own, nor steer how this one is applied
-    reserved = {*inspect.signature(served.tokenizer.apply_chat_template).parameters, "messages", "generate"}
-    if taken := reserved & variables.keys():
+    if variables and (taken := _reserved(type(served.tokenizer)) & variables.keys()):
         raise ApiError(400, f"'{min(taken)}' is no variable of a chat template", param="chat_template_kwargs")
     try:
         return served.chat.text([message.plain() for message in messages], tools, generate, **variables)
     except SuiteError as error:
         raise ApiError(400, error.message, param="messages") from None
+
+
+@lru_cache
+def _reserved(tokenizer: type[Any]) -> frozenset[str]:
+    """A client must not bring a template of its own, nor steer how the model's is applied."""
+    return frozenset({*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "generate"})
 
 
 def tokenised(text: str, served: Served, param: str, *, special: bool = True, limit: int | None = None) -> list[int]:
@@ -138,7 +143,7 @@ def tokenised(text: str, served: Served, param: str, *, special: bool = True, li
     """
     if limit is not None and len(text) > limit * served.longest_token:
         raise overflow(f"at least {len(text) // served.longest_token}", limit, param)
-    return list(served.tokenizer(text, add_special_tokens=special)["input_ids"])
+    return served.encode(text, special)
 
 
 def decoded(ids: list[int], served: Served, param: str) -> str:

@@ -65,12 +65,15 @@ def run(
 
         from serve.draining import Server
         from serve.gateway import create_app
+        from serve.http import Protocol
 
         app = create_app(settings, keys=keys, log_to=log_to, loaded=loaded)
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
+            loop="uvloop",
+            http=Protocol,
             ws="none",
             timeout_graceful_shutdown=SLOW_SECONDS,
             timeout_keep_alive=60,  # clients reuse connections; one that closes while they do is an error to them

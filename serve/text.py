@@ -38,6 +38,11 @@ class TextStream:
         self._early = max(0, self._early - 1)
         return self.stopped
 
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Add several tokens at the cost of one; only for an answer without stop strings, which may end at any."""
+        self._ids += [token for token in tokens if token not in self.hidden]
+        self._extend(final=False)
+
     def finish(self) -> None:
         """No more tokens come: what was an incomplete character is shown as it is."""
         if not self.stopped:
@@ -61,6 +66,9 @@ class TextStream:
                 self._known = self._decode(self._ids[self._from :])
 
     def _append(self, new: str) -> None:
+        if not self.stops:
+            self.text += new
+            return
         start = len(self.text)
         text = self.text + new
         places = ((text.find(stop, max(0, start - len(stop) + 1)), len(stop)) for stop in self.stops)
@@ -77,6 +85,18 @@ def plain_decode(tokenizer: Any) -> Callable[[list[int]], str]:
         decode: Callable[[list[int]], str] = tokenizer.decode
         return decode
     return partial(backend.decode, skip_special_tokens=False)
+
+
+def plain_encode(tokenizer: Any) -> Callable[[str, bool], list[int]]:
+    """Token ids of a text, with special ones around it or not, without what transformers does around that."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.split_special_tokens:
+        return lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    if backend.truncation or backend.padding:  # written in some files, and not heeded by transformers either
+        backend.no_truncation()
+        backend.no_padding()
+    # of a batch of one, because that lets other threads run meanwhile
+    return lambda text, special: list(backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
 
 def begun(text: str, marks: Iterable[str]) -> int:

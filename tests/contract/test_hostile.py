@@ -225,3 +225,20 @@ def test_half_a_request(served: Served) -> None:
     garbage.socket.sendall(b"\x16\x03\x01\x00\xff garbage\r\n\r\n")
     assert garbage.socket.recv(100).startswith(b"HTTP/1.1 400")
     assert served.http.get("/health").json()["failed_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /health HTTP/1.1\r\nhost: x\r\nx: ",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nx: ",
+    ],
+)
+def test_heads_and_trailers_without_end_are_cut_off(served: Served, begun: bytes) -> None:
+    address = urlsplit(served.endpoint.url)
+    with socket.create_connection((address.hostname, address.port), timeout=30) as client:
+        client.sendall(begun)
+        with pytest.raises(OSError, match=r"Connection reset|Broken pipe"):
+            for _ in range(64):
+                client.sendall(bytes(2**20).replace(b"\0", b"x"))
+    assert served.http.get("/health").status_code == 200

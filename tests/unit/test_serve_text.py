@@ -46,6 +46,18 @@ def test_bytes_become_the_text_again(text: str) -> None:
     assert streamed(TextStream(Bytes()), list(text.encode())) == text
 
 
+@given(st.binary(max_size=60), st.data())
+def test_several_tokens_at_once_become_the_text_of_one_after_the_other(raw: bytes, data: st.DataObject) -> None:
+    stream, rest = TextStream(Bytes(), hidden={0}), list(raw)
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        stream.extend(rest[:size])
+        rest = rest[size:]
+    stream.finish()
+    assert stream.text == raw.replace(b"\0", b"").decode("utf-8", "replace")
+    assert stream.text == streamed(TextStream(Bytes(), hidden={0}), list(raw))
+
+
 @given(texts)
 def test_no_character_is_shown_before_it_is_whole(text: str) -> None:
     stream, shown = TextStream(Bytes()), ""
