@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -122,7 +122,7 @@ def rendered(
         raise ApiError(400, f"'{served.name}' cannot chat: {served.no_chat}", param="model")
     if tools and not served.dialect.takes_tools:
         raise ApiError(400, f"'{served.name}' cannot use tools: its chat template leaves them out", param="tools")
-    if variables and (taken := _reserved(type(served.tokenizer)) & variables.keys()):
+    if variables and (taken := _reserved(type(served.tokenizer).apply_chat_template) & variables.keys()):
         raise ApiError(400, f"'{min(taken)}' is no variable of a chat template", param="chat_template_kwargs")
     try:
         return served.chat.text([message.plain() for message in messages], tools, generate, **variables)
@@ -131,9 +131,9 @@ def rendered(
 
 
 @lru_cache
-def _reserved(tokenizer: type[Any]) -> frozenset[str]:
+def _reserved(render: Callable[..., str]) -> frozenset[str]:
     """A client must not bring a template of its own, nor steer how the model's is applied."""
-    return frozenset({*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "generate"})
+    return frozenset({*inspect.signature(render).parameters, "messages", "generate"})
 
 
 def tokenised(text: str, served: Served, param: str, *, special: bool = True, limit: int | None = None) -> list[int]:
