@@ -1,60 +1,150 @@
-"""Two evaluations of the same questions: what changed, and is it real?"""
+"""Evaluations of the same questions side by side: what changed, is it real, and which questions did it?"""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evalsets.report import REPORT
-from evalsets.statistics import paired
+from evalsets.statistics import Change, holm, paired
 from suite.errors import SuiteError
 
+Row = dict[str, Any]
+ALPHA = 0.05
+LN2 = math.log(2)
 
-def compare(before: Path, after: Path) -> dict[str, dict[str, Any]]:
-    """How the report in `after` differs from the one in `before`, by set that both have.
 
-    Each set gives {"verdict", "n", "before", "after", "difference", "low", "high", "p", "gained", "lost", "left_out"}.
-    Questions are paired by what they ask; those that failed or are missing on a side are counted in `left_out`. Choice
-    sets compare right answers, qa sets the score of each question, perplexity sets bits per byte, which different
-    tokenizers share. `gained` and `lost` are the ids that did better and worse. A set without a pair is "cannot tell".
-    Raises SuiteError where a folder is no report.
+@dataclass(frozen=True)
+class Report:
+    """One evaluation on disk: `sets` as in report.json; the rows of a set are read when asked for."""
+
+    folder: Path
+    model: str
+    sets: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report in a folder; raises SuiteError where there is none."""
+        try:
+            whole = json.loads((folder / REPORT).read_text("utf-8"))
+            return cls(folder, str(whole["model"]), dict(whole["sets"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            hint = "give the folder that an eval stage made"
+            raise SuiteError(f"no evaluation report in {folder}", hint=hint) from None
+
+    def rows(self, name: str) -> dict[str, Row]:
+        """The rows of a set by question digest; none where the set was not available."""
+        path = self.folder / "answers" / f"{name}.jsonl"
+        lines = path.read_text("utf-8").split("\n") if path.is_file() else []
+        return {row["digest"]: row for row in map(json.loads, filter(None, lines))}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One set in two reports, paired by what the questions ask.
+
+    `pairs` are the rows of the questions that both sides answered; `left_out` counts those that failed or are missing
+    on a side. `change` is None where there is no pair.
     """
-    old, new = _report(before), _report(after)
-    return {name: _set(before, after, name, new[name]["kind"]) for name in new if name in old}
+
+    kind: str
+    pairs: list[tuple[Row, Row]]
+    left_out: int
+    change: Change | None
+    p_corrected: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        return self.change.verdict if self.change else "cannot tell"
+
+    @property
+    def gained(self) -> list[Row]:
+        """The later rows of the questions that did better."""
+        return [b for a, b in self.pairs if self._better(a, b)]
+
+    @property
+    def lost(self) -> list[Row]:
+        """The later rows of the questions that did worse."""
+        return [b for a, b in self.pairs if self._better(b, a)]
+
+    @property
+    def forgotten(self) -> list[Row]:
+        """The later rows of the questions that were right before and are not now; of perplexity none."""
+        return [b for a, b in self.pairs if self.kind != "perplexity" and a["score"] == 1 > b["score"]]
+
+    @property
+    def learnt(self) -> list[Row]:
+        """The reverse of `forgotten`."""
+        return [b for a, b in self.pairs if self.kind != "perplexity" and b["score"] == 1 > a["score"]]
+
+    def _better(self, a: Row, b: Row) -> bool:
+        old, new = score(self.kind, a), score(self.kind, b)
+        return new < old if self.kind == "perplexity" else new > old
+
+    def subjects(self) -> dict[str, dict[str, int]]:
+        """Questions, gains and losses of each subset, those that lost most first."""
+        rows = (b for _, b in self.pairs)
+        n, up, down = (Counter(str(row["subset"]) for row in some) for some in (rows, self.gained, self.lost))
+        worst = sorted(n, key=lambda name: (up[name] - down[name], name))
+        return {name: {"n": n[name], "gained": up[name], "lost": down[name]} for name in worst}
+
+    def json(self) -> dict[str, Any]:
+        """The fields of `Change`, but lists of ids for what gained, lost, was forgotten or learnt; and by subject."""
+        found = asdict(self.change) if self.change else {"verdict": self.verdict, "n": 0}
+        for name in ("gained", "lost", "forgotten", "learnt"):
+            found[name] = [row["id"] for row in getattr(self, name)]
+        return found | {"subjects": self.subjects(), "left_out": self.left_out, "p_corrected": self.p_corrected}
 
 
-def _report(folder: Path) -> dict[str, Any]:
-    try:
-        sets = json.loads((folder / REPORT).read_text("utf-8"))["sets"]
-    except (OSError, ValueError, KeyError):
-        raise SuiteError(f"no evaluation report in {folder}", hint="give the folder that an eval stage made") from None
-    return dict(sets)
+def score(kind: str, row: Row) -> float:
+    """What one question counts: its score, or the bits that a text took."""
+    return float(row["nll"] / LN2 if kind == "perplexity" else row["score"])
 
 
-def _answers(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The rows of a set by question digest; none where the set was not available."""
-    path = folder / "answers" / f"{name}.jsonl"
-    lines = path.read_text("utf-8").split("\n") if path.is_file() else []
-    return {row["digest"]: row for row in map(json.loads, filter(None, lines))}
+def difference(before: Report, after: Report, name: str, confidence: float = 0.95) -> Difference:
+    """How a set differs between two reports.
 
-
-def _set(before: Path, after: Path, name: str, kind: str) -> dict[str, Any]:
-    old, new = _answers(before, name), _answers(after, name)
+    Perplexity sets compare bits per byte, which different tokenizers share; all others the score of each question.
+    """
+    kind = str(after.sets[name]["kind"])
+    old, new = before.rows(name), after.rows(name)
     pairs = [(old[d], row) for d, row in new.items() if d in old and not row["error"] and not old[d]["error"]]
     left_out = len(old.keys() | new.keys()) - len(pairs)
     if not pairs:
-        return {"verdict": "cannot tell", "n": 0, "gained": [], "lost": [], "left_out": left_out}
-    if kind == "perplexity":
-        scores = [(a["nll"] / math.log(2), b["nll"] / math.log(2)) for a, b in pairs]
-        weights = [float(a["bytes"]) for a, _ in pairs]
-    else:
-        scores, weights = [(a["score"], b["score"]) for a, b in pairs], None
-    lower = kind == "perplexity"
-    change = paired([a for a, _ in scores], [b for _, b in scores], weights=weights, lower_is_better=lower)
-    rose = [row["id"] for (_, row), (a, b) in zip(pairs, scores, strict=True) if b > a]
-    fell = [row["id"] for (_, row), (a, b) in zip(pairs, scores, strict=True) if b < a]
-    gained, lost = (fell, rose) if lower else (rose, fell)
-    return asdict(change) | {"gained": gained, "lost": lost, "left_out": left_out}
+        return Difference(kind, pairs, left_out, None)
+    first, second = ([score(kind, pair[side]) for pair in pairs] for side in (0, 1))
+    weights = [float(a["bytes"]) for a, _ in pairs] if kind == "perplexity" else None
+    change = paired(first, second, weights=weights, lower_is_better=kind == "perplexity", confidence=confidence)
+    return Difference(kind, pairs, left_out, change)
+
+
+def differences(before: Path, after: Path) -> dict[str, Difference]:
+    """Every set that two reports share; raises SuiteError where a folder is no report."""
+    old, new = Report.read(before), Report.read(after)
+    return {name: difference(old, new, name) for name in new.sets if name in old.sets}
+
+
+def compare(before: Path, after: Path) -> dict[str, dict[str, Any]]:
+    """`differences` as plain values, by set."""
+    return {name: found.json() for name, found in differences(before, after).items()}
+
+
+def corrected(family: Sequence[Difference], alpha: float = ALPHA) -> list[Difference]:
+    """All of them decided as one family: p-values by Holm's method, and the verdicts that follow.
+
+    Where it cannot be told, `needed` plans for the strictest of its tests.
+    """
+    tested = [found.change for found in family if found.change]
+    values = iter(holm([change.p for change in tested]))
+    decided = []
+    for found in family:
+        if found.change:
+            p = next(values)
+            found = replace(found, p_corrected=p, change=found.change.decided(p, alpha, len(tested)))
+        decided.append(found)
+    return decided

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Verdict = Literal["better", "worse", "cannot tell"]
+Array = NDArray[np.float64]
 
 RESAMPLES = 2000
 PORTION = 1 << 18
-FEWEST_DIFFERENT = 6
-"""With fewer pairs that differ, even a sign test on a unanimous outcome stays above 5 % (2 / 2^5)."""
+POWER = 0.8
+"""Probability with which the number of questions that is asked for would show a difference of the size seen."""
 
 
 class Interval(NamedTuple):
@@ -33,7 +34,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Score interval of a proportion (Wilson 1927): sound for small n and near 0 and 1, where p +- z*se is not."""
     if n == 0:
         return Interval(0.0, 1.0)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = _z(confidence)
     p, shrink = successes / n, 1 + z * z / n
     centre = (p + z * z / (2 * n)) / shrink
     half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -49,11 +50,26 @@ def bootstrap(
     means = _resampled(
         np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights), seed
     )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return _percentiles(means, confidence)
+
+
+def mean_interval(scores: Sequence[float], confidence: float = 0.95) -> Interval:
+    """The interval of a mean score: Wilson's where every score is right or wrong, else by the bootstrap."""
+    if _right_or_wrong(np.asarray(scores, float)):
+        return wilson(round(sum(scores)), len(scores), confidence)
+    return bootstrap(scores, confidence=confidence)
+
+
+def _z(confidence: float) -> float:
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _percentiles(values: Array, confidence: float) -> Interval:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
 
-def _resampled(values: NDArray[np.float64], weights: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+def _resampled(values: Array, weights: Array, seed: int) -> Array:
     """Ratios of RESAMPLES resamples, (RESAMPLES,); drawn in portions, so that memory stays at some megabytes."""
     rng = np.random.default_rng(seed)
     n = len(values)
@@ -63,6 +79,10 @@ def _resampled(values: NDArray[np.float64], weights: NDArray[np.float64], seed: 
         drawn = rng.integers(0, n, (min(portion, RESAMPLES - first), n))
         ratios.append(values[drawn].sum(1) / weights[drawn].sum(1))
     return np.concatenate(ratios)
+
+
+def _right_or_wrong(scores: Array) -> bool:
+    return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -75,11 +95,63 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
+def flips_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
+    """Interval of (gained - lost) / n, the difference of two proportions on the same n questions.
+
+    Wald's with one more flip each way (Bonett and Price, J. Educ. Behav. Stat. 37, 2012): it keeps its coverage also
+    where few questions flip, and does not shrink to a point where none did, as resampling would.
+    """
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = _z(confidence) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return Interval(max(-1.0, up - down - half), min(1.0, up - down + half))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, so that one false alarm among all of them is as rare as in one test.
+
+    Step-down method (Holm, Scand. J. Stat. 6, 1979); valid however the tests depend on each other.
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def flips_needed(gained: int, lost: int, n: int, alpha: float = 0.05, power: float = POWER) -> int | None:
+    """Questions with which McNemar's test would find flips at the rates seen; None where both rates are equal.
+
+    Connor, Biometrics 43 (1987): (z_a sqrt(q) + z_b sqrt(q - d^2))^2 / d^2, with q the share of questions that flip
+    and d the difference of the two directions.
+    """
+    difference, flipped = (gained - lost) / n, (gained + lost) / n
+    if not difference:
+        return None
+    z_a, z_b = _z(1 - alpha), NormalDist().inv_cdf(power)
+    root = z_a * math.sqrt(flipped) + z_b * math.sqrt(max(0.0, flipped - difference**2))
+    return math.ceil((root / difference) ** 2)
+
+
+def mean_needed(difference: float, deviation: float, alpha: float = 0.05, power: float = POWER) -> int | None:
+    """Pairs with which a mean difference would be found, where one pair's deviates by `deviation`; None for 0.
+
+    The normal approximation of the paired t-test: ((z_a + z_b) deviation / difference)^2.
+    """
+    if not difference:
+        return None
+    z = _z(1 - alpha) + NormalDist().inv_cdf(power)
+    return max(2, math.ceil((z * deviation / difference) ** 2))
+
+
 @dataclass(frozen=True)
 class Change:
     """What changed between two measurements of the same questions.
 
     `difference` is after - before with its interval; `gained` and `lost` count the questions that did better and worse.
+    `deviation` is that of one question's difference, None where they are right or wrong. `needed` is how many questions
+    would show a difference of this size where these cannot; None where no number would.
     """
 
     n: int
@@ -90,8 +162,21 @@ class Change:
     high: float
     gained: int
     lost: int
-    verdict: Verdict
-    p: float | None = None
+    deviation: float | None
+    improved: bool
+    p: float
+    verdict: Verdict = "cannot tell"
+    needed: int | None = None
+
+    def decided(self, p: float, alpha: float, tests: int = 1) -> Change:
+        """The same with what may be said at that p-value; `tests` share the level `alpha` in planning for more."""
+        if p < alpha:
+            return replace(self, verdict="better" if self.improved else "worse", needed=None)
+        if self.deviation is None:
+            needed = flips_needed(self.gained, self.lost, self.n, alpha / tests)
+        else:
+            needed = mean_needed(self.difference, self.deviation, alpha / tests)
+        return replace(self, verdict="cannot tell", needed=needed)
 
 
 def paired(
@@ -100,26 +185,32 @@ def paired(
 ) -> Change:  # fmt: skip
     """Compare the two scores of each question; totals are sum(scores) / sum(weights).
 
-    Right-or-wrong scores are decided by McNemar's exact test; others by whether the paired bootstrap interval of the
-    difference excludes 0 and enough pairs differ at all. Raises ValueError for lists of unequal length or none.
+    Right-or-wrong scores are decided by McNemar's exact test; others by the paired bootstrap of the difference, whose
+    p-value cannot be below that of a sign test of the pairs that differ. Raises ValueError for lists of unequal length
+    or none.
     """
     if len(before) != len(after) or not before:
         raise ValueError("paired scores must be of the same questions, and at least one")
     a, b = np.asarray(before, float), np.asarray(after, float)
     w = np.ones(len(a)) if weights is None else np.asarray(weights, float)
-    low, high = bootstrap((b - a).tolist(), w.tolist(), confidence, seed)
     rose, fell = int((b > a).sum()), int((b < a).sum())
     gained, lost = (fell, rose) if lower_is_better else (rose, fell)
-    p = None
-    if weights is None and set(np.unique([a, b]).tolist()) <= {0.0, 1.0}:
-        p = mcnemar(gained, lost)
-        real = p < 1 - confidence
-    else:
-        real = (low > 0 or high < 0) and gained + lost >= FEWEST_DIFFERENT
     total = float(w.sum())
     difference = float((b - a).sum()) / total
-    improved = (difference < 0) == lower_is_better
-    verdict: Verdict = "cannot tell" if not real else "better" if improved else "worse"
-    return Change(
-        len(a), float(a.sum()) / total, float(b.sum()) / total, difference, low, high, gained, lost, verdict, p
-    )
+    if weights is None and _right_or_wrong(np.concatenate([a, b])):
+        interval, p, deviation = flips_interval(rose, fell, len(a), confidence), mcnemar(rose, fell), None
+    else:
+        drawn = _resampled(b - a, w, seed)
+        interval, p = _percentiles(drawn, confidence), max(_two_sided(drawn), mcnemar(0, rose + fell))
+        deviation = float(np.std((b - a - difference * w) * len(a) / total))
+    change = Change(
+        len(a), float(a.sum()) / total, float(b.sum()) / total, difference, interval.low, interval.high, gained, lost,
+        deviation, (difference < 0) == lower_is_better, p,
+    )  # fmt: skip
+    return change.decided(p, 1 - confidence)
+
+
+def _two_sided(drawn: Array) -> float:
+    """How often resampled differences lie on the other side of 0, both ways (Efron and Tibshirani 1993, chapter 15)."""
+    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return min(1.0, 2 * (int(beyond) + 1) / (len(drawn) + 1))

@@ -1,7 +1,12 @@
-"""Gates: conditions on measured values, such as `ceval-mini.acc >= @before.ceval-mini.acc - 0.02`.
+"""Gates: conditions on measured values, such as `ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %`.
 
-A side is a number, a path into this stage's metrics, or `@stage.path` into another's, joined by + - * /. A value that
-was not measured fails the gate: nothing passes unmeasured.
+A side is numbers and measured values joined by + - * /. A value is a path into this stage's metrics, `@stage.path` into
+another's, or `forgotten(@stage.set)`: how many questions of a set that stage answered right and this one does not
+(`forgotten(@stage)`: of all sets; `learnt(...)`: the reverse). A value that was not measured fails the gate: nothing
+passes unmeasured.
+
+With `at 95 %` the condition must hold wherever the true score may be: at both ends of its interval or, beside the same
+score of another stage, of the interval of their difference on the same questions. So few questions prove little.
 """
 
 from __future__ import annotations
@@ -10,25 +15,28 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from suite.errors import SuiteError
+from suite.evidence import Bounds, Evidence, Unmeasured
 
+NAME = r"[A-Za-z][\w:-]*"
+PATH = rf"{NAME}(?:\.{NAME})*"
+STAGE = r"[A-Za-z][\w-]*(?:\[[^@\s]*\])?"
 TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)"
-    r"|@(?P<stage>[A-Za-z][\w-]*(?:\[[^@\s]*\])?)\.(?P<path>[A-Za-z][\w-]*(?:\.[A-Za-z][\w-]*)*)"
-    r"|(?P<own>[A-Za-z][\w-]*(?:\.[A-Za-z][\w-]*)*)"
-    r"|(?P<op>>=|<=|==|>|<|[-+*/()]))"
+    rf"""\s*(?:(?P<number>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)
+    | (?P<flips>forgotten|learnt)\(\s*@(?P<other>{STAGE})(?:\.(?P<set>{NAME}))?\s*\)
+    | @(?P<stage>{STAGE})\.(?P<path>{PATH})
+    | (?P<own>{PATH})
+    | (?P<op>>=|<=|==|>|<|[-+*/()]))""",
+    re.VERBOSE,
 )
+AT = re.compile(r"\s+at\s+(\d+(?:\.\d+)?)\s*%\s*$")
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq,
 }  # fmt: skip
 SUMS: dict[str, Callable[[float, float], float]] = {"+": operator.add, "-": operator.sub}
 PRODUCTS: dict[str, Callable[[float, float], float]] = {"*": operator.mul, "/": operator.truediv}
-
-
-class Unmeasured(Exception):
-    """A gate names a value that no metric holds."""
 
 
 @dataclass(frozen=True)
@@ -40,34 +48,83 @@ class Verdict:
     reason: str
 
 
-Lookup = Callable[[str | None, str], float]
+class Value(NamedTuple):
+    """A measured value in a gate: of this stage, or of `stage`; or the questions that flipped since that one."""
+
+    path: str
+    stage: str | None = None
+    of: Literal["metrics", "forgotten", "learnt"] = "metrics"
+
+
+Lookup = Callable[[Value], float]
 Term = Callable[[Lookup], float]
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One parsed condition; `stages` are the other stages that it reads."""
+    """One parsed condition on `values`; `confidence` is a share, or None where the numbers are taken as they are."""
 
     text: str
-    stages: tuple[str, ...]
+    values: tuple[Value, ...]
     left: Term
     compare: str
     right: Term
+    confidence: float | None = None
 
-    def judge(self, own: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> Verdict:
-        """Decide on this stage's metrics and, by stage name, those of `stages`."""
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The other stages that it reads."""
+        return tuple(value.stage for value in self.values if value.stage)
 
-        def look_up(stage: str | None, path: str) -> float:
-            return value_at(own if stage is None else others.get(stage, {}), path, stage)
-
+    def judge(self, own: Evidence, others: Mapping[str, Evidence]) -> Verdict:
+        """Decide on what is known of this stage's artifact and, by stage name, of those of `stages`."""
         try:
-            left, right = self.left(look_up), self.right(look_up)
+            if self.confidence is None:
+                held, said = self._at(lambda value: _measured(value, own, others))
+                return Verdict(self.text, held, f"{said} is {'true' if held else 'false'}")
+            return self._judge_sure(own, others)
         except Unmeasured as missing:
             return Verdict(self.text, False, str(missing))
         except ZeroDivisionError:
             return Verdict(self.text, False, "division by zero")
-        held = COMPARE[self.compare](left, right)
-        return Verdict(self.text, held, f"{left:.4g} {self.compare} {right:.4g} is {'true' if held else 'false'}")
+
+    def _at(self, look_up: Lookup) -> tuple[bool, str]:
+        left, right = self.left(look_up), self.right(look_up)
+        return COMPARE[self.compare](left, right), f"{left:.4g} {self.compare} {right:.4g}"
+
+    def _judge_sure(self, own: Evidence, others: Mapping[str, Evidence]) -> Verdict:
+        assert self.confidence is not None
+        subject, *beside = sorted(set(self.values), key=lambda value: value.stage or "")
+        of = own if subject.stage is None else _of(subject.stage, others)
+        against = _of(beside[0].stage or "", others) if beside else None
+        found = of.bounds(subject.path, self.confidence, against)
+        ends = [self._at(_replaced(subject, end, found)) for end in (found.low, found.high)]
+        held = all(end for end, _ in ends)
+        where = f" beside {found.beside:.4g}" if found.beside is not None else ""
+        sure = f"at {100 * self.confidence:.4g} % on {found.n} questions"
+        said = f"{subject.path} is {found.low:.4g} to {found.high:.4g}{where} {sure}"
+        if held:
+            return Verdict(self.text, True, f"{said}: true at both ends")
+        undecided = " (and true at the other end: more questions could tell)" if any(end for end, _ in ends) else ""
+        false = next(text for end, text in ends if not end)
+        return Verdict(self.text, False, f"{said}: {false} is false{undecided}")
+
+
+def _of(stage: str, others: Mapping[str, Evidence]) -> Evidence:
+    if stage not in others:
+        raise Unmeasured(f"@{stage} made nothing")
+    return others[stage]
+
+
+def _replaced(subject: Value, end: float, found: Bounds) -> Lookup:
+    return lambda value: end if value == subject or found.beside is None else found.beside
+
+
+def _measured(value: Value, own: Evidence, others: Mapping[str, Evidence]) -> float:
+    if value.of != "metrics":
+        learnt, forgotten = own.flips(_of(value.stage or "", others), value.path)
+        return float(forgotten if value.of == "forgotten" else learnt)
+    return value_at((own if value.stage is None else _of(value.stage, others)).metrics, value.path, value.stage)
 
 
 def value_at(metrics: Mapping[str, Any], path: str, stage: str | None) -> float:
@@ -92,8 +149,12 @@ class _Parser:
     """Recursive descent: gate = sum compare sum; sum = product {+|- product}; product = atom {*|/ atom}."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.stages, self.at = text, [], 0
+        self.text, self.at = text, 0
+        self.values: list[Value] = []
         self.tokens: list[re.Match[str]] = []
+        sure = AT.search(text)
+        self.confidence = float(sure[1]) / 100 if sure else None
+        text = text[: sure.start()] if sure else text
         position = 0
         while text[position:].strip():
             match = TOKEN.match(text, position)
@@ -102,10 +163,8 @@ class _Parser:
             self.tokens.append(match)
             position = match.end()
 
-    stages: list[str]
-
     def error(self, what: str) -> SuiteError:
-        hint = "write it like 'ceval-mini.acc >= @before.ceval-mini.acc - 0.02' (put spaces around - and +)"
+        hint = "write it like 'ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %' (put spaces around - and +)"
         return SuiteError(f"gate '{self.text}': {what}", hint=hint)
 
     def op(self) -> str | None:
@@ -120,7 +179,20 @@ class _Parser:
         right = self.chain(SUMS, lambda: self.chain(PRODUCTS, self.atom))
         if self.at < len(self.tokens):
             raise self.error(f"unexpected '{self.tokens[self.at][0].strip()}'")
-        return Gate(self.text, tuple(self.stages), left, compare, right)
+        self.check_sure()
+        return Gate(self.text, tuple(self.values), left, compare, right, self.confidence)
+
+    def check_sure(self) -> None:
+        """With `at`: one score, or one beside the same of another stage; more have no interval together."""
+        if self.confidence is None:
+            return
+        if not 0.5 <= self.confidence < 1:
+            raise self.error("'at' takes 50 to 99.99 %")
+        paths = {value.path for value in self.values}
+        stages = {value.stage for value in self.values}
+        counted = len(self.values) == len(set(self.values)) and all(value.of == "metrics" for value in self.values)
+        if not (counted and len(paths) == 1 and (len(stages) == 1 or (len(stages) == 2 and None in stages))):
+            raise self.error("with 'at' it compares one score with a number, or with the same score of another stage")
 
     def chain(self, ops: Mapping[str, Callable[[float, float], float]], part: Callable[[], Term]) -> Term:
         term = part()
@@ -137,11 +209,10 @@ class _Parser:
         if token["number"]:
             number = float(token["number"])
             return lambda _: number
-        if token["stage"]:
-            self.stages.append(token["stage"])
-            return lambda look_up: look_up(token["stage"], token["path"])
-        if token["own"]:
-            return lambda look_up: look_up(None, token["own"])
+        if token["own"] or token["stage"] or token["flips"]:
+            value = _value(token)
+            self.values.append(value)
+            return lambda look_up: look_up(value)
         if token["op"] == "-":
             inner = self.atom()
             return lambda look_up: -inner(look_up)
@@ -152,6 +223,12 @@ class _Parser:
             self.at += 1
             return inner
         raise self.error(f"expected a value, found '{token[0].strip()}'")
+
+
+def _value(token: re.Match[str]) -> Value:
+    if token["flips"]:
+        return Value(token["set"] or "", token["other"], "forgotten" if token["flips"] == "forgotten" else "learnt")
+    return Value(token["own"] or token["path"], token["stage"])
 
 
 def _joined(op: Callable[[float, float], float], left: Term, right: Term) -> Term:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from suite.errors import GateFailed, Interrupted, StageFailed, SuiteError
+from suite.evidence import evidence
 from suite.gate import Verdict
 from suite.pipeline import Node, Plan, check_stage
 from suite.pool import Process, WorkerPool
@@ -237,8 +238,9 @@ class Runner:
 
     def _judge(self, node: Node, outcome: Outcome) -> None:
         assert outcome.artifact is not None
-        others = {s: a.metrics for g in node.gates for s in g.stages if (a := self.outcomes[s].artifact)}
-        outcome.verdicts = [g.judge(outcome.artifact.metrics, others) for g in node.gates]
+        others = {s: evidence(a) for g in node.gates for s in g.stages if (a := self.outcomes[s].artifact)}
+        own = evidence(outcome.artifact)
+        outcome.verdicts = [g.judge(own, others) for g in node.gates]
         for v in outcome.verdicts:
             self._emit(node.name, {"event": "gate", "gate": v.gate, "held": v.held, "reason": v.reason})
 

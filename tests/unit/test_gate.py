@@ -1,6 +1,12 @@
-"""Gate expressions: what they read, what they refuse, and that nothing passes unmeasured."""
+"""Gate expressions: what they read, what they refuse, how sure they are, and that nothing passes unmeasured."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,9 +14,25 @@ from hypothesis import strategies as st
 
 from suite import gate
 from suite.errors import SuiteError
+from suite.evidence import Evidence, evidence
+from suite.gate import Verdict
+from suite.stages import Artifact
 
-OWN = {"ceval-mini": {"acc": 0.8, "n": 50}, "ok": True, "parity": {"kl": 1e-3}}
-OTHERS = {"before": {"ceval-mini": {"acc": 0.81}}, "small[gptq,4]": {"size": 2}}
+
+class Known(Evidence):
+    """Evidence of these metrics, without an artifact."""
+
+    def __init__(self, metrics: Mapping[str, Any]) -> None:
+        super().__init__(Artifact(Path("nowhere"), "model"))
+        object.__setattr__(self, "known", metrics)
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Any]:
+        return self.known  # type: ignore[attr-defined, no-any-return]
+
+
+OWN = Known({"ceval-mini": {"acc": 0.8, "n": 50}, "ok": True, "parity": {"kl": 1e-3}, "lmeval:arc": {"acc": 0.5}})
+OTHERS = {"before": Known({"ceval-mini": {"acc": 0.81}}), "small[gptq,4]": Known({"bytes": 2})}
 
 
 @pytest.mark.parametrize(
@@ -21,8 +43,9 @@ OTHERS = {"before": {"ceval-mini": {"acc": 0.81}}, "small[gptq,4]": {"size": 2}}
         ("ceval-mini.acc >= @before.ceval-mini.acc - 0.02", True),
         ("ceval-mini.acc >= @before.ceval-mini.acc", False),
         ("parity.kl < 1e-2", True),
+        ("lmeval:arc.acc == 0.5", True),
         ("ceval-mini.acc / ceval-mini.n * 2 == (0.8 / 50) * 2", True),
-        ("@small[gptq,4].size <= 2 + -0", True),
+        ("@small[gptq,4].bytes <= 2 + -0", True),
         ("1 - 0.5 - 0.25 == 0.25", True),
     ],
 )
@@ -30,12 +53,15 @@ def test_judged(text: str, held: bool) -> None:
     assert gate.parse(text).judge(OWN, OTHERS).held is held
 
 
-@pytest.mark.parametrize("path", ["nothing", "ceval-mini.nothing", "ceval-mini", "ok", "@before.nothing", "@gone.acc"])
+@pytest.mark.parametrize(
+    "path",
+    ["nothing", "ceval-mini.nothing", "ceval-mini", "ok", "@before.nothing", "@gone.acc", "forgotten(@before)", "learnt(@gone.x)"],
+)  # fmt: skip
 def test_what_was_not_measured_does_not_pass(path: str) -> None:
     for text in (f"{path} >= 0", f"{path} < 1", f"0 <= {path}"):
         verdict = gate.parse(text).judge(OWN, OTHERS)
         assert not verdict.held
-        assert "not measured" in verdict.reason or "no number" in verdict.reason
+        assert any(said in verdict.reason for said in ("not measured", "no number", "made nothing", "only evaluations"))
 
 
 def test_division_by_zero_does_not_pass() -> None:
@@ -43,8 +69,11 @@ def test_division_by_zero_does_not_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "a >=", ">= 1", "a >= 1 2", "a => 1", "(a >= 1", "a >= 1 and b >= 2", "@a >= 1", "a-0.5 > 0"]
-)
+    "text", ["", "a", "a >=", ">= 1", "a >= 1 2", "a => 1", "(a >= 1", "a >= 1 and b >= 2", "@a >= 1", "a-0.5 > 0",
+             "forgotten(a) > 1", "forgotten() > 1", "a > 1 at 95", "a > 1 at 40 %", "a > 1 at 100 %", "1 > 0 at 95 %",
+             "a > b at 95 %", "a > @x.b at 95 %", "a + a > 1 at 95 %", "a > @x.a + @y.a at 95 %",
+             "forgotten(@x) < 2 at 95 %"]
+)  # fmt: skip
 def test_refused(text: str) -> None:
     with pytest.raises(SuiteError, match="gate"):
         gate.parse(text)
@@ -61,4 +90,106 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 @given(st.integers(0, 99), st.integers(1, 99), st.integers(0, 99))
 def test_sums_and_products_as_in_arithmetic(a: int, b: int, c: int) -> None:
-    assert gate.parse(f"{a} + {b} * {c} - {a} / {b} == {a + b * c - a / b!r}").judge({}, {}).held
+    assert gate.parse(f"{a} + {b} * {c} - {a} / {b} == {a + b * c - a / b!r}").judge(Known({}), {}).held
+
+
+def evaluation(folder: Path, scores: list[float], nll: float = 2.0) -> Evidence:
+    """The report of a choice set with these scores, and of 20 texts of 10 tokens that cost `nll` each."""
+    (folder / "answers").mkdir(parents=True)
+    rows = [{"id": f"q/{i}", "digest": f"{i}", "subset": "q", "error": "", "score": s} for i, s in enumerate(scores)]
+    texts = [
+        {"id": f"t/{i}", "digest": f"{i}", "subset": "t", "error": "", "nll": nll * (9 + i % 3), "tokens": 10, "bytes": 30}
+        for i in range(20)
+    ]  # fmt: skip
+    acc = sum(scores) / len(scores)
+    sets = {
+        "quiz": {"kind": "choice", "headline": "acc", "total": {"acc": acc, "n": len(scores)}},
+        "texts": {"kind": "perplexity", "headline": "ppl", "total": {"ppl": 7.0}},
+        "none": {"kind": "choice", "headline": "acc", "total": {"not_available": "no logprobs"}},
+    }
+    for name, found in (("quiz", rows), ("texts", texts)):
+        (folder / "answers" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)), "utf-8")
+    (folder / "report.json").write_text(json.dumps({"model": "m", "sets": sets}), "utf-8")
+    metrics = {name: found["total"] for name, found in sets.items()}
+    (folder / "artifact.json").write_text(json.dumps({"metrics": metrics, "bytes": 1}), "utf-8")
+    return evidence(Artifact(folder, "report"))
+
+
+def judged(text: str, own: Evidence, before: Evidence) -> Verdict:
+    return gate.parse(text).judge(own, {"before": before})
+
+
+def test_a_score_is_compared_by_the_end_of_its_interval(tmp_path: Path) -> None:
+    own = evaluation(tmp_path / "a", [1.0] * 90 + [0.0] * 10)  # Wilson: 0.826 to 0.945
+    assert judged("quiz.acc >= 0.82 at 95 %", own, own).held
+    unsure = judged("quiz.acc >= 0.85 at 95 %", own, own)
+    assert not unsure.held
+    assert "0.8256 to 0.9448 at 95 % on 100 questions" in unsure.reason
+    assert "more questions could tell" in unsure.reason
+    assert judged("quiz.acc >= 0.85 at 80 %", own, own).held
+    assert judged("quiz.acc <= 0.95 at 95 %", own, own).held
+    hopeless = judged("quiz.acc >= 0.99 at 95%", own, own)
+    assert not hopeless.held
+    assert "more questions" not in hopeless.reason
+
+
+def test_a_score_beside_another_is_compared_on_the_same_questions(tmp_path: Path) -> None:
+    before = evaluation(tmp_path / "a", [1.0, 0.0] * 200)
+    same = evaluation(tmp_path / "b", [1.0, 0.0] * 200)
+    worse = evaluation(tmp_path / "c", [0.0] * 40 + [1.0, 0.0] * 180)  # 20 of 400 lost
+    assert judged("quiz.acc >= @before.quiz.acc - 0.02 at 95 %", same, before).held
+    assert not judged("quiz.acc >= @before.quiz.acc - 0.002 at 95 %", same, before).held
+    assert not judged("quiz.acc >= @before.quiz.acc - 0.06 at 95 %", worse, before).held
+    assert judged("quiz.acc >= @before.quiz.acc - 0.06", worse, before).held
+    assert judged("quiz.acc >= @before.quiz.acc - 0.08 at 95 %", worse, before).held
+    assert judged("quiz.acc >= 0.8 * @before.quiz.acc at 95 %", worse, before).held
+    assert judged("@before.quiz.acc > quiz.acc at 95 %", worse, before).held
+
+
+def test_few_questions_prove_little(tmp_path: Path) -> None:
+    few = evaluation(tmp_path / "a", [1.0] * 8)
+    assert judged("quiz.acc >= @before.quiz.acc - 0.02", few, few).held
+    verdict = judged("quiz.acc >= @before.quiz.acc - 0.02 at 95 %", few, few)
+    assert not verdict.held
+    assert "on 8 questions" in verdict.reason
+
+
+def test_perplexity_moves_by_a_factor(tmp_path: Path) -> None:
+    before, after = evaluation(tmp_path / "a", [1.0], 2.0), evaluation(tmp_path / "b", [1.0], 2.01)
+    assert judged("texts.ppl <= @before.texts.ppl * 1.03 at 95 %", after, before).held
+    assert not judged("texts.ppl <= @before.texts.ppl * 1.01 at 95 %", after, before).held
+    assert judged("texts.ppl < 9 at 95 %", after, before).held
+
+
+def test_only_scores_of_questions_are_more_or_less_sure(tmp_path: Path) -> None:
+    own = evaluation(tmp_path / "a", [1.0])
+    for text, said in (
+        ("quiz.n > 0 at 95 %", "'quiz.acc' has one"), ("speed.tokens_per_s > 0 at 95 %", "with one are: quiz.acc, texts.ppl"),
+        ("none.acc > 0 at 95 %", "no answers to single questions"), ("none.acc > @before.none.acc at 95 %", "answered on both"),
+    ):  # fmt: skip
+        assert said in judged(text, own, own).reason
+        assert not judged(text, own, own).held
+    assert "no interval" in gate.parse("parity.kl < 1 at 95 %").judge(OWN, {}).reason
+    assert "is no evaluation" in judged("quiz.acc > @before.quiz.acc at 95 %", own, OWN).reason
+
+
+def test_what_was_forgotten_and_learnt_is_counted(tmp_path: Path) -> None:
+    before = evaluation(tmp_path / "a", [1.0, 1.0, 0.0, 0.5, 1.0])
+    after = evaluation(tmp_path / "b", [0.0, 0.5, 1.0, 0.0, 1.0])
+    assert judged("forgotten(@before.quiz) == 2", after, before).held
+    assert "no question of 'none' was answered" in judged("forgotten(@before) == 2", after, before).reason
+    assert judged("learnt( @before.quiz ) == 1", after, before).held
+    assert "was not asked 'quz'; it was: quiz" in judged("forgotten(@before.quz) == 0", after, before).reason
+
+
+def test_size_and_parity_are_those_of_what_was_evaluated(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "artifact.json").write_text('{"bytes": 1000, "metrics": {"parity": {"kl": 0.01}}}', "utf-8")
+    evaluation(tmp_path / "report", [1.0])
+    record = json.loads((tmp_path / "report/artifact.json").read_text("utf-8"))
+    record["inputs"] = {"model": [{"path": str(model), "type": "model", "digest": ""}]}
+    (tmp_path / "report/artifact.json").write_text(json.dumps(record), "utf-8")
+    own = evidence(Artifact(tmp_path / "report", "report"))
+    assert gate.parse("bytes == 1000").judge(own, {}).held
+    assert gate.parse("parity.kl < 0.05").judge(own, {}).held

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
-from math import comb
+from math import comb, sqrt
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalsets.statistics import bootstrap, mcnemar, paired, wilson
+from evalsets.statistics import (
+    bootstrap,
+    flips_interval,
+    flips_needed,
+    holm,
+    mcnemar,
+    mean_interval,
+    mean_needed,
+    paired,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +83,99 @@ def test_mcnemar_of_thousands_is_finite() -> None:
     assert mcnemar(2500, 2500) == 1
 
 
+def test_the_interval_of_a_mean_is_wilsons_where_answers_are_right_or_wrong() -> None:
+    assert mean_interval([1.0] * 81 + [0.0] * 182) == wilson(81, 263)
+    assert mean_interval([0.5] + [1.0] * 9) == bootstrap([0.5] + [1.0] * 9)
+
+
+PROBABILITIES = ((0.01, 0.01), (0.05, 0.05), (0.1, 0.02), (0.2, 0.2), (0.3, 0.05), (0.001, 0.03))
+
+
+def outcomes(n: int, up: float, down: float) -> list[tuple[float, int, int]]:
+    """Probability of every number of gains and losses among n questions."""
+    return [
+        (comb(n, g) * comb(n - g, d) * up**g * down**d * (1 - up - down) ** (n - g - d), g, d)
+        for g in range(n + 1)
+        for d in range(n - g + 1)
+    ]
+
+
+@pytest.mark.parametrize(("up", "down"), PROBABILITIES)
+def test_the_interval_of_flips_covers_the_truth(up: float, down: float) -> None:
+    """Summed over all outcomes, not sampled: at least the stated 95 % (to a point, it is an approximation)."""
+    for n in (10, 30):
+        covered = sum(
+            p for p, g, d in outcomes(n, up, down) if (i := flips_interval(g, d, n)).low <= up - down <= i.high
+        )
+        assert covered > 0.94
+
+
+@given(st.integers(1, 200), st.data())
+def test_the_interval_of_flips_mirrors_and_narrows(n: int, data: st.DataObject) -> None:
+    gained = data.draw(st.integers(0, n))
+    lost = data.draw(st.integers(0, n - gained))
+    low, high = flips_interval(gained, lost, n)
+    assert -1 <= low < high <= 1
+    assert low <= (gained - lost) / n + 1e-9
+    assert high >= (gained - lost) / n - 1e-9
+    assert flips_interval(lost, gained, n) == pytest.approx((-high, -low))
+    more = flips_interval(10 * gained, 10 * lost, 10 * n)
+    assert more.high - more.low < high - low
+    sure = flips_interval(gained, lost, n, 0.99)
+    assert sure.low <= low < high <= sure.high
+
+
+def test_holm_as_in_the_textbook() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # R: p.adjust(p, "holm")
+    assert holm([]) == []
+    assert holm([0.6, 0.7]) == [1, 1]
+
+
+@given(st.lists(st.floats(0, 1), max_size=20), st.randoms())
+def test_holm_is_between_none_and_bonferroni_and_keeps_the_order(values: list[float], random_: random.Random) -> None:
+    corrected = holm(values)
+    for p, q in zip(values, corrected, strict=True):
+        assert p <= q <= min(1, p * len(values)) or q == pytest.approx(p)
+    assert [q for _, q in sorted(zip(values, corrected, strict=True))] == sorted(corrected)
+    order = list(range(len(values)))
+    random_.shuffle(order)
+    assert holm([values[i] for i in order]) == [corrected[i] for i in order]
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(2, 8, 50), (5, 20, 100), (0, 10, 100), (10, 2, 60)])
+def test_as_many_questions_as_needed_show_flips_with_the_stated_power(gained: int, lost: int, n: int) -> None:
+    """Summed over all outcomes; the exact test is a little more careful than the formula's normal one."""
+    needed = flips_needed(gained, lost, n)
+    assert needed
+    assert 0.72 < sum(p for p, g, d in outcomes(needed, gained / n, lost / n) if mcnemar(g, d) < 0.05) < 0.86
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(80, 200))
+def test_fewer_questions_are_needed_for_what_is_plainer(gained: int, lost: int, n: int) -> None:
+    needed = flips_needed(gained, lost, n)
+    assert (needed is None) == (gained == lost)
+    assert flips_needed(lost, gained, n) == needed
+    if needed:
+        assert flips_needed(gained, lost, n, alpha=0.01) >= needed  # type: ignore[operator]
+        assert flips_needed(gained, lost, n, power=0.9) >= needed  # type: ignore[operator]
+        assert flips_needed(gained + lost, 0, n) <= needed  # type: ignore[operator]
+
+
+def test_the_size_of_a_paired_t_test() -> None:
+    """34 pairs for an effect of half a deviation and 199 for a fifth (R: power.t.test), of which 2 are due to t."""
+    assert mean_needed(0.5, 1.0) == 32
+    assert mean_needed(-0.2, 1.0) == 197
+    assert mean_needed(0, 1.0) is None
+    z = NormalDist().inv_cdf(0.975) - 0.5 * sqrt(32)
+    assert 1 - NormalDist().cdf(z) == pytest.approx(0.8, abs=0.01)
+
+
 def test_a_change_that_changes_nothing_cannot_be_told() -> None:
     for scores in ([0.0, 1.0] * 50, [0.3, 0.9, 0.1] * 30):
         change = paired(scores, scores)
-        assert (change.verdict, change.difference, change.low, change.high) == ("cannot tell", 0, 0, 0)
+        assert (change.verdict, change.difference, change.p, change.needed) == ("cannot tell", 0, 1, None)
+        assert change.low <= 0 <= change.high
+    assert paired([1.0] * 8, [1.0] * 8).low < -0.2  # eight questions without a flip exclude little
 
 
 def test_right_and_wrong_answers_are_decided_by_mcnemar() -> None:
@@ -97,10 +197,14 @@ def test_scores_in_between_are_decided_by_the_bootstrap() -> None:
     after = [x + rng.gauss(0.1, 0.2) for x in before]
     change = paired(before, after)
     assert change.verdict == "better"
-    assert change.p is None
+    assert change.p < 0.01
+    assert change.needed is None
     assert change.low < change.difference < change.high
     assert paired(before, after, lower_is_better=True).verdict == "worse"
-    assert paired(before, [x + rng.gauss(0, 0.2) for x in before]).verdict == "cannot tell"
+    same = paired(before, [x + rng.gauss(0, 0.2) for x in before])
+    assert same.verdict == "cannot tell"
+    assert same.needed
+    assert same.needed > 200
 
 
 def test_few_pairs_decide_nothing() -> None:
