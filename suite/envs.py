@@ -103,8 +103,8 @@ BUILT_IN: dict[str, dict[str, Definition]] = {
         "cpu": Definition("vllm-cpu.txt", ("torch", "vllm"), 2.5, 130, (("vllm", "0.32.0+cpu"),)),
         "cuda": Definition("vllm-cuda.txt", ("torch", "vllm")),
     },
-    "evalscope": dict.fromkeys(("cpu", "cuda"), Definition("evalscope.txt", ("evalscope",), 1.2, 60, built=True)),
-    "lmeval": dict.fromkeys(("cpu", "cuda"), Definition("lmeval.txt", ("lm_eval",), 0.8, 60, built=True)),
+    "evalscope": dict.fromkeys(("cpu", "cuda"), Definition("evalscope.txt", ("evalscope",), 1.2, 110, built=True)),
+    "lmeval": dict.fromkeys(("cpu", "cuda"), Definition("lmeval.txt", ("lm_eval",), 0.7, 50, built=True)),
 }
 
 
