@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from serve import grammar
-from serve.catalog import Served
-from serve.dialect import HERMES
 from serve.grammar import Constraint
+from serve.json_calls import HERMES
 from serve.protocol import ApiError, Body, ChatBody, JsonFormat, NamedTool, StructuredOutputs
+from serve.served import Served
 from suite.errors import SuiteError
 
 _ANY_OBJECT = {"type": "object"}
@@ -29,7 +29,7 @@ def constraint(body: Body, served: Served, thinking: str = "") -> Constraint | N
 def _calls(body: ChatBody, served: Served, otherwise: Constraint | None) -> Constraint | None:
     """Calls that have to be made, or that may be made and are bound: beside a form of answers, or for a strict tool."""
     functions = [tool["function"] for tool in body.usable_tools or []]
-    form = served.dialect.calls or (HERMES if body.must_call else None)
+    form = served.dialect.json_calls or (HERMES if body.must_call else None)
     strict = any(function.get("strict") for function in functions)
     if form is None or not functions or not (body.must_call or otherwise or strict):
         return None

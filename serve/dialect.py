@@ -7,10 +7,16 @@ Conversations with stand-ins are rendered; what the template puts around them is
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from suite.chat import Chat, Message, Tool, common_prefix, common_suffix
+from serve.calls import MARK, Calls
+from serve.json_calls import HERMES, CallForm, CallParser
+from serve.marked_calls import PROBE, MarkedCalls, MarkedForm, read_off
+from suite.chat import Chat, Message, Tool, common_prefix
 from suite.errors import SuiteError
 
 _QUESTION: Message = {"role": "user", "content": "probe question"}
@@ -28,65 +34,10 @@ _TOOLS: list[Tool] = [
     for name in _NAMES
 ]
 
-_MARK = re.compile(r"<[^<>\s][^<>]*>|\[/?[A-Z_]+\]")
-_OBJECT = re.compile(r'(\[?)\s*\{[^{}]*"\w*name":\s*"$')
+_KEY = {"probe_key": "probe value"}
 _ARGUMENTS = re.compile(r'\{\s*"probe_key":\s*"probe value"\s*\}')
 _ID = re.compile(r'(, "id": "|\[CALL_ID\])probe000\d"?')
 _THINKING = re.compile(r"<(/)(think[^<>'\"\s]*)>|\[(/)(THINK)\]")
-
-
-@dataclass(frozen=True)
-class CallForm:
-    """What a template writes around the names and JSON arguments of calls.
-
-    first NAME middle ARGUMENTS between NAME middle ARGUMENTS last; `between` is None where a turn has one call only.
-    """
-
-    first: str
-    middle: str
-    between: str | None
-    last: str
-
-    @property
-    def in_object(self) -> bool:
-        """Whether name and arguments are members of one JSON object."""
-        return bool(_OBJECT.search(self.first))
-
-    @property
-    def in_list(self) -> bool:
-        """Whether calls are the elements of one JSON list."""
-        found = _OBJECT.search(self.first)
-        return bool(found and found[1])
-
-    @property
-    def section(self) -> str:
-        """The mark that stands once before all calls, "" where each has only its own."""
-        return "" if self.in_object else self.first.removesuffix(self.opening).strip()
-
-    @property
-    def opening(self) -> str:
-        """The mark before each call, or before their list; "" where nothing marks calls."""
-        if self.in_object:
-            return _OBJECT.sub("", self.first).strip()
-        return common_suffix(self.first, self.between or self.first).lstrip("> \n")
-
-    @property
-    def closings(self) -> tuple[str, ...]:
-        """The marks that may follow a call."""
-        after = (self.between or "").removesuffix(self.opening) + self.last
-        found = [*_MARK.findall(after), *re.findall("```", after)]
-        return tuple(dict.fromkeys(mark for mark in found if mark not in self.first))
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """All marks of the form."""
-        return tuple(_MARK.findall(" ".join((self.first, self.middle, self.between or "", self.last))))
-
-
-HERMES = CallForm(
-    '<tool_call>\n{"name": "', '", "arguments": ', '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>"
-)
-"""What a model is made to write where calls are required and its template shows no form of its own."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +45,7 @@ class Dialect:
     """What one chat template writes: the marks around reasoning, and the form of calls; None where it has none."""
 
     reasoning: tuple[str, str] | None
-    calls: CallForm | None
+    calls: CallForm | MarkedForm | None
     takes_tools: bool
     """Whether the tools of a request reach the prompt at all."""
 
@@ -103,7 +54,26 @@ class Dialect:
         """Read it off `chat`'s template."""
         reasoning = _reasoning(chat)
         plain, prompt = _rendered(chat, [_QUESTION], tools=False), _rendered(chat, [_QUESTION])
-        return cls(reasoning, _call_form(chat, prompt, reasoning), plain != prompt)
+        calls = _call_form(chat, prompt, reasoning) or _marked_form(chat, prompt, reasoning)
+        return cls(reasoning, calls, plain != prompt)
+
+    @property
+    def json_calls(self) -> CallForm | None:
+        """The form of calls with JSON arguments, to which an answer can be held."""
+        return self.calls if isinstance(self.calls, CallForm) else None
+
+    def parser(self, tools: Sequence[Tool], *, must: bool) -> Calls | None:
+        """What finds calls of `tools` in one answer; None where there can be none.
+
+        Where calls `must` be made the answer is held to JSON, in a form of ours if the template has none.
+        """
+        functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+        if not functions:
+            return None
+        if isinstance(self.calls, MarkedForm) and not must:
+            return MarkedCalls(self.calls, {n: f.get("parameters") or {} for n, f in functions.items()})
+        form = self.json_calls or (HERMES if must else None)
+        return CallParser(form, functions) if form else None
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -116,8 +86,8 @@ def _reasoning(chat: Chat) -> tuple[str, str] | None:
     text = _rendered(chat, [_QUESTION, {"role": "assistant", "content": "probe answer", **thought}], tools=False)
     before, found, after = text.partition("probe thought")
     if found and "probe answer" in after:
-        opening = [mark for mark in _MARK.findall(before) if before.rstrip().endswith(mark)][-1:]
-        closing = _MARK.match(after.lstrip())
+        opening = [mark for mark in MARK.findall(before) if before.rstrip().endswith(mark)][-1:]
+        closing = MARK.match(after.lstrip())
         # a mark that stands elsewhere too does not tell where reasoning ends
         if opening and closing and text.count(opening[0]) == text.count(closing[0]) == 1:
             return opening[0], closing[0]
@@ -129,14 +99,12 @@ def _reasoning(chat: Chat) -> tuple[str, str] | None:
 
 
 def _call_form(chat: Chat, prompt: str, reasoning: tuple[str, str] | None) -> CallForm | None:
-    one, two = _turn(chat, prompt, 1), _turn(chat, prompt, 2)
+    one, two = _turn(chat, prompt, 1, _KEY), _turn(chat, prompt, 2, _KEY)
     places = [match.span() for match in _ARGUMENTS.finditer(one)]
     if len(places) != 1 or one.count(_NAMES[0]) != 1 or one.index(_NAMES[0]) > places[0][0]:
         return None
     (start, end), name = places[0], one.index(_NAMES[0])
-    first = one[:name].lstrip()
-    for mark in reasoning or ():
-        first = first.removeprefix(mark).lstrip()
+    first = _without(one[:name], reasoning)
     between = None
     seconds = [match.end() for match in _ARGUMENTS.finditer(two)]
     if len(seconds) == 2 and _NAMES[1] in two[seconds[0] :]:
@@ -146,13 +114,32 @@ def _call_form(chat: Chat, prompt: str, reasoning: tuple[str, str] | None) -> Ca
         last = last.partition(stop)[0]
     form = CallForm(first, one[name + len(_NAMES[0]) : start], between, last)
     # without marks or an object nothing tells a name from other text
-    return form if form.in_object or _MARK.search(form.opening) else None
+    return form if form.in_object or MARK.search(form.opening) else None
 
 
-def _turn(chat: Chat, prompt: str, calls: int) -> str:
+def _marked_form(chat: Chat, prompt: str, reasoning: tuple[str, str] | None) -> MarkedForm | None:
+    one, two = (_without(_turn(chat, prompt, calls, PROBE), reasoning) for calls in (1, 2))
+    form = read_off(one, two, chat.stop_texts)
+    if form is None:
+        return None
+    told = MarkedCalls(form, {}).feed(two, final=True)
+    arguments = "".join(part.text for part in told if part.kind == "arguments")
+    # a form that does not read what it was read off is none
+    return form if arguments == 2 * json.dumps(PROBE) else None
+
+
+def _without(turn: str, reasoning: tuple[str, str] | None) -> str:
+    """A turn's text after its empty reasoning."""
+    turn = turn.lstrip()
+    for mark in reasoning or ():
+        turn = turn.removeprefix(mark).lstrip()
+    return turn
+
+
+def _turn(chat: Chat, prompt: str, calls: int, arguments: Mapping[str, Any]) -> str:
     """What an assistant with that many calls says after `prompt`; "" when the template refuses it."""
     made = [
-        {"type": "function", "id": number, "function": {"name": name, "arguments": {"probe_key": "probe value"}}}
+        {"type": "function", "id": number, "function": {"name": name, "arguments": arguments}}
         for number, name in [*zip(_IDS, _NAMES, strict=True)][:calls]
     ]
     text = _rendered(chat, [_QUESTION, {"role": "assistant", "content": "", "tool_calls": made}])

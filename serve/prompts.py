@@ -8,10 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from serve.answers import Engine
-from serve.calls import CallParser
-from serve.catalog import Served
 from serve.constraints import constraint
-from serve.dialect import HERMES
 from serve.generation import Pooling, Request, Sampling
 from serve.grammar import Constraint
 from serve.protocol import (
@@ -25,6 +22,7 @@ from serve.protocol import (
     check_ids,
 )
 from serve.reply import ReasoningParser, Reply
+from serve.served import Served
 from serve.text import TextStream
 from suite.errors import SuiteError
 
@@ -55,13 +53,11 @@ def conversation(
 
     marks = served.dialect.reasoning
     inside = bool(marks and text.rstrip().endswith(marks[0]))
-    form = served.dialect.calls or (HERMES if body.must_call else None)
 
     def reply() -> Reply:
         apart = not inline if body.separate_reasoning is None else body.separate_reasoning
         thinking = ReasoningParser(marks, inside) if marks and apart else None
-        names = {tool["function"]["name"] for tool in tools or []}
-        calling = CallParser(form, names) if tools and form else None
+        calling = served.dialect.parser(tools or [], must=body.must_call)
         return Reply(thinking, calling, parallel=body.parallel_tool_calls is not False)
 
     rule = constraint(body, served, marks[1] if marks and inside else "")

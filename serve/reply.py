@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from serve.calls import CallParser, Part
+from serve.calls import Calls, Part
 from serve.text import begun
 
 
@@ -76,7 +76,7 @@ class Reply:
     """One answer, fed with its text in pieces; `parallel` False drops all calls but the first."""
 
     def __init__(
-        self, thinking: ReasoningParser | None = None, calling: CallParser | None = None, parallel: bool = True
+        self, thinking: ReasoningParser | None = None, calling: Calls | None = None, parallel: bool = True
     ) -> None:
         self._thinking, self._calling, self._parallel = thinking, calling, parallel
         self.reasoning = ""

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from serve.calls import CallParser
 from serve.dialect import Dialect
+from serve.json_calls import CallParser
+from serve.marked_calls import MarkedForm
 from serve.reply import ReasoningParser, Reply
 from suite.chat import Chat
 from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
@@ -33,6 +34,19 @@ FIRST = {
     "unsloth-mistral-Devstral-Small-2507": "[TOOL_CALLS]",
 }
 """The mark before a call, of the templates that write names and JSON arguments."""
+MARKED = {
+    "GLM-4.7-Flash": "<tool_call>",
+    "MiniMax-M2": '<invoke name="',
+    "Qwen3-Coder": "<function=",
+    "StepFun3.5-Flash": "<function=",
+    "deepseek-ai-DeepSeek-V3.2": '<｜DSML｜invoke name="',
+    "deepseek-ai-DeepSeek-V4": '<｜DSML｜invoke name="',
+    "inclusionai-ling-3.0-flash": "<tool_call>",
+    "openbmb-MiniCPM5-1B": '<function name="',
+    "poolside-Laguna-XS-2.1": "<tool_call>",
+    "tencent-Hy3": "<tool_call:opensource>",
+}
+"""The same of the templates that put every argument between marks of its own."""
 THINKING = {
     "GLM-4.7-Flash": ("<think>", "</think>"),
     "Cohere2MoE": ("<|START_THINKING|>", "<|END_THINKING|>"),
@@ -97,6 +111,25 @@ def test_real_templates_are_read_back(name: str) -> None:
     (call,) = reply.calls
     assert call.name == "get_weather"
     assert json.loads(call.arguments) == arguments
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_arguments_between_marks_are_read_back(name: str) -> None:
+    chat = real(name)
+    dialect = Dialect.of(chat)
+    assert isinstance(dialect.calls, MarkedForm)
+    assert dialect.calls.opening == MARKED[name]
+    arguments = {"city": "Paris, 7 <e>", "days": [1, 2], "code": "a = 1\nb = 2"}
+    question = {"role": "user", "content": "q"}
+    text = chat.text([question, calling("get_weather", arguments)], TOOLS)
+    reply = Reply(calling=dialect.parser(TOOLS, must=False))
+    for char in text[text.rindex(dialect.calls.opening) :].partition("<|im_end|>")[0]:
+        reply.feed(char)
+    reply.feed("", final=True)
+    (call,) = reply.calls
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", arguments)
+    assert isinstance(dialect.parser(TOOLS, must=True), CallParser)
+    assert dialect.parser([], must=True) is None
 
 
 @pytest.mark.parametrize("name", THINKING)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve.calls import CallParser
-from serve.dialect import HERMES, CallForm
+from serve.json_calls import HERMES, CallForm, CallParser
+from serve.marked_calls import MarkedCalls, MarkedForm
 from serve.reply import ReasoningParser, Reply
 
 LLAMA = CallForm('{"name": "', '", "parameters": ', None, "}")
@@ -21,6 +22,17 @@ DEEPSEEK = CallForm(
 )
 FORMS = {"hermes": HERMES, "nemo": NEMO, "mistral": MISTRAL, "deepseek": DEEPSEEK, "llama": LLAMA}
 THINK = ("<think>", "</think>")
+QWEN = MarkedForm(
+    "<tool_call>", "<function=", "<parameter=", re.compile(">"), "\n", "</parameter>", ("</function>", "</tool_call>")
+)
+GLM = MarkedForm(
+    "", "<tool_call>", "<arg_key>", re.compile(r"</arg_key>\s*<arg_value>"), "", "</arg_value>", ("</tool_call>",)
+)
+MARKED = {
+    "qwen": (QWEN, "<tool_call>\n<function={}>\n{}</function>\n</tool_call>", "<parameter={}>\n{}\n</parameter>\n"),
+    "glm": (GLM, "<tool_call>{}{}</tool_call>", "<arg_key>{}</arg_key><arg_value>{}</arg_value>"),
+}
+TYPED = {"f": {"properties": {"text": {"type": "string"}, "n": {"type": "integer"}}}}
 
 
 def read(text: str, form: CallForm = HERMES, *, sizes: list[int] | None = None, **settings: Any) -> Reply:
@@ -119,6 +131,68 @@ def test_what_models_write_instead(form: CallForm, text: str, calls: list[tuple[
     content = "" if calls else text
     assert seen(read(text, form)) == ("", content, calls)
     assert seen(read(text, form, sizes=[1] * len(text))) == ("", content, calls)
+
+
+def marked(text: str, form: MarkedForm, sizes: list[int]) -> Reply:
+    reply = Reply(calling=MarkedCalls(form, TYPED))
+    for size in sizes:
+        reply.feed(text[:size])
+        text = text[size:]
+    reply.feed(text, final=True)
+    return reply
+
+
+keys = st.text("abcdefgh_XYZ0123456789-", min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize("kind", MARKED)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(names, st.dictionaries(keys, values, max_size=3)), min_size=1, max_size=3), plain, cuts)
+def test_marked_calls_come_back_in_any_pieces(
+    kind: str, calls: list[tuple[str, dict[str, Any]]], before: str, sizes: list[int]
+) -> None:
+    form, call, parameter = MARKED[kind]
+    # a text between marks is no JSON where no schema says what it is
+    calls = [(n, {k: v for k, v in given.items() if not isinstance(v, str)}) for n, given in calls]
+    written = [
+        call.format(name, "".join(parameter.format(key, json.dumps(value)) for key, value in given.items()))
+        for name, given in calls
+    ]
+    reply = marked(before + "\n" * bool(before) + "\n".join(written), form, sizes)
+    assert reply.content == before
+    assert [(c.name, json.loads(c.arguments)) for c in reply.calls] == calls
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<tool_call>", "<function=", "f", ">", "<parameter=n>", "3", "</parameter>", "</function>", "x y", "\n"]
+        )
+    ),
+    cuts,
+)
+def test_any_text_is_read_as_marked_calls_the_same_in_any_pieces(pieces: list[str], sizes: list[int]) -> None:
+    text = "".join(pieces)
+    assert seen(marked(text, QWEN, [])) == seen(marked(text, QWEN, sizes))
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [("text:7", "7"), ("n:7", 7), ("n:[1, {'a': None}]", [1, {"a": None}]), ("n:seven", "seven"), ("text:a\nb\n", "a\nb\n")],
+)  # fmt: skip
+def test_values_are_what_the_schema_says(value: str, read: Any) -> None:
+    key, _, given = value.partition(":")
+    text = f"<function=f>\n<parameter={key}>\n{given}\n</parameter>\n</function>"
+    (call,) = marked(text, QWEN, [1] * len(text)).calls
+    assert json.loads(call.arguments) == {key: read}
+
+
+@pytest.mark.parametrize(
+    "text", ["Use <tool_call> tags, as in <tool_call>a b</tool_call>.", "<tool_call>", "<tool_call>f"]
+)
+def test_talk_of_marks_is_content(text: str) -> None:
+    assert seen(marked(text, GLM, [1] * len(text))) == ("", text, [])
 
 
 def test_a_call_is_shown_as_it_comes() -> None:
