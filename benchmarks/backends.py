@@ -83,7 +83,7 @@ def serve_relay(kind: str, pause: float) -> None:
     def ready(error: Any) -> None:
         if error:
             raise error
-        fleet = app.state.serving.fleet
+        fleet = app.state.serving.upstreams["nano"]
         print(json.dumps([url, fleet.replicas.members[0].url, fleet.key]), flush=True)
 
     app = create_app(settings, loaded=ready)

@@ -99,8 +99,7 @@ def endpoint(
         sock = listen("127.0.0.1", 0)
         port = sock.getsockname()[1]
         with sock:  # only the child listens: when it dies, connections are refused
-            own = settings.backend == "torch"
-            child = (_forked if own and _may_fork() else _spawned)(settings, sock, output)
+            child = (_forked if settings.in_process and _may_fork() else _spawned)(settings, sock, output)
         stack.callback(_stop, child)
         _await_ready(child, port, output)
         yield Endpoint(f"http://127.0.0.1:{port}", [name, *settings.adapters])

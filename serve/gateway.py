@@ -43,8 +43,8 @@ def create_app(
     Its `state.serving` is what a server needs to end it.
     """
     admission = Admission(settings.max_queue)
-    server = Serving(settings, admission)
-    metrics = Metrics(server.stats)
+    server = Serving(settings, admission, named=not keys)
+    metrics = Metrics(lambda: {name: engine.stats() for name, engine in server.engines.items()})
 
     async def load() -> None:
         error = None
@@ -65,8 +65,7 @@ def create_app(
         loading = asyncio.create_task(load())
         yield
         await loading
-        if server.engine is not None:
-            await asyncio.to_thread(server.engine.close)
+        await server.close()
 
     app = FastAPI(title="suite", lifespan=lifespan)
     app.state.serving = server
@@ -74,14 +73,14 @@ def create_app(
     state.add(app, server, metrics)
     adapters.add(app, server, metrics)
     aliases.add(app, server)
-    if settings.backend == "torch":
+    if settings.in_process:
         for routes in (completions, embeddings, responses, tokens):
             routes.add(app, server)
     else:  # its client of other servers takes a while to import
         from serve import relay
-        from serve.engines.remote import fleet
+        from serve.engines.remote import upstreams
 
-        server.fleet = fleet(settings)
+        server.upstreams = upstreams(settings.models)
         relay.add(app, server)
     document(app, [ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, ResponsesBody])
     # the last one added is the first one asked

@@ -21,6 +21,8 @@ from suite.config import Config, Where, parse
 from suite.errors import SuiteError
 
 ENVIRONMENT = "SUITE_API_KEYS"
+GATEWAY = "SUITE_GATEWAY_KEY"
+"""The variable with the key of a gateway, for a server that it starts and that answers nobody else."""
 
 log = logging.getLogger("serve")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -44,9 +44,9 @@ ADAPTERS: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], s
 
 
 class Metrics:
-    """Counts exchanges as they end; what the engine does is asked when somebody reads."""
+    """Counts exchanges as they end; what engines do, by the names of their models, is asked when somebody reads."""
 
-    def __init__(self, stats: Callable[[], Stats | None]) -> None:
+    def __init__(self, stats: Callable[[], Mapping[str, Stats]]) -> None:
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests", "HTTP requests", ["route", "model", "status"])
         self._aliased = self._counter("alias_requests", "Requests to an alias by who answered", ["alias", "model"])
@@ -96,12 +96,22 @@ class Metrics:
 
 
 class _OfEngine(Collector):
-    def __init__(self, stats: Callable[[], Stats | None]) -> None:
+    def __init__(self, stats: Callable[[], Mapping[str, Stats]]) -> None:
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        if (stats := self._stats()) is not None:
-            for name, (kind, about) in ENGINE.items():
-                yield kind(f"suite_engine_{name}", about, value=getattr(stats, name))
-            for name, (kind, about) in ADAPTERS.items():
-                yield kind(f"suite_adapters_{name}", about, value=getattr(stats.adapters, name))
+        stats = self._stats()
+        for name, (kind, about) in ENGINE.items():
+            yield _labelled(kind, f"suite_engine_{name}", about, {m: getattr(s, name) for m, s in stats.items()})
+        for name, (kind, about) in ADAPTERS.items():
+            values = {m: getattr(s.adapters, name) for m, s in stats.items()}
+            yield _labelled(kind, f"suite_adapters_{name}", about, values)
+
+
+def _labelled(
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily], name: str, about: str, values: Mapping[str, float]
+) -> Metric:
+    family = kind(name, about, labels=["model"])
+    for model, value in values.items():
+        family.add_metric([model], value)
+    return family

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.engines.fleet import Fleet
+from serve.engines.upstream import Upstream
 from serve.protocol import ApiError
 from serve.replicas import NoReplica, Replica
 from serve.serving import Serving
@@ -35,8 +35,6 @@ PATHS = (
 
 LIVES = 3
 """Replicas, or lives of one, that a request is tried on."""
-DEATH_SECONDS = 3.0
-"""An answer of 500 waits for so long whether the engine is just dying, which makes it worth another try."""
 
 OWN_HEADERS = {
     "host", "authorization", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "trailer",
@@ -62,7 +60,7 @@ class Asked:
     renamed: tuple[bytes, bytes] | None
     """The engine's name of the model in its answers, and ours, where they differ."""
     exchange: Exchange
-    fleet: Fleet
+    upstream: Upstream
     """Who answers it."""
 
 
@@ -112,16 +110,17 @@ class Relay:
 
     async def _relay(self, request: Request, body: bytes, send: Send) -> None:
         asked = await self._asked(request, body)
-        self._server.admission.check(asked.fleet.load[1])
+        self._server.admission.check(asked.upstream.load[1])
         tried: set[tuple[Replica, int]] = set()
         while True:
             try:
-                async with asked.fleet.replicas.lease(tried) as replica:
+                async with asked.upstream.replicas.lease(tried) as replica:
                     life = replica.life
                     try:
                         await self._on(replica, asked, send)
                         return
                     except Broken as error:
+                        asked.upstream.broke(replica)
                         tried.add((replica, life))
                         if len(tried) >= LIVES:
                             raise ApiError(502, f"the engine broke off: {error}", kind="server_error") from None
@@ -130,24 +129,23 @@ class Relay:
 
     async def _asked(self, request: Request, body: bytes) -> Asked:
         fields = read_body(request, body)
-        served = await self._server.find(request, fields["model"], _user(fields))
-        fleet = self._server.behind(served)
-        inside = fleet.inside(served.adapter)
-        wanted = _limited(request.url.path, fleet.kind.translation.ask(request.url.path, fields), self._most)
+        served, upstream = await self._server.behind(request, fields["model"], _user(fields))
+        inside = upstream.inside(served.adapter)
+        wanted = _limited(request.url.path, upstream.translation.ask(request.url.path, fields), self._most)
         if inside != fields["model"] or wanted is not fields:
             body = json.dumps({**wanted, "model": inside}).encode()
         names = tuple(f'"model":{json.dumps(name)}'.encode() for name in (inside, served.name))
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = {k: v for k, v in request.headers.items() if k not in OWN_HEADERS}
         renamed = (names[0], names[1]) if inside != served.name else None
-        return Asked(path, headers, body, fields, renamed, Exchange.of(request), fleet)
+        return Asked(path, headers, body, fields, renamed, Exchange.of(request), upstream)
 
     async def _on(self, replica: Replica, asked: Asked, send: Send) -> None:
         """One try; raises Broken while nothing was sent."""
-        life, tally, translation = replica.life, Tally(), asked.fleet.kind.translation
+        life, tally, translation = replica.life, Tally(), asked.upstream.translation
         async with contextlib.AsyncExitStack() as stack:
             try:
-                call = asked.fleet.session.post(replica.url + asked.path, data=asked.body, headers=asked.headers)
+                call = asked.upstream.session.post(replica.url + asked.path, data=asked.body, headers=asked.headers)
                 answer = await stack.enter_async_context(call)
                 streamed = answer.content_type == "text/event-stream"
                 chunks = aiter(answer.content.iter_any())
@@ -155,7 +153,7 @@ class Relay:
             except (aiohttp.ClientError, OSError) as error:
                 raise Broken(f"{type(error).__name__} {error}") from None
             status, told = answer.status, {k: answer.headers[k] for k in TOLD_HEADERS if k in answer.headers}
-            if status >= 500 and await _dies(asked.fleet, replica, life):
+            if status >= 500 and await asked.upstream.dies(replica, life):
                 raise Broken(f"it answered {status}, and ended")
             if streamed:
                 stream = translation.stream(asked.fields, _unbroken(body, chunks))
@@ -175,10 +173,6 @@ class Relay:
         raw = [(k.encode(), v.encode("latin-1")) for k, v in {**told, "content-length": str(len(body))}.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": body})
-
-
-async def _dies(fleet: Fleet, replica: Replica, life: int) -> bool:
-    return await fleet.replicas.until(lambda: replica.life != life or not replica.ready, DEATH_SECONDS)
 
 
 class Tally:

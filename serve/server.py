@@ -59,7 +59,7 @@ def run(
         # those of `draining.Server` hold between these: while it is imported, and while the interpreter ends
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(0))
-        if settings.backend == "torch":
+        if settings.in_process:
             preload(settings.model)
         import uvicorn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -13,18 +13,19 @@ from starlette.requests import Request as HttpRequest
 
 from serve.admission import Admission
 from serve.answers import Bridge, Engine, Group
-from serve.catalog import Catalog, Served
+from serve.catalog import Catalog
+from serve.families import Family, Found
 from serve.generation import Request, Stats
 from serve.grammar import Constraint, Grammars
-from serve.offers import offers
 from serve.protocol import ApiError
+from serve.served import Served, Tokenized
 from serve.settings import Settings
 from serve.text import TextStream
 from serve.traffic import Answered, Exchange, Traffic
 from suite.errors import SuiteError
 
 if TYPE_CHECKING:
-    from serve.engines.fleet import Fleet
+    from serve.engines.upstream import Upstream
 
 
 class Cancellable(Protocol):
@@ -34,73 +35,113 @@ class Cancellable(Protocol):
         """End it early."""
 
 
+class Running(Protocol):
+    """What is asked of an engine, wherever it computes."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken."""
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many answers run, and how many wait."""
+
+    def stats(self) -> Stats:
+        """What it does at the moment, and did since its start."""
+
+
 @dataclass
 class Serving:
-    """A server, starting or running. Engine and catalog are None until loading is done; else `problem` says why."""
+    """A server, starting or running. Its catalog is None until all engines run; else `problem` says why."""
 
     settings: Settings
     admission: Admission
+    named: bool = True
+    """Whether anybody may know the names of the models: there are no API keys."""
     traffic: Traffic = field(default_factory=Traffic)
     engine: Engine | None = None
+    """The one that computes in this process, if there is one."""
+    upstreams: dict[str, Upstream] = field(default_factory=dict)
+    """Those that compute elsewhere, by the names of their models."""
     catalog: Catalog | None = None
     bridge: Bridge | None = None
     problem: str = ""
     grammars: Grammars = field(default_factory=Grammars)
-    fleet: Fleet | None = None
-    """The engine, where it is another program's."""
     groups: set[Cancellable] = field(default_factory=set)
     """What runs at the moment."""
 
     async def load(self) -> None:
-        """Load tokenizers and model; raises SuiteError."""
-        given = self.settings
+        """Load tokenizers and models; raises SuiteError."""
         self.bridge = Bridge(asyncio.get_running_loop())
-        offered = offers(given.lora_dir, given.adapters)
-        self.catalog = await asyncio.to_thread(
-            Catalog, given.model, given.adapters, given.name, offered, given.alias, self._register
-        )
-        if self.fleet:
+        if self.upstreams:
+            families: list[Family] = [upstream.family() for upstream in self.upstreams.values()]
             from serve.engines.remote import start
 
-            self.engine = await start(self.fleet)
+            await start(self.upstreams)
         else:
-            self.engine = await asyncio.to_thread(given.start_engine, self.bridge.notify)
+            families = [await asyncio.to_thread(Tokenized, self.settings, self._load_adapter, self._unload_adapter)]
+            self.engine = await asyncio.to_thread(self.settings.start_engine, self.bridge.notify)
+        self.catalog = Catalog(families, self.settings.alias)
 
-    def stats(self) -> Stats | None:
-        """What the engine does; None while loading."""
-        return self.engine.stats() if self.engine else None
+    async def close(self) -> None:
+        """End the engines."""
+        if self.engine is not None:
+            await asyncio.to_thread(self.engine.close)
+        await asyncio.gather(*(upstream.stop() for upstream in self.upstreams.values()))
+
+    @property
+    def engines(self) -> Mapping[str, Running]:
+        """By the names of their models; empty while loading."""
+        if self.catalog is None:
+            return {}
+        return {self.settings.name: self.engine} if self.engine is not None else self.upstreams
 
     @property
     def state(self) -> Literal["loading", "ready", "draining", "failed"]:
-        """Where it is between its start and its end."""
-        if self.problem or (self.engine is not None and not self.engine.alive):
+        """Where it is between its start and its end; one of several models that failed leaves it ready."""
+        engines = self.engines.values()
+        if self.problem or (engines and not any(engine.alive for engine in engines)):
             return "failed"
         if self.traffic.until is not None:
             return "draining"
-        return "loading" if self.engine is None else "ready"
+        return "ready" if engines else "loading"
+
+    @property
+    def names(self) -> Catalog:
+        """The catalog; raises ApiError 503 while loading."""
+        if self.catalog is None:
+            raise ApiError(503, self.problem or "the model is still loading", kind="server_error", retry_after=1)
+        return self.catalog
 
     def ready(self) -> tuple[Engine, Catalog, Bridge]:
-        """Raises ApiError 503 while requests cannot be answered."""
-        if self.engine is None or self.catalog is None or self.bridge is None:
-            raise ApiError(503, self.problem or "the model is still loading", kind="server_error", retry_after=1)
+        """For routes of our own engine. Raises ApiError 503 while it cannot answer."""
+        catalog = self.names
+        assert self.engine is not None
+        assert self.bridge is not None
         if not self.engine.alive:
             raise ApiError(503, self.problem or "the engine has ended; /health says why", kind="server_error")
-        return self.engine, self.catalog, self.bridge
+        return self.engine, catalog, self.bridge
 
     async def find(self, request: HttpRequest, name: str, user: str | None = None) -> Served:
         """The model that answers this request: an alias shares them out, by `user` where the client names one.
 
         Raises ApiError: 503 while loading, 404 for what does not exist, or not for the request's API key.
         """
-        found = await self.ready()[1].find(name, user or "", visible(request))
+        self.ready()
+        found = await self._find(request, name, user)
+        assert isinstance(found, Served)
+        return found
+
+    async def behind(self, request: HttpRequest, name: str, user: str | None = None) -> tuple[Found, Upstream]:
+        """As `find`, where engines compute elsewhere: what answers, and the engine behind it."""
+        found = await self._find(request, name, user)
+        return found, self.upstreams[found.base]
+
+    async def _find(self, request: HttpRequest, name: str, user: str | None) -> Found:
+        found = await self.names.find(name, user or "", visible(request))
         exchange = Exchange.of(request)
         exchange.model, exchange.adapter, exchange.alias = found.name, found.adapter, name if name != found.name else ""
         return found
-
-    def behind(self, served: Served) -> Fleet:  # noqa: ARG002
-        """Whose engine answers for a model, where that is another program's."""
-        assert self.fleet
-        return self.fleet
 
     async def constrain(
         self, jobs: Sequence[tuple[Request, TextStream]], constraint: Constraint | None, served: Served
@@ -162,8 +203,11 @@ class Serving:
         if key is None and origin is not None and origin not in self.settings.cors:
             raise ApiError(403, f"web pages of {origin} may not change this server")
 
-    def _register(self, name: str, folder: Path) -> None:
-        self.ready()[0].load_adapter(name, folder)
+    async def _load_adapter(self, name: str, folder: Path) -> None:
+        await asyncio.to_thread(self.ready()[0].load_adapter, name, folder)
+
+    async def _unload_adapter(self, name: str) -> None:
+        await asyncio.to_thread(self.ready()[0].unload_adapter, name)
 
     def cancel(self) -> None:
         """End all that runs: its time is over."""

@@ -20,25 +20,59 @@ from suite.serving import Options, Others, check_aliases
 class Settings(Options):
     """A model with its adapters by name, and the options of serving them."""
 
-    model: Path
+    model: Path = Path()
     adapters: dict[str, Path] = Field(default_factory=dict)
     name: str = "base"
     """The base model's."""
+    url: str = ""
+    """An OpenAI endpoint that runs already, in place of `model`."""
+    api_key_env: str = ""
+    """The variable with the key that it asks for."""
+    trusting: bool = False
+    """Whether adapters are loaded from anywhere, because only a gateway asks, which has seen to it."""
+    beside: tuple[Settings, ...] = ()
+    """More models behind the same server. Who may ask, limits, log and aliases are those of the first one."""
+
+    @property
+    def models(self) -> tuple[Settings, ...]:
+        """All of them, this one being the first."""
+        return (self, *self.beside)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the server computes by itself: with our engine, where that serves one model once."""
+        return self.backend == "torch" and self.replicas == 1 and not (self.beside or self.url)
 
     def check(self) -> None:
         """Raise SuiteError for what can be known to fail from names and file headers; torch-free."""
+        owners: dict[str, str] = {}
+        for each in self.models:
+            for name in each._checked_names():
+                if name in owners:
+                    said = f"'{owners[name]}' and '{each.name}' both serve a model '{name}'"
+                    raise SuiteError(said, hint="give one of them another name")
+                owners[name] = each.name
+        # what an endpoint serves is known once it is asked
+        there = tuple(f"{each.name}/" for each in self.models if each.url)
+        targets = {target for weights in self.alias.values() for target in weights}
+        check_aliases(self.alias, {*owners, *(target for target in targets if target.startswith(there))})
+        for each in self.models:
+            each._check_engine()
+        self._check_tls()
+
+    def _checked_names(self) -> list[str]:
+        if self.url:
+            return [self.name]
         offered = offers(self.lora_dir, self.adapters)
         if self.name in self.adapters or self.name in offered:
             raise SuiteError(f"the base and an adapter are both named '{self.name}'", hint="name the base with --name")
         base = read_model(self.model)
         for path in self.adapters.values():
             check_fits(read_adapter(path), base)
-        check_aliases(self.alias, {self.name, *self.adapters, *offered})
-        self._check_engine()
-        self._check_tls()
+        return [self.name, *self.adapters, *offered]
 
     def _check_engine(self) -> None:
-        if self.backend != "torch":
+        if self.url or self.backend != "torch":
             from serve.engines.remote import check
 
             check(self)
@@ -48,8 +82,9 @@ class Settings(Options):
             for name in Others.model_fields
             if getattr(self, name) != Others.model_fields[name].get_default(call_default_factory=True)
         ]
-        if given:
-            raise SuiteError("this is for engines of other programs, not for torch", where=given[0])
+        if given and given != ["replicas"]:
+            other = next(name for name in given if name != "replicas")
+            raise SuiteError("this is for engines of other programs, not for torch", where=other)
 
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -15,21 +15,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import quote
 
 import aiohttp
 
 from serve.engines.kind import Kind
 from serve.engines.process import EngineProcess, Launch, Patience
+from serve.engines.upstream import Upstream
 from serve.folders import check_fits, read_adapter, read_model
-from serve.replicas import Replica, Replicas
+from serve.replicas import Replica
 from serve.settings import Settings
 from suite.envs import Environment
 from suite.errors import SuiteError
 
 CALM = Patience()
-CONNECT_SECONDS = 10.0
-KEEP_SECONDS = 4
-"""How long an idle connection is kept: uvicorn, in most engines, closes it after 5."""
 ANSWER_SECONDS = 5.0
 LOAD_SECONDS = 300.0
 
@@ -73,10 +72,11 @@ class Probe(Protocol):
 log = logging.getLogger("serve")
 
 
-class Fleet:
+class Fleet(Upstream):
     """Replicas of one engine with the same model and adapters.
 
-    `probe` is asked about each replica before it gets its first request, and about adapters that are added later.
+    `probe` is asked about each replica before it gets its first request, and about adapters that are added later. The
+    replicas are counted from `first` among all on this machine, so that each has GPUs of its own.
     """
 
     def __init__(
@@ -88,26 +88,24 @@ class Fleet:
         *,
         probe: Probe | None = None,
         patience: Patience = CALM,
+        first: int = 0,
     ) -> None:
-        self.kind, self.settings, self.environment = kind, settings, environment
+        members = [Replica(f"{settings.name}-{i}") for i in range(settings.replicas)]
+        # clients may lose their patience sooner
+        super().__init__(settings, kind.translation, secrets.token_urlsafe(24), members, patience.start)
+        self.kind, self.environment = kind, environment
         self.adapters = {name: Loaded(name, folder) for name, folder in settings.adapters.items()}
         """By the names that requests use."""
-        self.key = secrets.token_urlsafe(24)
-        members = [Replica(f"{kind.name}-{i}") for i in range(settings.replicas)]
-        self.replicas = Replicas(members, patience.start)  # clients may lose theirs sooner
-        self._probe = probe
-        self._session: aiohttp.ClientSession | None = None
+        self._probe, self._first = probe, first
         self._refusal: SuiteError | None = None
         self._versions = 0
-        self.deaths = 0
-        """How often an engine that was ready has died."""
         self._changing = asyncio.Lock()
         self._watching: set[asyncio.Task[None]] = set()
         self.processes = [
             EngineProcess(
                 partial(self._launch, i),
                 self._answers,
-                logs / f"{replica.name}.log",
+                logs / f"{quote(replica.name, safe='')}.log",
                 changed=partial(self._changed, i),
                 patience=patience,
             )
@@ -122,14 +120,6 @@ class Fleet:
 
         Raises SuiteError when one cannot start or fails the probe.
         """
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_SECONDS),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            headers={"Authorization": f"Bearer {self.key}"},
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            read_bufsize=2**20,
-        )
         if self._probe:
             await self._probe.prepare(self.settings.adapters)
         for process in self.processes:
@@ -149,31 +139,11 @@ class Fleet:
             file.unlink(missing_ok=True)
         for task in self._watching:
             task.cancel()
-        if self._session:
-            await self._session.close()
-
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        """Connections to the engines, which know its key."""
-        if self._session is None:
-            raise RuntimeError("the fleet was not started")
-        return self._session
+        await super().stop()
 
     def inside(self, adapter: str) -> str:
         """The engine's own name for an adapter, "" being the base."""
         return self.adapters[adapter].inside if adapter else self.settings.name
-
-    @property
-    def load(self) -> tuple[int, int]:
-        """How many requests run, and how many wait: in the engines, and for one."""
-        most = self.settings.max_batch
-        running = sum(min(member.running, most) for member in self.replicas.members)
-        return running, self.replicas.running - running + self.replicas.waiting
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests can be answered, at once or later."""
-        return not all(member.failed for member in self.replicas.members)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Add an adapter, or replace the one of that name: requests under way end with what they began with.
@@ -272,7 +242,7 @@ class Fleet:
     def _launch(self, index: int, port: int) -> Launch:
         self._taken[index] = len(self.adapters)
         inside = {loaded.inside: loaded.folder for loaded in self.adapters.values()}
-        return self.kind.launch(self._with(inside), self.environment, port, self.key, index)
+        return self.kind.launch(self._with(inside), self.environment, port, self.key, self._first + index)
 
     async def _answers(self, url: str) -> bool:
         try:

@@ -9,6 +9,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from serve.catalog import Catalog
+from serve.families import Family
 from serve.metrics import Metrics
 from serve.offers import NAME, inside
 from serve.protocol import ApiError
@@ -22,6 +23,8 @@ class LoadBody(BaseModel):
 
     lora_name: str = Field(max_length=256)
     lora_path: str = Field(max_length=4096)
+    model: str = Field("", max_length=256)
+    """Whose adapter it is, where several models take some."""
     load_inplace: bool = False
     """Whether to replace an adapter of that name; requests that run end with the one they began with."""
 
@@ -38,11 +41,13 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadBody, request: Request) -> PlainTextResponse:
         server.administer(request)
-        catalog = server.ready()[1]
+        catalog = server.names
         _check_name(body, catalog)
+        trusting = server.settings.trusting
+        family = _family(body, catalog, trusting)
         try:
-            folder = _folder(body, server.settings.lora_dir)
-            await catalog.load(body.lora_name, folder)
+            folder = Path(body.lora_path) if trusting else _folder(body, family.lora_dir)
+            await family.load(body.lora_name, folder)
         except SuiteError as error:
             raise ApiError(400, error.message, param="lora_path") from None
         Exchange.of(request).adapter = body.lora_name
@@ -51,14 +56,15 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
     @app.post("/v1/unload_lora_adapter")
     async def unload(body: UnloadBody, request: Request) -> PlainTextResponse:
         server.administer(request)
-        (engine, catalog, _), name = server.ready(), body.lora_name
+        catalog, name = server.names, body.lora_name
         if not name:
             raise ApiError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")
-        if name not in catalog.folders:
+        family = catalog.family(name)
+        if family is None or name not in family.folders:
             raise ApiError(404, f"The lora adapter '{name}' cannot be found.", param="lora_name")
         if used := catalog.aliases.of(name):
             raise ApiError(409, f"'{name}' is a target of the alias '{used[0]}'", param="lora_name")
-        await catalog.unload(name, engine.unload_adapter)
+        await family.unload(name)
         metrics.forget(name)
         Exchange.of(request).adapter = name
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -68,7 +74,7 @@ def _check_name(body: LoadBody, catalog: Catalog) -> None:
     name, said = body.lora_name, ""
     if not name or not body.lora_path:
         said = "Both 'lora_name' and 'lora_path' must be provided."
-    elif name == catalog.base:
+    elif any(name == family.base for family in catalog.families):
         said = f"The lora adapter '{name}' conflicts with a served base model."
     elif name in catalog.aliases or not NAME.fullmatch(name):
         said = f"'{name}' is {'an alias' if name in catalog.aliases else 'no name'}"
@@ -81,9 +87,22 @@ def _check_name(body: LoadBody, catalog: Catalog) -> None:
         raise ApiError(400, said, param="lora_name")
 
 
-def _folder(body: LoadBody, folders: list[str]) -> Path:
-    if not folders:
+def _family(body: LoadBody, catalog: Catalog, trusting: bool) -> Family:
+    """The model that is to have the adapter."""
+    there = {family.base: family for family in catalog.families if family.lora_dir or trusting}
+    if not there:
         raise ApiError(403, "this server loads no adapters; start it with --lora-dir DIR")
+    owner = catalog.family(body.lora_name)
+    model = body.model or (owner.base if owner else next(iter(there)) if len(there) == 1 else "")
+    if not model:
+        raise ApiError(400, f"'model' says whose adapter it is: {', '.join(there)}", param="model")
+    if model not in there or (owner and owner.base != model):
+        said = f"'{body.lora_name}' is one of '{owner.base}'" if owner else f"no adapters are loaded for '{model}'"
+        raise ApiError(400, said, param="model")
+    return there[model]
+
+
+def _folder(body: LoadBody, folders: list[str]) -> Path:
     folder = inside(body.lora_path, folders)
     if folder is None:
         raise ApiError(404, f"No adapter found for '{body.lora_name}' at {body.lora_path}", param="lora_path")

@@ -22,12 +22,12 @@ def add(app: FastAPI, server: Serving) -> None:
 
     @app.get("/v1/aliases")
     async def listing(request: Request) -> dict[str, Any]:
-        catalog, may_see = server.ready()[1], visible(request)
+        catalog, may_see = server.names, visible(request)
         return {"object": "list", "data": [_form(catalog, name) for name in catalog.aliases if may_see(name)]}
 
     @app.get("/v1/aliases/{name}")
     async def alias(name: str, request: Request) -> dict[str, Any]:
-        catalog = server.ready()[1]
+        catalog = server.names
         if not visible(request)(name):
             raise _unknown(name)
         return _form(catalog, name)
@@ -36,7 +36,7 @@ def add(app: FastAPI, server: Serving) -> None:
     async def put(name: str, weights: dict[str, float], request: Request) -> dict[str, Any]:
         """The body is the split, e.g. `{"law@v2": 0.9, "law@v3": 0.1}`."""
         server.administer(request)
-        catalog = server.ready()[1]
+        catalog = server.names
         _check(catalog, name, weights)
         catalog.aliases.put(name, weights)
         Exchange.of(request).alias = name
@@ -46,7 +46,7 @@ def add(app: FastAPI, server: Serving) -> None:
     async def rollback(name: str, request: Request) -> dict[str, Any]:
         """Return to the split before this one; 409 where there is none."""
         server.administer(request)
-        catalog = server.ready()[1]
+        catalog = server.names
         _form(catalog, name)
         before = catalog.aliases.before(name)
         if before is None:
@@ -59,7 +59,7 @@ def add(app: FastAPI, server: Serving) -> None:
     @app.delete("/v1/aliases/{name}")
     async def delete(name: str, request: Request) -> dict[str, Any]:
         server.administer(request)
-        aliases = server.ready()[1].aliases
+        aliases = server.names.aliases
         if name not in aliases:
             raise _unknown(name)
         aliases.remove(name)
@@ -76,7 +76,7 @@ def _form(catalog: Catalog, name: str) -> dict[str, Any]:
 
 def _check(catalog: Catalog, name: str, weights: dict[str, float]) -> None:
     try:
-        check_aliases({name: weights}, [catalog.base, *catalog.folders])
+        check_aliases({name: weights}, catalog.models)
     except SuiteError as error:
         raise ApiError(400, ". ".join(filter(None, (error.message, error.hint))), param="name") from None
 

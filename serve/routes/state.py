@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -10,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_1_0_0
 
 from serve.metrics import Metrics
 from serve.protocol import ApiError
-from serve.serving import Serving, visible
+from serve.serving import Running, Serving, visible
 from serve.traffic import Exchange
 
 
@@ -21,28 +22,24 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
     async def health() -> dict[str, Any]:
         """200 while there is no reason to start the server again, with what it does at the moment.
 
-        Answers 500 when loading or the engine failed.
+        Answers 500 when loading or every engine failed. A server without keys tells it for each of its models too.
         """
         state = server.state
         if state == "failed":
             raise ApiError(500, server.problem or "the engine has ended", kind="server_error")
-        if server.engine is None:
+        if not server.engines:
             return {"status": state}
-        stats = server.engine.stats()
-        return {
-            "status": state,
-            "running": stats.running,
-            "waiting": stats.waiting,
-            "failed_steps": stats.failures,
-            "last_failure": stats.last_failure or None,
-            "last_failure_time": stats.last_failure_time,
-        }
+        return {"status": state, **_of_all(server.engines, named=server.named)}
 
     @app.get("/ready")
-    async def ready() -> dict[str, str]:
-        """200 while requests are answered; 503 before, and while the server shuts down."""
+    async def ready(model: str = "") -> dict[str, str]:
+        """200 while requests are answered; 503 before, and while the server shuts down. `?model=` asks about one."""
         if server.state != "ready":
             raise ApiError(503, server.problem or f"the server is {server.state}", kind="server_error", retry_after=1)
+        if model and model not in server.engines:
+            raise ApiError(404, f"there is no model '{model}'", param="model")
+        if model and not server.engines[model].alive:
+            raise ApiError(503, f"the engine of '{model}' has ended", kind="server_error")
         return {"status": "ready"}
 
     @app.get("/metrics")
@@ -55,8 +52,33 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        return server.ready()[1].listing(visible(request))
+        return server.names.listing(visible(request))
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        return server.ready()[1].card(name, visible(request))
+        return server.names.card(name, visible(request))
+
+
+def _of_all(engines: Mapping[str, Running], *, named: bool) -> dict[str, Any]:
+    """The sum of what they do; with `named`, what each of them does too."""
+    stats = {name: engine.stats() for name, engine in engines.items()}
+    last = max(stats.values(), key=lambda one: one.last_failure_time or 0)
+    whole = {
+        "running": sum(one.running for one in stats.values()),
+        "waiting": sum(one.waiting for one in stats.values()),
+        "failed_steps": sum(one.failures for one in stats.values()),
+        "last_failure": last.last_failure or None,
+        "last_failure_time": last.last_failure_time,
+    }
+    if not named:
+        return whole
+    each = {
+        name: {
+            "status": "ready" if engines[name].alive else "failed",
+            "running": one.running,
+            "waiting": one.waiting,
+            "failed_steps": one.failures,
+        }
+        for name, one in stats.items()
+    }
+    return {**whole, "models": each}

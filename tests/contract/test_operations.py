@@ -279,10 +279,11 @@ def test_metrics_tell_what_happened(server: Running) -> None:
     assert grew("prompt_tokens_total", model="law@v2") > 5
     for histogram in ("queue", "time_to_first_token", "time_per_output_token"):
         assert grew(f"{histogram}_seconds_count") == 1
-    assert grew("engine_steps_total") >= 5
-    assert grew("engine_failures_total") == 0
-    assert after["suite_adapters_resident", frozenset()] >= 1
-    assert after["suite_engine_running", frozenset()] == after["suite_engine_waiting", frozenset()] == 0
+    assert grew("engine_steps_total", model="base") >= 5
+    assert grew("engine_failures_total", model="base") == 0
+    base = frozenset({("model", "base")})
+    assert after["suite_adapters_resident", base] >= 1
+    assert after["suite_engine_running", base] == after["suite_engine_waiting", base] == 0
     assert all(len(labels) <= 4 for _, labels in after)
     assert not [labels for _, labels in after if ("model", "law@v4") in labels]
 

@@ -80,7 +80,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name}{{"))
 
 
 @contextlib.contextmanager

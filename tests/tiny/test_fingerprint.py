@@ -6,11 +6,17 @@ import shutil
 from pathlib import Path
 
 from serve.catalog import Catalog
+from serve.families import Family
+from serve.settings import Settings
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 
 def fingerprints(base: Path, adapters: dict[str, Path]) -> dict[str, str]:
-    catalog = Catalog(base, adapters, "base", {}, {"half": {"a": 0.5, "b": 0.5}}, lambda *_: None)
+    async def never(*_: object) -> None:
+        raise AssertionError
+
+    family = Family(Settings(model=base, adapters=adapters), never, never)
+    catalog = Catalog([family], {"half": {"a": 0.5, "b": 0.5}})
     return {card["id"]: card["fingerprint"] for card in catalog.listing()["data"]}
 
 
