@@ -152,7 +152,7 @@ def test_a_wrong_set_file_has_its_line(tmp_path: Path, more: str, message: str) 
 def test_what_does_not_fit_the_kind_is_refused(tmp_path: Path) -> None:
     row = {"query": "a", "response": "b", "text": "c"}
     for kind, more, message in (
-        ("qa", "shots = 1", "shots are for choice sets"), ("qa", 'metrics = ["bleu"]', "first metric must be rouge or exact"),
+        ("qa", "shots = 1", "'shots' is for choice and numeric sets, and this is a qa set"), ("qa", 'metrics = ["bleu"]', "bleu cannot be the first metric"),
         ("perplexity", '[prompt]\nen = "{question}"', "prompt has the fields"),
     ):  # fmt: skip
         with pytest.raises(SuiteError, match=message):
@@ -163,7 +163,7 @@ def test_a_name_that_is_no_set_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="no question set 'ceval-mnii'") as caught:
         sets.load("ceval-mnii")
     assert "'ceval-mini'" in caught.value.hint
-    with pytest.raises(SuiteError, match=r"has no set\.toml"):
+    with pytest.raises(SuiteError, match="the set has no data: the folder is empty"):
         sets.load(str(tmp_path))
     (tmp_path / "set.toml").write_text(f'kind = "qa"\n{ABOUT}', "utf-8")
     with pytest.raises(SuiteError, match="the set has no data"):
@@ -182,7 +182,7 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     one, same = (sets.load(str(choice_set(tmp_path / x, law_val=[law(0)]))).digest for x in "ab")
     assert one == same
     others = [
-        choice_set(tmp_path / "c", law_val=[law(0, "A")]), choice_set(tmp_path / "d", "shots = 0", law_val=[law(0)]),
+        choice_set(tmp_path / "c", law_val=[law(0, "A")]), choice_set(tmp_path / "d", "likelihood = true", law_val=[law(0)]),
         choice_set(tmp_path / "e", law_val=[law(0)], law_dev=[law(1)]), choice_set(tmp_path / "f", art_val=[law(0)]),
     ]  # fmt: skip
     assert len({one, *(sets.load(str(o)).digest for o in others)}) == 5

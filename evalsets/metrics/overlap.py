@@ -1,4 +1,4 @@
-"""ROUGE, BLEU and exact match, each by the library that defines it for the language, on a scale of 0 to 1.
+"""ROUGE, BLEU and chrF, each by the library that defines it for the language, on a scale of 0 to 1.
 
 English   rouge-score (no stemming), sacrebleu tokenizer "13a"
 Chinese   rouge-chinese over jieba's words, sacrebleu tokenizer "zh"
@@ -45,9 +45,11 @@ def bleu(language: str, replies: Sequence[str], references: Sequence[str]) -> fl
     return float(sacrebleu.corpus_bleu(list(replies), [list(references)], tokenize=tokenizer).score) / 100
 
 
-def exact(reply: str, reference: str) -> float:
-    """1 if they are equal but for white space around them."""
-    return float(reply.strip() == reference.strip())
+def chrf(reply: str, reference: str) -> float:
+    """chrF2 of one reply as sacrebleu computes it (Popović 2015), divided by 100; characters, so any language."""
+    import sacrebleu
+
+    return float(sacrebleu.sentence_chrf(reply, [reference]).score) / 100
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Which option a reply chooses, from replies as models write them: the first explicit answer wins.
+"""Which option a reply chooses, or which of them: the first explicit answer wins.
 
 A model that answers right and then runs on into the next question is right; one that names no option, or weighs two
 without deciding, gave no answer. Three readings are tried in turn: the reply begins with a letter; an announcement
@@ -23,7 +23,7 @@ END = r"(?![A-Za-z0-9_'’+#]|-[A-Za-z0-9]|\.[A-Za-z]\.)"
 """The letter is not the beginning of a word, a contraction, C++, A-level or e.g."""
 
 ANNOUNCED = re.compile(
-    r"""\b(?:answers?|choice|option|solution)\s*(?:should\s+be|would\s+be|must\s+be|is|are|:|=|->)+
+    r"""\b(?:answers?|choices?|options?|solution)\s*(?:should\s+be|would\s+be|must\s+be|is|are|:|=|->)+
       | \b(?:answer|go|choose|pick|select|chose|picked|selected)\s+(?:with\s+)?(?=[\W_]*(?:option\s+|choice\s+)?[A-Z]\b)
       | (?:答案|选项)\s*(?:应该|应当|应|就|便)?(?:是|为|选|选择)?\s*:?
       | (?<![不别没])选(?:择|(?!项))\s*:?
@@ -43,6 +43,14 @@ DENIED_AFTER = re.compile(
 )
 VERB = re.compile(r"\s+(?:is|because|since|as|seems|would|must|should)\b")
 ANOTHER = re.compile(r"\s*(?:or|and|/|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
+MARKS = re.compile(r"[*_`$\"'“”‘’「」『』《》()\[\]{}<>]")
+"""What may stand around each letter of several."""
+AMONG = (
+    r"(?:\s*[,;、/&+\n]\s*(?:and\s+|or\s+)?|\s+(?:and|or)\s+|\s*[和与及]\s*|\s+(?=[A-Za-z](?![a-z])))"
+    r"(?:option\s+|选项)?"
+)
+"""What may stand between them."""
+UNDECIDED = re.compile(r"\s*(?:\bor\b|或)", re.IGNORECASE)
 LISTED = re.compile(r"\s*,\s*[A-Z]\s*(?:,|or\b|and\b|$)", re.IGNORECASE)
 
 
@@ -51,6 +59,38 @@ def letter(reply: str, letters: str = "ABCD") -> str | None:
     text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply)).strip()
     one = re.compile(f"{OPEN}([{letters}]){END}", re.IGNORECASE)
     return _leading(text, one) or _announced(text, one) or _only(text, letters)
+
+
+def letters(reply: str, letters: str = "ABCD") -> str | None:
+    """The options that the reply chooses where several may be right, in alphabetical order; None where it names none.
+
+    >>> letters("The correct options are **A**, C and (D), not B.")
+    'ACD'
+    """
+    text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply))
+    text = MARKS.sub("", re.sub(r"\\(?:boxed|text|mathrm|mathbf)\b", "", text)).strip()
+    one = f"[{letters}{letters.lower()}]"
+    group = re.compile(rf"\s*(?:[{letters}]{{2,}}|{one}(?:{AMONG}{one})*){END}")
+    for start in (0, *(found.end() for found in ANNOUNCED.finditer(text))):
+        found = group.match(text, start)
+        if found and not _a_word(found[0].strip(), text[found.end() :]) and not DENIED_AFTER.match(text[found.end() :]):
+            if UNDECIDED.search(found[0]) or UNDECIDED.match(text, found.end()):
+                return None
+            listed = re.findall(rf"^\s*([{letters}])[.:)、]", text[start:], re.MULTILINE)
+            chosen = {*_alone(found[0], letters), *(listed if listed and found[0].strip() == listed[0] else ())}
+            return "".join(sorted(chosen))
+    undecided = re.search(rf"\b[{letters}](?:\s+or\s+|\s*或\s*)[{letters}]\b", text)
+    return None if undecided else "".join(sorted(_standing(text, letters))) or None
+
+
+def _alone(group: str, letters: str) -> set[str]:
+    """The letters of a group such as `A, c and D`, without those of its words."""
+    return {c.upper() for c in re.sub(r"\b(?:and|or)\b", " ", group) if c.upper() in letters}
+
+
+def _a_word(group: str, rest: str) -> bool:
+    """Whether a single letter is an article or a pronoun."""
+    return group in ("a", "A", "I") and _goes_on(rest)
 
 
 def named(reply: str, options: Mapping[str, str]) -> str | None:
@@ -105,12 +145,18 @@ def _announced(text: str, one: re.Pattern[str]) -> str | None:
 
 def _only(text: str, letters: str) -> str | None:
     """The one capital letter that stands alone in the reply and is not denied; None where there are several."""
+    named = _standing(text, letters)
+    return named.pop() if len(named) == 1 else None
+
+
+def _standing(text: str, letters: str) -> set[str]:
+    """The capital letters that stand alone and are not denied."""
     named = set()
     for found in re.finditer(rf"(?<![A-Za-z0-9_'’.\-])[{letters}]{END}", text):
         before, rest = text[: found.start()], text[found.end() :]
         if not ((found[0] in "AI" and _goes_on(rest)) or DENIED_BEFORE.search(before) or DENIED_AFTER.match(rest)):
             named.add(found[0])
-    return named.pop() if len(named) == 1 else None
+    return named
 
 
 def _goes_on(rest: str) -> bool:

@@ -1,0 +1,6 @@
+"""The answer in a reply, from replies as models write them: an option's letter or words, several letters, a number."""
+
+from evalsets.extract.numbers import number, same
+from evalsets.extract.options import letter, letters, named
+
+__all__ = ["letter", "letters", "named", "number", "same"]

@@ -1,0 +1,78 @@
+"""Choice sets: the letters that a reply names, and the letter that is likeliest after the question."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from evalsets.ask import Reply
+from evalsets.extract import letter, letters, named
+from evalsets.kinds.kind import Kind, Replies, Row, accuracy, judged
+from evalsets.sets.question import Question
+from evalsets.sets.settings import SetFile
+
+
+def continuations(question: Question) -> dict[str, str]:
+    """A question as texts to continue, each with one option's letter at its end, by request id.
+
+    This is how lm-evaluation-harness asks MMLU and C-Eval, where it reports the raw sum of log-probabilities as `acc`:
+    solved examples, the question, a space (none after a Chinese colon) and the letter. All letters are of one length,
+    so normalizing by it, as in `acc_norm`, changes nothing. As the texts differ in the letter only, so do the sums of
+    their log-probabilities: no token boundary is needed to compare them.
+    """
+    whole = ""
+    for message in question.messages:
+        whole += message["content"]
+        if message["role"] != "user":
+            whole += "\n\n"
+        elif not whole.endswith(("：", " ", "\n")):
+            whole += " "
+    return {f"{question.id}#{option}": whole + option for option in question.letters}
+
+
+def _row(file: SetFile, question: Question, reply: Reply, replies: Replies) -> Row:
+    options = dict(zip(question.letters, question.options, strict=True))
+    chosen = (letters if file.multiple else letter)(reply.text, question.letters) or named(reply.text, options)
+    row: Row = {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
+    if file.multiple:
+        row["partial"] = _partial(chosen or "", question.expected)
+    return row | _likely(question, replies) if file.likelihood else row
+
+
+def _partial(chosen: str, right: str) -> float:
+    """The share of right letters that were named, as examiners mark it: a wrong one spoils them all."""
+    return len(chosen) / len(right) if set(chosen) <= set(right) else 0.0
+
+
+def _likely(question: Question, replies: Replies) -> Row:
+    """The option whose letter is likeliest; None where not every option was measured."""
+    found = [replies.get(name) for name in continuations(question)]
+    measured = [reply.logprobs for reply in found if reply and reply.logprobs]
+    why = next((reply.error for reply in found if reply and reply.refused), "")
+    row: Row = {"likely": None, "likely_score": 0.0} | ({"likely_refused": why} if why else {})
+    if len(measured) < len(found):
+        return row
+    sums = [math.fsum(logprobs) for logprobs in measured]
+    likely = question.letters[sums.index(max(sums))]
+    return {"likely": likely, "likely_score": float(likely == question.expected)}
+
+
+def _figures(file: SetFile, rows: list[Row]) -> dict[str, Any]:
+    found = judged(rows)
+    if file.multiple:
+        found["partial"] = sum(r["partial"] for r in rows) / len(rows)
+    if file.likelihood:
+        found["likelihood"] = _likelihood(rows)
+    return found
+
+
+def _likelihood(rows: list[Row]) -> dict[str, Any]:
+    """How often the likeliest option is right, or why nobody knows."""
+    unmeasured = sum(r["likely"] is None for r in rows)
+    if unmeasured == len(rows):
+        why = next((r["likely_refused"] for r in rows if "likely_refused" in r), "the options were not answered")
+        return {"not_available": why}
+    return {**accuracy(rows, "likely_score"), "failed": unmeasured}
+
+
+KIND = Kind(lambda _: "acc", _row, _figures)

@@ -1,0 +1,44 @@
+"""A person's own metric, `module:function`, named by a set.toml that this person wrote; data never names code.
+
+The function takes the reply and what was expected, two texts, and returns a number from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from suite.errors import SuiteError
+
+
+@cache
+def load(name: str) -> Callable[[str, str], Any]:
+    """The function; raises SuiteError where it cannot be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the module does when it is imported
+        hint = "its module must be on PYTHONPATH"
+        raise SuiteError(f"metric '{name}' cannot be imported: {type(error).__name__}: {error}", hint=hint) from None
+    if not callable(found):
+        raise SuiteError(f"metric '{name}' is no function", hint="def metric(reply: str, expected: str) -> float")
+    return found  # type: ignore[no-any-return]
+
+
+def score(name: str, reply: str, expected: str) -> float:
+    """What the function says of a reply; raises SuiteError where that is no number from 0 to 1."""
+    try:
+        value = load(name)(reply, expected)
+    except SuiteError:
+        raise
+    except Exception as error:
+        raise SuiteError(f"metric '{name}' failed: {type(error).__name__}: {error}", hint=_about(reply)) from None
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise SuiteError(f"metric '{name}' gave {value!r}, which is no number from 0 to 1", hint=_about(reply))
+    return float(value)
+
+
+def _about(reply: str) -> str:
+    return f"the reply was {reply[:60]!r}"

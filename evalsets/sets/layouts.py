@@ -1,0 +1,152 @@
+"""Where a folder keeps its questions: the layouts of published sets and of other tools, told by names and columns.
+
+    by split    {dev,val,test}/{subject}_{split}.csv    C-Eval, and MMLU whose files have no header
+                {dev,test}/{subject}.csv                CMMLU
+    flat        {subset}_{dev,val,test}.SUFFIX          multiple choice of ms-swift (custom_ceval) and EvalScope (mcq)
+                {train,test}.jsonl                      GSM8K
+                {subset}.SUFFIX                         qa of both (custom_general_qa), tools, texts, and all else
+
+SUFFIX is csv, tsv, jsonl or parquet. Solved examples come from the dev or train file, which is not asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from evalsets.sets import tables
+from evalsets.sets.settings import Kind
+from suite.errors import SuiteError
+
+ASKED = ("val", "test")
+SOLVED = ("dev", "train")
+EXPECTED = (
+    "expected {val,test}/SUBJECT_{val,test}.csv, {dev,test}/SUBJECT.csv, or SUBSET[_val].{csv,tsv,jsonl,parquet} with "
+    "question,A,B,...,answer (choice), query,response (qa), question,answer ending in '#### 72' (numeric), "
+    "messages,tools,calls (tools), messages,tools,target (ToolBench) or text (perplexity)"
+)
+SHOWN = 8
+"""Files that a message lists at most."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The file with the questions of a subset, and the one with solved examples, if there is one."""
+
+    subset: str
+    path: Path
+    solved: Path | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found: whose layout, which kind of questions, and the files in order of subset."""
+
+    name: str
+    kind: Kind
+    parts: tuple[Part, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """Everything that decides what is asked."""
+        return sorted({path for part in self.parts for path in (part.path, part.solved) if path})
+
+
+def find(folder: Path, kind: Kind | None = None, split: str | None = None) -> Layout:
+    """The layout of a folder, of a known kind or of any; raises SuiteError with what was found and what expected."""
+    if kind in (None, "choice") and (found := _by_split(folder, split)):
+        return found
+    parts = _flat(folder, split)
+    if not parts:
+        raise SuiteError(f"the set has no data: {_listing(folder)}", where=str(folder), hint=_hint(folder))
+    return Layout("", kind, parts) if kind else _told_by_rows(parts)
+
+
+def _by_split(folder: Path, split: str | None) -> Layout | None:
+    files = {name: sorted((folder / name).glob("*.csv")) for name in ASKED}
+    if not any(files.values()):
+        return None
+    first = next(paths[0] for paths in files.values() if paths)
+    name = "CMMLU" if not first.stem.endswith(ASKED) else "C-Eval" if tables.names_columns(first) else "MMLU"
+    asked = split or ("val" if name == "C-Eval" else "test")
+    if not files[asked]:
+        if split:
+            raise SuiteError(f"no {split}/SUBJECT_{split}.csv", where=str(folder))
+        asked = next(other for other in ASKED if files[other])
+    parts = []
+    for path in files[asked]:
+        subject = path.stem.removesuffix(f"_{asked}")
+        solved = folder / "dev" / path.name.replace(f"{subject}_{asked}", f"{subject}_dev")
+        parts.append(Part(subject, path, solved if solved.is_file() else None))
+    return Layout(name, "choice", tuple(parts))
+
+
+def _flat(folder: Path, split: str | None) -> tuple[Part, ...]:
+    asked: dict[str, dict[str, Path]] = {}
+    solved: dict[str, Path] = {}
+    for path in sorted(p for p in folder.iterdir() if p.suffix in tables.SUFFIXES and p.is_file()):
+        subset, _, role = path.stem.rpartition("_")
+        if role in SOLVED:
+            solved.setdefault(subset, path)
+        elif role in ASKED:
+            asked.setdefault(subset or role, {})[role] = path
+        else:
+            asked.setdefault(path.stem, {}).setdefault("", path)
+    if split and not any(split in files for files in asked.values()):
+        raise SuiteError(f"no SUBSET_{split} or {split} file", where=str(folder))
+    for_all = solved.get("")
+    return tuple(
+        Part(name, files[role], solved.get(name, for_all))
+        for name, files in sorted(asked.items())
+        for role in [split or next(r for r in (*ASKED, "") if r in files)]
+        if role in files
+    )
+
+
+def _told_by_rows(parts: tuple[Part, ...]) -> Layout:
+    first = parts[0].path
+    row = next((row for _, row in islice(tables.rows(first), 1)), None)
+    if row is None:
+        raise SuiteError("the file has no rows", where=str(first))
+    known = kind_of(row)
+    if known is None:
+        raise SuiteError(f"rows have {', '.join(row)}: no kind of question", where=f"{first}:1", hint=EXPECTED)
+    kind, name = known
+    return Layout(name, kind, parts)
+
+
+def kind_of(row: dict[str, Any]) -> tuple[Kind, str] | None:
+    """The kind of question that a row holds and the usual name of its layout, by the columns that it has."""
+    columns = {name for name, value in row.items() if value is not None}
+    forms: tuple[tuple[set[str], Kind, str], ...] = (
+        ({"messages", "tools", "target"}, "toolbench", "ToolBench"),
+        ({"tools", "calls"}, "tools", "tool calls"),
+        ({"tools", "should_call_tool"}, "tools", "general_fc"),
+        ({"checks"}, "instructions", "instructions"),
+        ({"refuse"}, "refusals", "refusals"),
+        ({"question", "A", "B"}, "choice", "multiple choice"),
+    )
+    found = next(((kind, name) for needed, kind, name in forms if needed <= columns), None)
+    if found:
+        return found
+    if "question" in columns and "####" in str(row.get("answer")):
+        return "numeric", "GSM8K"
+    if columns & {"query", "question", "messages"}:
+        return "qa", "questions and answers"
+    return ("perplexity", "texts") if "text" in columns else None
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"found {', '.join(names[:SHOWN])}{more}" if names else "the folder is empty"
+
+
+def _hint(folder: Path) -> str:
+    """A folder inside that has data, or what was expected."""
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if any(True for pattern in ("*_val.*", "*.jsonl", "val/*.csv", "test/*.csv") for _ in inside.glob(pattern)):
+            return f"give the folder inside that has the data: {inside}"
+    return EXPECTED
