@@ -1,14 +1,15 @@
-"""A report as report.json, as Markdown, and as a table on the terminal."""
+"""A report of one evaluation: report.json for machines, report.md, report.html and junit.xml for people and CI."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from evalsets import leakage
+from suite import junit
+from suite.document import Document, Heading, Mono, Table, html, markdown, one_line, terminal
 
 REPORT = "report.json"
 SHOWN = 10
@@ -25,12 +26,17 @@ ALSO = {
     "macro": "subject average",
 }
 
+Sets = Mapping[str, Mapping[str, Any]]
 
-def write(out: Path, model: str, sets: Mapping[str, Mapping[str, Any]]) -> None:
-    """Leave report.json and report.md in `out`."""
+
+def write(out: Path, model: str, sets: Sets) -> None:
+    """Leave the report in all its forms in `out`."""
     whole = {"model": model, "sets": sets}
     (out / REPORT).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (out / "report.md").write_text(markdown(model, sets), "utf-8")
+    shown = document(model, sets)
+    (out / "report.md").write_text(markdown(shown), "utf-8")
+    (out / "report.html").write_text(html(shown), "utf-8")
+    (out / "junit.xml").write_text(junit.xml("eval", list(cases(model, sets))), "utf-8")
 
 
 def problems(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -39,64 +45,71 @@ def problems(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     unparsed = [(r, "unparsed", r["reply"]) for r in rows if not r["error"] and r.get("parsed", "") is None]
     truncated = [(r, "truncated", r["reply"]) for r in rows if r["finish"] == "length"]
     return [
-        {"id": r["id"], "what": what, "text": _excerpt(text)}
+        {"id": r["id"], "what": what, "text": one_line(text)}
         for group in (failed, unparsed, truncated) for r, what, text in group[:SHOWN]
     ]  # fmt: skip
 
 
-def _excerpt(text: str) -> str:
-    one_line = " ".join(text.split())
-    return one_line if len(one_line) <= 120 else one_line[:119] + "…"
-
-
-def table(model: str, sets: Mapping[str, Mapping[str, Any]]) -> Table:
+def table(model: str, sets: Sets) -> Any:
     """The figures of an evaluation for a terminal."""
-    shown = Table(box=box.SIMPLE_HEAD, title=f"Evaluation of {model}", title_justify="left")
-    for column in COLUMNS:
-        shown.add_column(column, justify="right" if column in COLUMNS[3:7] else "left")
-    for cells in _rows(sets):
-        shown.add_row(*cells)
+    return terminal(figures(sets), f"Evaluation of {model}")
+
+
+def figures(sets: Sets) -> Table:
+    """One row for each set."""
+    return Table(COLUMNS, list(_rows(sets)))
+
+
+def document(model: str, sets: Sets) -> Document:
+    """The whole report for people."""
+    shown = Document(f"Evaluation of {model}", [figures(sets)])
+    for name, found in sets.items():
+        shown.add(Heading(name), f"{found['title']}. Data {Mono(found['digest'])}.")
+        if "leakage" in found:
+            shown.add(leakage.said(found, LABELS.get(found["headline"], found["headline"])))
+        if len(found["subsets"]) > 1:
+            shown.add(Table(("subset", *COLUMNS[1:]), list(_rows(_as_sets(found)))))
+        if found["problems"]:
+            listed = [(p["id"], p["what"], p["text"]) for p in found["problems"]]
+            shown.add(Table(("question", "problem", "reply or error"), listed))
     return shown
 
 
-def markdown(model: str, sets: Mapping[str, Mapping[str, Any]]) -> str:
-    """The whole report for people."""
-    parts = [f"# Evaluation of {model}\n", _markdown_table(COLUMNS, _rows(sets))]
+def cases(suite: str, sets: Sets) -> Iterator[junit.Case]:
+    """A test case for each set: it passes when every question was answered; whether the score is enough, gates say."""
     for name, found in sets.items():
-        parts.append(f"\n## {name}\n\n{found['title']}. Data `{found['digest']}`.\n")
-        if len(found["subsets"]) > 1:
-            parts.append(_markdown_table(("subset", *COLUMNS[1:]), _rows(_as_sets(found))))
-        if found["problems"]:
-            listed = [(p["id"], p["what"], p["text"]) for p in found["problems"]]
-            parts.append(_markdown_table(("question", "problem", "reply or error"), listed))
-    return "\n".join(parts)
+        total = found["total"]
+        if "not_available" in total:
+            yield junit.Case(suite, name, total["not_available"], "skipped")
+            continue
+        score, interval = next(_rows({name: found}))[1:3]
+        said = f"{score}, 95 % interval {interval}, {total['n']} questions"
+        failed = [f"{p['id']}: {p['text']}" for p in found["problems"] if p["what"] == "failed"]
+        problem = "\n".join([f"{total['failed']} of {total['n']} questions failed", *failed]) if failed else ""
+        yield junit.Case(suite, name, problem, said=said)
 
 
 def _as_sets(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {"headline": found["headline"], "total": total} for name, total in found["subsets"].items()}
 
 
-def _rows(sets: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+def _rows(sets: Sets) -> Iterator[tuple[str, ...]]:
     for name, found in sets.items():
         total, headline = found["total"], found["headline"]
-        label = LABELS[headline]
+        label = LABELS.get(headline, headline)
         if "not_available" in total:
-            yield (name, f"{label}: not available", *["-"] * 5, _excerpt(total["not_available"]))
+            yield (name, f"{label}: not available", *["-"] * 5, one_line(total["not_available"]))
             continue
         also = "  ".join(f"{text} {total[key]:.3f}" for key, text in ALSO.items() if key in total and key != headline)
         yield (
-            name, f"{label} {_number(headline, total[headline])}",
-            f"{_number(headline, total['low'])} to {_number(headline, total['high'])}",
+            name, f"{label} {number(headline, total[headline])}",
+            f"{number(headline, total['low'])} to {number(headline, total['high'])}",
             str(total["n"]), str(total["failed"]), str(total.get("unparsed", "-")), str(total["truncated"]), also,
         )  # fmt: skip
 
 
-def _number(headline: str, value: float | None) -> str:
+def number(headline: str, value: float | None) -> str:
+    """A figure as people read it."""
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if headline in ("acc", "exact") else f"{value:.3f}"
-
-
-def _markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"

@@ -1,0 +1,141 @@
+"""Documents: what a model said stays text in Markdown and HTML, nothing is loaded, and JUnit files are valid."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from suite import junit
+from suite.document import Bullets, Document, Heading, Image, Listing, Mono, Table, html, markdown, one_line, terminal
+
+EVIL = '<script src="https://x.example/a.js"></script> | **bold** `code`\n<img src=x onerror=alert(1)>'
+
+
+def whole(cell: str) -> Document:
+    table = Table(("what", "n"), [(cell, "1.5"), (Mono("a|b"), "-")], searchable=True)
+    parts = [Heading(cell), cell, table, Listing([cell]), Bullets([cell]), Image("plot", cell, b"\x89PNG")]
+    return Document(cell, list(parts))
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text of cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "td":
+            self.cells.append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "td"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.cells[-1] += data
+
+
+def test_html_holds_everything_and_loads_nothing() -> None:
+    page = Page(html(whole(EVIL)))
+    assert page.cells == [EVIL, "1.5", "a|b", "-"]
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    assert scripts == [{}]
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert [i["src"] for i in images] == ["data:image/png;base64,iVBORw=="]
+    addresses = [v for _, attributes in page.elements for k, v in attributes.items() if k in ("src", "href")]
+    assert all(str(address).startswith("data:") for address in addresses)
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and a.get("http-equiv"))
+    assert str(policy).startswith("default-src 'none'")
+    assert [a["data-for"] for tag, a in page.elements if tag == "input"] == [
+        a["id"] for tag, a in page.elements if tag == "table"
+    ]
+
+
+@given(st.text())
+def test_any_text_stays_text_in_html(text: str) -> None:
+    found = Page(html(whole(text))).cells[0]
+    assert found.replace("\r\n", "\n").replace("\r", "\n") == text.replace("\r\n", "\n").replace("\r", "\n").replace(
+        "\0", "\0"
+    )
+
+
+@given(st.text())
+def test_a_table_of_markdown_keeps_its_shape(text: str) -> None:
+    lines = markdown(Document("t", [Table(("a", "b"), [(text, "1")])])).split("\n\n", 1)[1].rstrip("\n").split("\n")
+    assert len(lines) == 3
+    for line in lines:
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3
+    assert "<" not in lines[2]
+
+
+def test_markdown_of_every_part() -> None:
+    shown = markdown(whole("a <b> *c*"))
+    assert shown.startswith("# a &lt;b> \\*c\\*\n\n## a &lt;b>")
+    for part in ("| `a\\|b` | - |", "```\na <b> *c*\n```", "- a &lt;b>", "![a &lt;b> \\*c\\*](plot.png)"):
+        assert part in shown
+
+
+def test_a_terminal_shows_cells_as_they_are() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal(Table(("x", "verdict"), [("[red]no markup", "worse")]), "title"))
+    text = console.export_text()
+    assert "[red]no markup" in text
+    assert "worse" in text
+
+
+def test_long_texts_become_one_line() -> None:
+    assert one_line("a\n b") == "a b"
+    assert one_line("x" * 200) == "x" * 119 + "…"
+
+
+CASES = [
+    junit.Case("score", "quiz", said="accuracy 90 %", seconds=1.5),
+    junit.Case("score", "gate", "acc >= 0.9: 0.8 is less\nmore"),
+    junit.Case("other", "texts", "no logprobs", "skipped"),
+    junit.Case("other", "server", "died", "error"),
+]
+
+
+def test_junit_has_the_structure_that_ci_systems_read() -> None:
+    """Elements, attributes and counts of the schema that Jenkins and GitLab publish for JUnit's files."""
+    root = ElementTree.fromstring(junit.xml("quickstart", CASES))
+    assert (root.tag, root.attrib) == (
+        "testsuites", {"name": "quickstart", "tests": "4", "failures": "1", "errors": "1", "time": "1.500"},
+    )  # fmt: skip
+    suites = {suite.attrib["name"]: suite for suite in root}
+    assert list(suites) == ["other", "score"]
+    assert {k: suites["other"].attrib[k] for k in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "2", "failures": "0", "errors": "1", "skipped": "1",
+    }  # fmt: skip
+    cases = {case.attrib["name"]: case for case in root.iter("testcase")}
+    assert all(set(case.attrib) == {"classname", "name", "time"} for case in cases.values())
+    assert cases["quiz"].attrib["classname"] == "quickstart.score"
+    assert [child.tag for child in cases["quiz"]] == ["system-out"]
+    failure = cases["gate"].find("failure")
+    assert failure is not None
+    assert (failure.attrib["message"], failure.text) == ("acc >= 0.9: 0.8 is less", "acc >= 0.9: 0.8 is less\nmore")
+    assert [child.tag for name in ("texts", "server") for child in cases[name]] == ["skipped", "error"]
+
+
+@pytest.mark.parametrize("text", ["\x00\x08\x1b[1m", "\ud800", "\ufffe", "a<b>&\"'", "好"])
+def test_whatever_a_model_says_is_valid_xml(text: str) -> None:
+    root = ElementTree.fromstring(junit.xml(text, [junit.Case(text, text, f"x{text}", said=text)]).encode())
+    assert root.find("testsuite/testcase/failure") is not None
+
+
+@given(st.text())
+def test_any_text_is_valid_xml(text: str) -> None:
+    ElementTree.fromstring(junit.xml(text, [junit.Case(text, text, text, said=text)]).encode())
