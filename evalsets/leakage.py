@@ -10,6 +10,7 @@ Memory holds the questions' runs; the data is streamed.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -112,7 +113,7 @@ def strings(value: Any) -> Iterator[str]:
 def rows(file: Path) -> Iterator[tuple[int, Any]]:
     """The objects of JSON lines, or of one JSON list, each with about how many bytes were read; one chunk in memory."""
     decode = json.JSONDecoder().raw_decode
-    with file.open(encoding="utf-8-sig") as opened:
+    with file.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig") as opened:
         waiting = ""
         while chunk := opened.read(CHUNK):
             waiting, at = waiting + chunk, 0
@@ -123,7 +124,7 @@ def rows(file: Path) -> Iterator[tuple[int, Any]]:
                     value, at = decode(waiting, at)
                 except json.JSONDecodeError:  # its end is in the next chunk
                     break
-                yield opened.buffer.tell(), value
+                yield raw.tell(), value
             waiting = waiting[at:]
 
 

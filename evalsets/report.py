@@ -16,15 +16,14 @@ SHOWN = 10
 """Problems listed of each set; the answers have them all."""
 
 COLUMNS = ("set", "score", "95 % interval", "questions", "failed", "unparsed", "truncated", "also")
-LABELS = {"acc": "accuracy", "rougeL": "ROUGE-L", "ppl": "perplexity", "exact": "exact match"}
-ALSO = {
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "bleu": "BLEU",
-    "exact": "exact match",
-    "macro": "subject average",
-}
+LABELS = {
+    "acc": "accuracy", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "bleu": "BLEU", "chrf": "chrF",
+    "f1": "F1", "ppl": "perplexity", "exact": "exact match", "macro": "subject average", "step": "step score",
+    "name": "right tools", "arguments": "right arguments", "valid": "valid calls", "no_call": "rightly no call",
+    "checks": "rules kept",
+}  # fmt: skip
+PLAIN = ("low", "high", "n", "failed", "truncated", "unparsed", "tokens")
+"""Figures that have a column, or say nothing about quality."""
 
 Sets = Mapping[str, Mapping[str, Any]]
 
@@ -66,9 +65,12 @@ def document(model: str, sets: Sets) -> Document:
     for name, found in sets.items():
         shown.add(Heading(name), f"{found['title']}. Data {Mono(found['digest'])}.")
         if "leakage" in found:
-            shown.add(leakage.said(found, LABELS.get(found["headline"], found["headline"])))
+            shown.add(leakage.said(found, label(found["headline"])))
         if len(found["subsets"]) > 1:
             shown.add(Table(("subset", *COLUMNS[1:]), list(_rows(_as_sets(found)))))
+        if categories := found["total"].get("categories"):
+            by = [(of, number("acc", part["acc"]), str(part["n"])) for of, part in categories.items()]
+            shown.add(Table(("category", label("acc"), "questions"), by))
         if found["problems"]:
             listed = [(p["id"], p["what"], p["text"]) for p in found["problems"]]
             shown.add(Table(("question", "problem", "reply or error"), listed))
@@ -96,16 +98,29 @@ def _as_sets(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _rows(sets: Sets) -> Iterator[tuple[str, ...]]:
     for name, found in sets.items():
         total, headline = found["total"], found["headline"]
-        label = LABELS.get(headline, headline)
         if "not_available" in total:
-            yield (name, f"{label}: not available", *["-"] * 5, one_line(total["not_available"]))
+            yield (name, f"{label(headline)}: not available", *["-"] * 5, one_line(total["not_available"]))
             continue
-        also = "  ".join(f"{text} {total[key]:.3f}" for key, text in ALSO.items() if key in total and key != headline)
         yield (
-            name, f"{label} {number(headline, total[headline])}",
+            name, f"{label(headline)} {number(headline, total[headline])}",
             f"{number(headline, total['low'])} to {number(headline, total['high'])}",
-            str(total["n"]), str(total["failed"]), str(total.get("unparsed", "-")), str(total["truncated"]), also,
+            str(total["n"]), str(total["failed"]), str(total.get("unparsed", "-")), str(total["truncated"]),
+            "  ".join(_also(total, headline)),
         )  # fmt: skip
+
+
+def _also(total: Mapping[str, Any], headline: str) -> Iterator[str]:
+    """The other figures of a set."""
+    for name, value in total.items():
+        if isinstance(value, float) and name not in (headline, *PLAIN):
+            yield f"{label(name)} {value:.3f}"
+    if "acc" in (likelihood := total.get("likelihood", {})):
+        yield f"by likelihood {number('acc', likelihood['acc'])}"
+
+
+def label(figure: str) -> str:
+    """What people call a figure."""
+    return LABELS.get(figure, figure)
 
 
 def number(headline: str, value: float | None) -> str:
