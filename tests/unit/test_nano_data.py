@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "examples" / "nano"
-SHIPPED = ("evalsets/ceval-mini", "evalsets/summaries", "evalsets/perplexity", "examples/data")
+SHIPPED = (
+    "evalsets/ceval-mini", "evalsets/summaries", "evalsets/perplexity", "evalsets/arithmetic", "evalsets/tool-calls",
+    "evalsets/instructions", "examples/data",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
