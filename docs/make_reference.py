@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
 from suite.cli import VERBS
 from suite.commands.flags import type_text, walk
-from suite.pipeline import Serve, Wiring
+from suite.pipeline import Wiring
+from suite.serve_table import INHERITED, Model, Serve
 from suite.stages import KINDS, kind
 
 # the words of the command line, in the words of TOML
@@ -21,10 +23,10 @@ IN_TOML = {
 PAGE = Path(__file__).parent / "reference.md"
 
 
-def table(settings: type) -> list[str]:
+def table(settings: type, without: Collection[str] = ()) -> list[str]:
     """One Markdown row a field."""
     rows = ["| setting | values | default | what it does |", "| --- | --- | --- | --- |"]
-    for name, info in walk(settings):
+    for name, info in ((name, info) for name, info in walk(settings) if name not in without):
         default = "required" if info.is_required() else info.get_default(call_default_factory=True)
         shown = (
             "" if default is None or default is PydanticUndefined or hasattr(default, "model_dump") else f"`{default}`"
@@ -55,6 +57,13 @@ def page() -> str:
         "",
     ]
     lines += ["## Every stage's table", "", *table(Wiring), "## `[serve]`", "", *table(Serve)]
+    lines += [
+        "## `[serve.models.NAME]`",
+        "",
+        f"{Model.__doc__} The settings from `{INHERITED[0]}` to `{INHERITED[-1]}` above, and:",
+        "",
+        *table(Model, INHERITED),
+    ]
     for name in KINDS:
         stage = kind(name)
         lines += [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from serve.backends import check_backend
@@ -35,9 +36,24 @@ def parse_loras(text: str) -> dict[str, Path]:
     return found
 
 
+def parse_models(given: Sequence[str]) -> list[tuple[str, str]]:
+    """`small=path`, as a name and a path; the name is "" where there is none.
+
+    >>> parse_models(["small=runs/merged", "nano"])
+    [('small', 'runs/merged'), ('', 'nano')]
+    """
+    found = []
+    for text in given:
+        name, equals, path = text.partition("=")
+        named = bool(equals) and NAME.fullmatch(name) is not None and not Path(text).exists()
+        found.append((name, path) if named else ("", text))
+    return found
+
+
 def serve(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM; running requests are allowed to end. Raises SuiteError when it cannot start."""
-    check_backend(settings.backend)
+    for each in settings.models:
+        check_backend(each.backend)
     keys = read_keys(Path(settings.api_key_file) if settings.api_key_file else None)
     if not (keys or settings.local or settings.no_key):
         raise SuiteError(
@@ -51,14 +67,16 @@ def serve(settings: Settings) -> None:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         url = f"{scheme}://{host}:{sock.getsockname()[1]}"
         started = time.monotonic()
-        print(f"loading {settings.model} ...", flush=True)
+        print(f"loading {', '.join(each.url or str(each.model) for each in settings.models)} ...", flush=True)
         status = run(settings, sock, lambda: _announce(url, settings, bool(keys), time.monotonic() - started), keys)
     if status:
         raise SuiteError("the server could not start; the reason is above")
 
 
 def _announce(url: str, settings: Settings, keys: bool, seconds: float) -> None:
-    others = [*settings.adapters, *offers(settings.lora_dir), *settings.alias]
+    bases = [each.name for each in settings.models]
+    adapters = [name for each in settings.models for name in (*each.adapters, *offers(each.lora_dir))]
+    others = [*adapters, *settings.alias]
     more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
     body = {
         "model": next(iter(others), settings.name),
@@ -69,7 +87,7 @@ def _announce(url: str, settings: Settings, keys: bool, seconds: float) -> None:
     key = " -H 'Authorization: Bearer KEY'" if keys else ""
     print(
         f"ready in {seconds:.1f} s at {url}/v1\n"
-        f"models: {', '.join([settings.name, *others[:SHOWN]])}{more}\n"
+        f"models: {', '.join([*bases, *others[:SHOWN]])}{more}\n"
         f"try:    curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
         f"          -d '{json.dumps(body)}'\n"
         "stop:   Ctrl-C",

@@ -82,9 +82,8 @@ class Settings(Options):
             for name in Others.model_fields
             if getattr(self, name) != Others.model_fields[name].get_default(call_default_factory=True)
         ]
-        if given and given != ["replicas"]:
-            other = next(name for name in given if name != "replicas")
-            raise SuiteError("this is for engines of other programs, not for torch", where=other)
+        if given:
+            raise SuiteError("this is for engines of other programs, not for torch", where=given[0])
 
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

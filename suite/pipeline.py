@@ -6,6 +6,7 @@ unknown stages, references to the wrong type of artifact, cycles.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,14 +16,14 @@ from typing import Any
 
 from pydantic import Field
 
-from suite import envs, runs, store, toml
+from suite import envs, runs, serve_table, store, toml
 from suite import gate as gates
-from suite.config import ArtifactType, Beside, Config, Names, Takes, Where, marker, parse
+from suite.config import ArtifactType, Config, Names, Takes, Where, marker, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
 from suite.places import Flags, Lines, cell_places
 from suite.references import HUBS, External, external
-from suite.serving import Options, check_aliases
+from suite.serve_table import Serve
 from suite.stages import Artifact, Stage, kind
 
 TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve", "env")
@@ -44,24 +45,6 @@ class Wiring(Config):
     """Stages that must have passed before this one starts."""
     gate: list[str] = Field(default_factory=list)
     """Conditions on what this stage measures; if one fails, what depends on it does not run."""
-
-
-class Shared(Config):
-    """What one endpoint serves."""
-
-    base: str
-    """The model that every adapter shares: `@stage`, or a folder."""
-    adapters: dict[str, str] = Field(default_factory=dict)
-    """Adapters by the name that requests give as `model`."""
-
-
-class Serve(Options, Shared):
-    """The `[serve]` table: what `suite run --serve` puts behind one endpoint."""
-
-    @property
-    def name(self) -> str:
-        """What requests call the base."""
-        return Path(self.base.lstrip("@")).name
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,8 @@ class Plan:
     text: str
     nodes: dict[str, Node]
     serve: Serve | None = None
-    serve_sources: Mapping[str, Source] | None = None
+    serve_sources: Mapping[tuple[str, ...], Source] | None = None
+    """Where what `[serve]` names comes from, by its place there."""
 
 
 def read(path: Path, overrides: list[str] | None = None) -> Plan:
@@ -144,8 +128,7 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
     """The plan of a parsed pipeline; paths in it are relative to the folder of `file`."""
     top = Lines(file, lines, ((),))
     for key in data:
-        if key not in TOP_LEVEL_KEYS:
-            raise SuiteError(f"unknown table '{key}'", where=top((key,)), hint=near(key, TOP_LEVEL_KEYS))
+        _check_known(key, top)
     for key in ("stage", "defaults", "env"):
         for name, table in _table(data, key, top).items():
             if not isinstance(table, Mapping):
@@ -174,6 +157,11 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
     return _with_serve(plan, data, Lines(file, lines, (("serve",),)))
 
 
+def _check_known(key: str, top: Where) -> None:
+    if key not in TOP_LEVEL_KEYS:
+        raise SuiteError(f"unknown table '{key}'", where=top((key,)), hint=near(key, TOP_LEVEL_KEYS))
+
+
 def _table(data: Mapping[str, Any], key: str, where: Where) -> Mapping[str, Any]:
     table = data.get(key, {})
     if not isinstance(table, Mapping):
@@ -193,7 +181,7 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     for field, references in stage.references().items():
         takes = stage.accepts()[field]
         names = [n for r in references for n in tables.expand(r, where((field,)))]
-        inputs[field] = [_source(n, takes, field, where) for n in names]
+        inputs[field] = [_source(n, takes, (field,), where) for n in names]
     needs = tuple(
         n[1:] for i, need in enumerate(wiring.needs) for n in tables.expand(need, where(("needs", i)), only_stages=True)
     )
@@ -220,8 +208,14 @@ def with_followers(node: Node) -> list[Node]:
 def _placed(stage: Stage, folder: Path) -> Stage:
     """The stage with paths among its names made absolute."""
     fields = [name for name, info in type(stage).model_fields.items() if marker(info, Names)]
-    placed = {n: [str((folder / v).resolve()) if "/" in v else v for v in getattr(stage, n)] for n in fields}
-    return stage.model_copy(update=placed)
+    return stage.model_copy(update={n: [_absolute(v, folder) for v in getattr(stage, n)] for n in fields})
+
+
+def _absolute(name: str, folder: Path) -> str:
+    """A path, told by its slash, from `folder`; of `program:name=path` what follows the sign."""
+    named = re.match(r"\w+:[\w.-]+=", name)
+    start = named.end() if named else 0
+    return name[:start] + str((folder / name[start:]).resolve()) if "/" in name[start:] else name
 
 
 def _kind(name: str, where: str) -> type[Stage]:
@@ -241,14 +235,14 @@ def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
     return tuple(parsed)
 
 
-def _source(reference: str, takes: Takes, field: str, where: Lines) -> Source:
+def _source(reference: str, takes: Takes, path: tuple[str, ...], where: Lines) -> Source:
     if reference.startswith("@"):
         return reference[1:]
     if _at_hub(reference, takes):
         return reference
     found = external(reference, takes, where.file.parent)
     if isinstance(found, SuiteError):
-        raise SuiteError(f"{field}: {found.message}", where=where((field,)), hint=found.hint)
+        raise SuiteError(f"{'.'.join(path)}: {found.message}", where=where(path), hint=found.hint)
     return found
 
 
@@ -387,17 +381,34 @@ def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None
         raise SuiteError(prefix + error.message, where=place, hint=error.hint) from None
 
 
+def read_serve(path: Path, overrides: Mapping[str, Any]) -> Serve:
+    """The `[serve]` table of a file, with what flags say; its stages are not looked at."""
+    data, lines = toml.read(path)
+    top = Lines(path, lines, ((),))
+    for key in data:
+        _check_known(key, top)
+    if "serve" not in data:
+        raise SuiteError("the file has no [serve] table", where=str(path))
+    places: dict[toml.KeyPath, Any] = {**lines}
+    places |= {("serve", name): f"--{name.replace('_', '-')}" for name in overrides}
+    return _serve_table({**_table(data, "serve", top), **overrides}, places, path)
+
+
+def _serve_table(table: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path) -> Serve:
+    def places(*inner: str) -> Where:
+        return Lines(file, lines, (("serve", *inner), *((("serve",),) if inner else ())))
+
+    return serve_table.read(table, places, file.parent)
+
+
 def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
     if "serve" not in data:
         return plan
-    settings = _beside(parse(Serve, data["serve"], where), where.file.parent)
-    _check_aliases(settings, where)
-    sources: dict[str, Source] = {}
-    wanted = {"base": (settings.base, Takes("model", "quantized"))}
-    wanted |= {f"adapters.{n}": (r, Takes("adapter")) for n, r in settings.adapters.items()}
-    for field, (reference, takes) in wanted.items():
-        path = tuple(field.split(".", 1))
-        source = _source(reference, takes, field, where)
+    settings = _serve_table(_table(data, "serve", where), where.lines, where.file)
+    sources: dict[tuple[str, ...], Source] = {}
+    for path, (reference, takes) in settings.wanted().items():
+        field = ".".join(path)
+        source = _source(reference, takes, path, where)
         if isinstance(source, str):
             if source not in plan.nodes:
                 raise SuiteError(f"no stage '{source}'", where=where(path), hint=near(source, plan.nodes))
@@ -406,26 +417,8 @@ def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
                 raise SuiteError(
                     f"'{field}' takes {_either(takes.types)}, but '@{source}' makes {_article(made)}", where=where(path)
                 )
-        sources[field] = source
+        sources[path] = source
     return Plan(plan.name, plan.file, plan.text, plan.nodes, settings, sources)
-
-
-def _beside(settings: Serve, folder: Path) -> Serve:
-    """The settings with paths made absolute."""
-    fields = [name for name, info in Serve.model_fields.items() if marker(info, Beside)]
-    given = {name: value for name in fields if (value := getattr(settings, name))}
-    placed = {n: str(folder / v) if isinstance(v, str) else [str(folder / p) for p in v] for n, v in given.items()}
-    return settings.model_copy(update=placed)
-
-
-def _check_aliases(settings: Serve, where: Lines) -> None:
-    """What a folder of adapters holds is seen when it is served; all else is known now."""
-    if settings.lora_dir:
-        return
-    try:
-        check_aliases(settings.alias, [settings.name, *settings.adapters])
-    except SuiteError as error:
-        raise SuiteError(error.message, where=where(tuple(error.where.split(".", 1))), hint=error.hint) from None
 
 
 def one_stage(name: str, stage: Stage, folder: Path) -> Plan:

@@ -164,12 +164,12 @@ def next_commands(plan: Plan, outcomes: Mapping[str, Outcome], run_dir: Path) ->
 
     commands = []
     if plan.serve and plan.serve_sources:
-        base = path(plan.serve_sources["base"])
-        loras = {n: path(plan.serve_sources[f"adapters.{n}"]) for n in plan.serve.adapters}
-        if base and all(loras.values()):
+        paths = {place: path(source) for place, source in plan.serve_sources.items()}
+        base, loras = paths.get(("base",)), {place[1]: at for place, at in paths.items() if place[0] == "adapters"}
+        if all(paths.values()):
             lora = f" --lora {','.join(f'{n}={p}' for n, p in loras.items())}" if loras else ""
-            commands.append(f"suite serve --model {base}{lora}")
-            name = next(iter(loras), base.name)
+            commands.append(f"suite serve --model {base}{lora}" if base else f"suite serve --config {plan.file}")
+            name = next(iter(loras), base.name if base else next(iter(plan.serve.models)))
             commands.append(f"suite chat --url http://{plan.serve.host}:{plan.serve.port} --model {name}")
     for name, outcome in outcomes.items():
         if outcome.makes == "package" and outcome.passed and outcome.artifact:

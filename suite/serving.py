@@ -49,6 +49,8 @@ class Engine(Config):
     """Memory for keys and values, e.g. 2GiB; by default a share of the machine's."""
     prefix_cache: bool = True
     """Whether prompts are not read again as far as they begin like earlier ones."""
+    replicas: int = Field(1, ge=1, le=64)
+    """Copies of the engine on this machine, each on GPUs of its own; a request goes to the one with the fewest."""
     pooling: Literal["mean", "last"] = "mean"
     """How the last hidden states of a text become its embedding: their mean, or those of its last token."""
     inline_reasoning: bool = False
@@ -58,8 +60,6 @@ class Engine(Config):
 class Others(Config):
     """engines of other programs"""
 
-    replicas: int = Field(1, ge=1, le=64)
-    """Copies of the engine on this machine, each on GPUs of its own; a request goes to the one with the fewest."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs that hold the model together."""
     memory: float | None = Field(None, gt=0, le=1)
@@ -82,6 +82,11 @@ class Adapters(Config):
     run time."""
     adapter_memory: ByteSize | None = None
     """Memory for the weights of adapters, e.g. 4GiB: those asked for last stay; by default a share of the machine's."""
+
+
+class Names(Config):
+    """names"""
+
     alias: dict[str, Split] = Field(default_factory=dict)
     """Names that stand for other models, e.g. `prod=law@v2:0.9,law@v3:0.1`: each takes its share of the requests."""
 
@@ -132,10 +137,10 @@ class Operation(Config):
     """Where a JSON line a request goes, without contents: a file, stderr or off."""
 
 
-GROUPS: tuple[type[Config], ...] = (Engine, Others, Adapters, Access, Limits, Operation)
+GROUPS: tuple[type[Config], ...] = (Engine, Others, Adapters, Names, Access, Limits, Operation)
 
 
-class Options(Operation, Limits, Access, Adapters, Others, Engine):
+class Options(Operation, Limits, Access, Names, Adapters, Others, Engine):
     """All of them."""
 
 

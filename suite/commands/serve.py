@@ -1,20 +1,30 @@
-"""`suite serve`: a model and its adapters behind one OpenAI endpoint."""
+"""`suite serve`: models and their adapters behind one OpenAI endpoint."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from suite import envs
 from suite.commands.env import install
 from suite.commands.flags import Parser, add_settings, values_of
-from suite.config import Takes, Where, parse
+from suite.config import Takes, Where
 from suite.errors import SuiteError
-from suite.pipeline import Plan, on_command_line, read_environments
+from suite.pipeline import Plan, on_command_line, read_environments, read_serve
 from suite.references import External
 from suite.runs import link
+from suite.serve_table import MODEL, Serve, place_of, read
 from suite.serving import GROUPS, Options
+
+if TYPE_CHECKING:
+    from serve.settings import Settings
+
+Paths = Mapping[tuple[str, ...], Path]
+"""What a `[serve]` table refers to, by its place there."""
 
 
 class _Flag(Where):
@@ -24,64 +34,112 @@ class _Flag(Where):
 
 def command(verb: str, arguments: list[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
-    from serve.command import parse_loras
-
-    parser = Parser(f"suite {verb}", "Serve a model and its LoRA adapters; the request's `model` picks one.")
-    parser.add_argument("--model", default="nano", help="model folder [nano, the model that comes with the suite]")
-    parser.add_argument("--name", help="the name of the base model [its folder's name]")
+    parser = Parser(f"suite {verb}", "Serve models and their LoRA adapters; the request's `model` picks one.")
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="model folder [nano, the model that comes with the suite]; several, with a name each, share the endpoint",
+    )
+    parser.add_argument("--name", help="the name of the only model [its folder's name]")
     parser.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="NAME=PATH,...",
-        help="adapters, each with the name that requests use",
+        help="adapters of the only model, each with the name that requests use",
     )
-    parser.add_argument("--yes", action="store_true", help="install the engine's environment where it is missing")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="serve what the [serve] table of a TOML file says, such as a pipeline's: several models, each with its "
+        "adapters, backend and replicas, and endpoints that run already; flags go before what it says for all",
+    )
+    parser.add_argument("--yes", action="store_true", help="install an engine's environment where it is missing")
     for group in GROUPS:
         add_settings(parser.add_argument_group((group.__doc__ or "").strip()), group)
     given = parser.read(arguments)
-    options = parse(Options, values_of(Options, given), _Flag())
-    model = _folder(given.model, "--model", Takes("model", "quantized"))
-    adapters = {
-        name: _folder(str(path), "--lora", Takes("adapter")).artifact.path
-        for name, path in parse_loras(",".join(given.lora)).items()
-    }
-    options = _installed(options, None, given.yes)
-    return _serve(options, model.artifact.path, adapters, given.name or model.artifact.name)
+    options = values_of(Options, given)
+    if given.config:
+        file = Path(given.config)
+        if given.model or given.lora or given.name:
+            raise SuiteError("--config says which models are served", hint="leave out --model, --lora and --name")
+        table = read_serve(file, options)
+        paths = {
+            place: _folder(reference, f"{file}: {'.'.join(place)}", takes, file.parent).artifact.path
+            for place, (reference, takes) in table.wanted().items()
+        }
+        return _serve(table, paths, file, given.yes)
+    return _serve(*_from_flags(given, options), None, given.yes)
 
 
-def _installed(options: Options, pipeline: Path | None, yes: bool) -> Options:
-    """The options with the interpreter of another program's engine, whose environment is made if the person agrees."""
+def _from_flags(given: argparse.Namespace, options: Mapping[str, Any]) -> tuple[Serve, Paths]:
+    from serve.command import parse_loras, parse_models
+
+    models = {}
+    for name, path in parse_models(given.model or ["nano"]):
+        found = _folder(path, "--model", MODEL, Path.cwd())
+        models[name or given.name or found.artifact.name] = found.artifact.path
+    loras = parse_loras(",".join(given.lora))
+    if len(models) > 1 and (loras or given.name):
+        flag = "--lora" if loras else "--name"
+        raise SuiteError(
+            f"{flag} is for one model, and there are {len(models)}", hint="--config FILE says which is whose"
+        )
+    tables: dict[str, dict[str, Any]] = {name: {"model": str(path)} for name, path in models.items()}
+    paths: dict[tuple[str, ...], Path] = {("models", name, "model"): path for name, path in models.items()}
+    for name, adapter in loras.items():
+        base = next(iter(models))
+        tables[base].setdefault("adapters", {})[name] = str(adapter)
+        found = _folder(str(adapter), "--lora", Takes("adapter"), Path.cwd())
+        paths["models", base, "adapters", name] = found.artifact.path
+    return read({**options, "models": tables}, lambda *_: _Flag(), Path()), paths
+
+
+def _serve(table: Serve, paths: Paths, file: Path | None, yes: bool) -> int:
+    from serve.command import serve
+
+    # threads of torch that spin while they wait take the cores from the ones that work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    models = [_installed(each, file, yes) for each in _settings(table, paths)]
+    serve(models[0].model_copy(update={"beside": tuple(models[1:])}))
+    return 0
+
+
+def _settings(table: Serve, paths: Paths) -> list[Settings]:
+    from serve.settings import Settings
+
+    shared = {field: getattr(table, field) for field in Options.model_fields}
+    found = []
+    for place, name, model in table.each():
+        own = {field: getattr(model, field) for field in type(model).model_fields if field not in ("model", "adapters")}
+        adapters = {adapter: paths[*place, "adapters", adapter] for adapter in model.adapters}
+        folder = {} if model.url else {"model": paths[place_of(place)]}
+        found.append(Settings(**{**shared, **own, **folder}, adapters=adapters, name=name))
+    return found
+
+
+def _installed(settings: Settings, pipeline: Path | None, yes: bool) -> Settings:
+    """With the interpreter of another program's engine, whose environment is made if the person agrees."""
     from serve.backends import check_backend
 
-    check_backend(options.backend)
-    if options.backend == "torch" or options.env_python:
-        return options
+    check_backend(settings.backend)
+    if settings.backend not in envs.BUILT_IN or settings.env_python:
+        return settings
     tables = read_environments(pipeline) if pipeline else {}
-    environment = tables.get(options.backend) or envs.get(options.backend)
+    environment = tables.get(settings.backend) or envs.get(settings.backend)
     if not environment.installed and not environment.interpreter:
         asked = f"install the environment '{environment.name}' ({environment.cost})? [y/N] "
         if yes or (sys.stdin.isatty() and input(asked).strip().lower() in ("y", "yes")):
             install(environment)
     environment.require()
-    return options.model_copy(update={"env_python": str(environment.python)})
+    return settings.model_copy(update={"env_python": str(environment.python)})
 
 
-def _serve(options: Options, model: Path, adapters: dict[str, Path], name: str) -> int:
-    from serve.command import serve
-    from serve.settings import Settings
-
-    # threads of torch that spin while they wait take the cores from the ones that work
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    given = {field: getattr(options, field) for field in Options.model_fields}
-    serve(Settings(**given, model=model, adapters=adapters, name=name))
-    return 0
-
-
-def _folder(text: str, flag: str, takes: Takes) -> External:
-    found = on_command_line(text, takes, Path.cwd())
+def _folder(text: str, where: str, takes: Takes, folder: Path) -> External:
+    found = on_command_line(text, takes, folder)
     if isinstance(found, SuiteError):
-        raise SuiteError(found.message, where=flag, hint=found.hint)
+        raise SuiteError(found.message, where=where, hint=found.hint)
     return found
 
 
@@ -89,12 +147,8 @@ def serve_plan(plan: Plan, run_dir: Path) -> int:
     """Serve what the `[serve]` table of a finished run names."""
     if plan.serve is None or plan.serve_sources is None:
         raise SuiteError("the pipeline has no [serve] table")
-
-    def path(field: str) -> Path:
-        source = (plan.serve_sources or {})[field]
-        return source.artifact.path if isinstance(source, External) else link(run_dir, source).resolve()
-
-    table = plan.serve
-    adapters = {name: path(f"adapters.{name}") for name in table.adapters}
-    options = _installed(table, plan.file, yes=False)
-    return _serve(options, path("base"), adapters, table.name)
+    paths = {
+        place: source.artifact.path if isinstance(source, External) else link(run_dir, source).resolve()
+        for place, source in plan.serve_sources.items()
+    }
+    return _serve(plan.serve, paths, plan.file, yes=False)

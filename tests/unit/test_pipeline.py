@@ -180,7 +180,7 @@ def test_a_set_of_ones_own_is_looked_for_beside_the_pipeline(tmp_path: Path) -> 
 def test_serve_is_checked_with_the_rest(tmp_path: Path) -> None:
     serve = '[serve]\nbase = "@start"\nadapters = { t = "@tuned" }\n'
     plan = pipeline.read(pipeline_file(tmp_path, GOOD + serve))
-    assert plan.serve_sources == {"base": "start", "adapters.t": "tuned"}
+    assert plan.serve_sources == {("base",): "start", ("adapters", "t"): "tuned"}
     assert "'base' takes a model or a quantized model, but '@tuned' makes an adapter" in mistake(
         tmp_path, GOOD + '[serve]\nbase = "@tuned"\n'
     )
