@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -119,9 +119,9 @@ class Adapters:
             self._thread.start()
         return go, failed
 
-    def select(self, rows: Sequence[Generation]) -> None:
-        """Say which rows the next forward pass has."""
-        self.lora.select([generation.weights for generation in rows], self._pool.resident)
+    def select(self, first: int, rows: Sequence[Generation]) -> None:
+        """Say which rows the next forward pass has, and the place of the first among those that run."""
+        self.lora.select([generation.weights for generation in rows], self._pool.resident, first)
 
     def stats(self) -> PoolStats:
         """How the pool is at the moment."""
@@ -155,13 +155,24 @@ class Adapters:
                 for name, t in file.get_tensors().items()
             }
         folder.check_unchanged()
+        # as few operations as may be: each makes the engine's thread wait for the interpreter
+        memory = torch.empty(folder.parameters, dtype=self._dtype)
         layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        first = 0
         for name, module in folder.modules.items():
-            a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
-            scaled = (b.float() * module.scaling).T.contiguous()
-            a, b = (t.to(self.lora.device(name), self._dtype) for t in (a, scaled))
-            if not (a.isfinite().all() and b.isfinite().all()):
+            sizes = module.rank * module.inputs, module.rank * module.outputs
+            a, b = memory[first : first + sum(sizes)].split_with_sizes(sizes)
+            first += sum(sizes)
+            layers[name] = a.view(module.rank, -1), b.view(module.rank, -1)
+            layers[name][0].copy_(tensors[f"{name}.lora_A"])
+            torch.mul(tensors[f"{name}.lora_B"].float().T, module.scaling, out=layers[name][1])
+        if not memory.sum(dtype=torch.float32).isfinite():
+            self._check_finite(folder, layers)
+        return Weights({name: (a.to(d := self.lora.device(name)), b.to(d)) for name, (a, b) in layers.items()})
+
+    @staticmethod
+    def _check_finite(folder: AdapterFolder, layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for name, pair in layers.items():
+            if not all(t.isfinite().all() for t in pair):
                 # they would make keys and values that stay in the cache behind the end of other rows
                 raise SuiteError(f"its {name} has numbers that are not finite", where=str(folder.weights))
-            layers[name] = a, b
-        return Weights(layers)

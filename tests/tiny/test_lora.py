@@ -78,6 +78,7 @@ def test_the_base_and_eight_adapters_in_one_batch_are_peft(engine: Engine, folde
     requests = [Request(prompt, name, NEW) for prompt in asked for name in folders]
     together = tokens(engine, requests)
     assert together == [tokens(engine, [request])[0] for request in requests]
+    assert together[: len(folders)] == tokens(engine, requests[: len(folders)]), "a row for each, none gathered"
     for i, name in enumerate(folders):
         model = reference(folders[""], folders[name] if name else None)
         assert together[i :: len(folders)] == [generate(model, prompt) for prompt in asked], name
@@ -125,11 +126,20 @@ def test_an_adapter_of_rubbish_is_refused_and_harms_nobody(folders: dict[str, Pa
 
 
 def test_rows_are_gathered_to_blocks_of_one_size() -> None:
-    assert arrange({"a": [0, 1, 2, 3]}) == (4, [("a", [0, 1, 2, 3])])
-    size, blocks = arrange({"a": list(range(60)), "b": [60], "c": [61], "d": [62]})
+    assert arrange(["a"] * 4) == (4, [("a", [0, 1, 2, 3])])
+    size, blocks = arrange([*"a" * 60, "b", "c", "d"])
     assert size < 60, "three rows would cost as much as 180"
-    for members in ({"a": [3, 1], "b": [0]}, {str(i): [i] for i in range(9)}, {"a": list(range(33)), "b": [40, 41]}):
-        size, blocks = arrange(members)
+    for rows in (["b", "a", "", "a", *"b" * 9], [*"abcdefghi" * 3], [*"a" * 33, "", "b", "b"]):
+        size, blocks = arrange(rows)
         assert all(0 < len(block.rows) <= size for block in blocks)
-        for key, rows in members.items():
-            assert [row for block in blocks if block.adapter == key for row in block.rows] == rows
+        for key in {*rows} - {""}:
+            assert [row for block in blocks if block.adapter == key for row in block.rows] == [
+                row for row, other in enumerate(rows) if other == key
+            ]
+
+
+def test_rows_with_adapters_of_their_own_stay_where_they_are() -> None:
+    rows = ["b", "", "c", "a", "d", "a"]
+    assert arrange(rows) == (1, [(key, [row]) for row, key in enumerate(rows)])
+    size, blocks = arrange(["", "", "", "a"])
+    assert (size, blocks) == (1, [("a", [3])]), "the base would be read three times for nothing"
