@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from rich.table import Table
 from suite import envs, pipeline
 from suite.commands.flags import Parser
 from suite.envs import Environment
-from suite.errors import SuiteError
+from suite.errors import Interrupted, SuiteError
 from suite.progress import watching
+from suite.runner import View
 
 WIDE = 160  # columns: paths stay whole, to be copied
 ACTIONS = {
@@ -43,8 +47,10 @@ def command(verb: str, arguments: list[str]) -> int:
             f"suite env {given.action} needs a name", hint=f"known: {', '.join({**envs.BUILT_IN, **tables})}"
         )
     chosen = [tables.get(name) or envs.get(name) for name in given.names]
-    actions = {"install": install, "check": _check, "remove": _remove}
-    return max(actions[given.action](environment, given.json) for environment in chosen)
+    if given.action == "install":
+        return install(*chosen, as_json=given.json)
+    action = {"check": _check, "remove": _remove}[given.action]
+    return max(action(environment, given.json) for environment in chosen)
 
 
 def _list(tables: Mapping[str, Environment], as_json: bool) -> int:
@@ -69,31 +75,51 @@ def _list(tables: Mapping[str, Environment], as_json: bool) -> int:
     return 0
 
 
-def install(environment: Environment, as_json: bool = False) -> int:
-    """Make it where it is not there, and say so; raises SuiteError."""
-    name = environment.name
-    if environment.installed:
-        return _say(environment, as_json, "is installed already")
-    with watching([name], as_json) as view:
+def install(*environments: Environment, as_json: bool = False) -> int:
+    """Make those that are not there, as many at a time as there are processors, and say so; raises SuiteError."""
+    wanted = [environment for environment in environments if not environment.installed]
+    if wanted:
+        with watching([environment.name for environment in wanted], as_json) as view:
+            _install(wanted, view)
+    for environment in environments:
+        said = "is installed already"
+        if environment in wanted:
+            record = environment.record()
+            said = f"installed in {record['seconds']:.0f} s, {record['bytes'] / 1e9:.2f} GB"
+        _say(environment, as_json, said)
+    return 0
+
+
+def _install(wanted: Sequence[Environment], view: View) -> None:
+    speaking, over = threading.Lock(), threading.Event()
+
+    def make(environment: Environment) -> None:
+        def tell(event: str, **fields: Any) -> None:
+            with speaking:
+                view.event(environment.name, {"event": event, **fields})
 
         def progress(step: float, total: float, what: str) -> None:
-            view.event(name, {"event": "progress", "step": step, "total": total, "what": what, "values": {}})
+            if over.is_set():
+                raise Interrupted("stopped")
+            tell("progress", step=step, total=total, what=what, values={})
 
-        def waiting() -> None:
-            view.event(name, {"event": "say", "text": "another process is installing it; waiting"})
+        tell("say", text=f"installing into {environment.folder}: {environment.cost}")
+        environment.install(progress, lambda: tell("say", text="another process is installing it; waiting"))
 
-        view.event(name, {"event": "say", "text": f"installing into {environment.folder}: {environment.cost}"})
-        environment.install(progress, waiting)
-    record = environment.record()
-    return _say(environment, as_json, f"installed in {record['seconds']:.0f} s, {record['bytes'] / 1e9:.2f} GB")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # pip unpacks on one processor
+        try:
+            for made in [pool.submit(make, environment) for environment in wanted]:
+                made.result()
+        except BaseException:
+            over.set()
+            raise
 
 
-def _say(environment: Environment, as_json: bool, text: str) -> int:
+def _say(environment: Environment, as_json: bool, text: str) -> None:
     if as_json:
         print(json.dumps({"name": environment.name, "python": str(environment.python), **environment.record()}))
     else:
         print(f"{environment.name}: {text}\n{environment.python}")
-    return 0
 
 
 def _check(environment: Environment, as_json: bool) -> int:

@@ -46,8 +46,8 @@ def pipeline_file(tmp_path: Path) -> Path:
     return file
 
 
-def command(file: Path, action: str = "install") -> list[str]:
-    return [sys.executable, "-m", "suite.cli", "env", action, "tiny", "--pipeline", str(file)]
+def command(file: Path, action: str = "install", *others: str) -> list[str]:
+    return [sys.executable, "-m", "suite.cli", "env", action, "tiny", *others, "--pipeline", str(file)]
 
 
 def test_pins_are_installed_with_progress_checked_and_removed(
@@ -136,6 +136,28 @@ def users(folder: Path) -> list[str]:
         if str(folder) in line:
             found.append(line)
     return found
+
+
+def test_ctrl_c_ends_all_that_one_command_installs(wheels: Path, suite_home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "two.toml"
+    file.write_text("".join(f'[env.{name}]\nrequirements = ["tinywheel==1.0"]\n' for name in ("tiny", "other")))
+    both = command(file, "install", "other")
+
+    def folders() -> list[Path]:
+        return [p for p in (suite_home / "envs").glob("*-*") if p.is_dir()]
+
+    with subprocess.Popen(both, cwd=ROOT, stderr=subprocess.PIPE, text=True) as installer:
+        while len(folders()) < 2 and installer.poll() is None:
+            time.sleep(0.005)
+        installer.send_signal(signal.SIGINT)
+        _, said = installer.communicate(timeout=60)
+    assert (installer.returncode, folders()) == (130, [])
+    assert "Traceback" not in said
+
+    again = subprocess.run(both, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [again.stdout.count(f"{name}: installed in") for name in ("tiny", "other")] == [1, 1]
+    assert [(folder / envs.MARKER).is_file() for folder in folders()] == [True, True]
 
 
 def test_of_two_installers_one_waits(wheels: Path, pipeline_file: Path) -> None:
