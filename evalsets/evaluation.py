@@ -18,7 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from evalsets import report
-from evalsets.ask import Client, Journal, Reply
+from evalsets.ask import Client, Journal, Reply, Request
+from evalsets.external import harness
+from evalsets.external.harness import External
 from evalsets.score import headline, requests, score
 from evalsets.sets import EvalSet, Question
 
@@ -53,46 +55,98 @@ class Evaluation:
 
 
 def evaluate(
-    client: Client, model: str, sets: list[EvalSet], out: Path, journals: Path, *,
-    limit: int | None = None, progress: Progress = silent,
+    client: Client, model: str, sets: list[EvalSet | External], out: Path, journals: Path, *,
+    limit: int | None = None, external: harness.Settings | None = None, progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Ask, score and write into `out`; answers already in `journals` are used where the request is the same.
 
-    Raises SuiteError when nothing answers, the endpoint does not know `model`, or a set cannot be read.
+    `limit` is of each set, of another program's of each subset; `external` is for those. Raises SuiteError when
+    nothing answers, the endpoint does not know `model`, or a set cannot be read.
     """
-    questions = {asked.name: asked.questions(limit) for asked in sets}
+    questions = {asked.name: asked.questions(limit) for asked in sets if isinstance(asked, EvalSet)}
     client.check_model(model)
     (out / "answers").mkdir(parents=True, exist_ok=True)
+    asking = _Asking(client, model, out, journals, progress)
     found: dict[str, dict[str, Any]] = {}
-    meters: list[Meter] = []
     for asked in sets:
-        meter = Meter(asked.name, len(questions[asked.name]), progress)
-        found[asked.name] = _one(client, model, asked, questions[asked.name], out, journals, meter)
-        if asked.kind != "perplexity":  # which generates nothing
-            meters.append(meter)
+        if isinstance(asked, External):
+            found[asked.name] = asking.elsewhere(asked, external or harness.Settings(), limit)
+        else:
+            found[asked.name] = asking.one(asked, questions[asked.name])
     report.write(out, model, found)
-    return Evaluation(model, found, speed(meters))
+    return Evaluation(model, found, speed(asking.meters))
 
 
-def _one(
-    client: Client, model: str, asked: EvalSet, questions: list[Question], out: Path, journals: Path, meter: Meter
-) -> dict[str, Any]:
-    """Everything about one set, as report.json has it."""
-    about = {"kind": asked.kind, "title": asked.file.title, "digest": asked.digest, "headline": headline(asked)}
-    wanted = [request for q in questions for request in requests(asked, q, model)]
-    journal = Journal(journals / f"{asked.name}.jsonl")
-    if asked.kind == "perplexity":
-        # one by one: which texts share a batch moves the last digits of their probabilities
-        client = replace(client, concurrency=1)
-        probe = client.ask(wanted[:1], journal)[wanted[0].id]
-        if probe.refused:
-            return about | {"total": {"not_available": probe.error}, "subsets": {}, "problems": []}
-    replies = client.ask(wanted, journal, meter)
-    meter.ended = time.perf_counter()
-    scores = score(asked, questions, replies)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows)
-    (out / "answers" / f"{asked.name}.jsonl").write_text("".join(lines), "utf-8")
-    return about | {"total": scores.total, "subsets": scores.subsets, "problems": report.problems(scores.rows)}
+@dataclass
+class _Asking:
+    """The questions of one evaluation on their way; `meters` are of what generates."""
+
+    client: Client
+    model: str
+    out: Path
+    journals: Path
+    progress: Progress
+    meters: list[Meter] = field(default_factory=list)
+
+    def one(self, asked: EvalSet, questions: list[Question]) -> dict[str, Any]:
+        """Everything about one set, as report.json has it."""
+        about = {"kind": asked.kind, "title": asked.file.title, "digest": asked.digest, "headline": headline(asked)}
+        wanted = [requests(asked, q, self.model) for q in questions]
+        journal = Journal(self.journals / f"{asked.name}.jsonl")
+        first, options = [of[0] for of in wanted], [r for of in wanted for r in of[1:]]
+        if asked.kind == "perplexity":
+            # one by one: which texts share a batch moves the last digits of their probabilities
+            alone = replace(self.client, concurrency=1)
+            replies = self._measured(alone, first, journal, asked.name)
+            if (probe := replies[_shortest(first).id]).refused:
+                return about | {"total": {"not_available": probe.error}, "subsets": {}, "problems": []}
+        else:
+            meter = Meter(asked.name, len(first), self.progress)
+            replies = self.client.ask(first, journal, meter)
+            meter.ended = time.perf_counter()
+            self.meters.append(meter)
+            replies |= self._measured(self.client, options, journal, asked.name)
+        scores = score(asked, questions, replies)
+        self._write(asked.name, scores.rows)
+        return about | {"total": scores.total, "subsets": scores.subsets, "problems": report.problems(scores.rows)}
+
+    def _measured(self, client: Client, wanted: list[Request], journal: Journal, name: str) -> dict[str, Reply]:
+        """Replies to requests for log-probabilities; only one where the endpoint refuses even the shortest."""
+        if not wanted:
+            return {}
+        probe = client.ask([_shortest(wanted)], journal)
+        if any(reply.refused for reply in probe.values()):
+            return probe
+        return client.ask(wanted, journal, Meter(name, len(wanted), self.progress))
+
+    def elsewhere(self, asked: External, settings: harness.Settings, limit: int | None) -> dict[str, Any]:
+        """The same about a set of another program."""
+
+        def progress(step: float, total: float, _: str) -> None:
+            self.progress(step, total, asked.name, failed=0)
+
+        folder = self.journals / asked.name.replace(":", "-")
+        found = harness.run(harness.Run(asked, self.client, self.model, settings, limit, folder), progress)
+        rows = found.pop("rows")
+        self._write(asked.name, rows)
+        differ = [row for row in rows if not row["error"] and row.get("second", row["parsed"]) != row["parsed"]]
+        read = [
+            {
+                "id": row["id"],
+                "what": f"{asked.harness} reads {row['parsed']}, we {row['second']}",
+                "text": row["reply"],
+            }
+            for row in differ[: report.SHOWN]
+        ]
+        return found | {"problems": report.problems(rows) + read}
+
+    def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.out / "answers" / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+
+
+def _shortest(wanted: list[Request]) -> Request:
+    return min(wanted, key=lambda request: len(request.content))
 
 
 @dataclass

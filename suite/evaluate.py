@@ -15,8 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from evalsets import sets as question_sets
+from evalsets import named
 from evalsets.compare import compare
+from evalsets.external import harness
+from evalsets.external.harness import External
+from suite import processes
 from suite.config import ArtifactType, Launch, ModelRef, Names, Takes
 from suite.errors import StageFailed, SuiteError
 from suite.stages import Artifact, Job, Stage
@@ -40,7 +43,10 @@ class Evaluate(Stage):
     base: ModelRef | None = None
     """The model under an adapter; the one it was trained on when left out."""
     sets: Annotated[list[str], Names()] = DEFAULT_SETS
-    """Question sets: names of shipped ones, or paths of folders with a set.toml."""
+    """Question sets: names of shipped ones, paths of folders with a set.toml, `evalscope:NAME`, `lmeval:TASK`; the last
+    two with `=FOLDER` where their data is local."""
+    external: harness.Settings = harness.Settings()
+    """How the sets of other programs are asked."""
     limit: int | None = Field(default=None, ge=1)
     """Questions of each set, for a quick look; all when left out."""
     backend: str = "torch"
@@ -59,7 +65,11 @@ class Evaluate(Stage):
 
     def recipe(self) -> dict[str, Any]:
         """The settings, with the content of each set in place of where it lies."""
-        return super().recipe() | {"sets": {s.name: s.digest for s in question_sets.load_all(self.sets)}}
+        sets = named.load(self.sets)
+        whole = super().recipe() | {"sets": {asked.name: asked.digest for asked in sets}}
+        if not any(isinstance(asked, External) for asked in sets):
+            del whole["external"]
+        return whole
 
     def environment(self) -> str:
         """The one of an engine that is another program's."""
@@ -73,8 +83,11 @@ class Evaluate(Stage):
         with _at("backend"):
             check_backend(self.backend)
         with _at("sets"):
-            for asked in question_sets.load_all(self.sets):
-                asked.questions(self.limit)
+            for asked in named.load(self.sets):
+                if isinstance(asked, External):
+                    asked.check(self.external)
+                else:
+                    asked.questions(self.limit)
         subject = next(iter(inputs.get("model", ())), None)
         if subject is None:
             return
@@ -86,6 +99,8 @@ class Evaluate(Stage):
             raise SuiteError(f"the adapter '{subject.name}' does not say where its base is", where="model", hint=hint)
 
     def run(self, job: Job) -> dict[str, Any]:
+        import psutil
+
         from evalsets.ask import Client
         from evalsets.evaluation import evaluate
         from serve.backends import endpoint
@@ -103,16 +118,16 @@ class Evaluate(Stage):
             model.path, adapters, name="model", backend=self.backend, log=log, dtype=self.dtype, **options
         ) as served:
             client = Client(served.url, concurrency=self.concurrency, timeout=self.timeout)
-            sets = question_sets.load_all(self.sets)
+            sets = named.load(self.sets)
             journals = job.scratch / "answers"
-            found = evaluate(client, name, sets, job.out, journals, limit=self.limit, progress=job.progress)
-        for asked_name, scores in found.metrics.items():
-            if "not_available" in scores:
-                job.warn(f"{asked_name} is not available: {scores['not_available']}")
-            if scores.get("unparsed", 0) > scores.get("n", 0) / 10:
-                job.warn(
-                    f"{asked_name}: {scores['unparsed']} of {scores['n']} replies name no option, and count as wrong"
-                )
+            found = evaluate(
+                client, name, sets, job.out, journals,
+                limit=self.limit, external=self.external, progress=job.progress,
+            )  # fmt: skip
+            memory = processes.peak_memory(child.pid for child in psutil.Process().children(recursive=True))
+        for asked_name, set_found in found.sets.items():
+            for text in _doubts(asked_name, set_found["total"]):
+                job.warn(text)
         if found.failed:
             first = next(p for s in found.sets.values() for p in s["problems"] if p["what"] == "failed")
             text = f"{found.failed} questions failed, the first is {first['id']}: {first['text']}"
@@ -120,7 +135,21 @@ class Evaluate(Stage):
                 hint = f"the server's log is {log}; run again to ask only these, or raise max_failed"
                 raise StageFailed(text, hint=hint)
             job.warn(text)
-        return found.metrics
+        return found.metrics | ({"memory": memory} if memory else {})
+
+
+def _doubts(name: str, total: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should know before believing the figures of a set."""
+    if "not_available" in total:
+        yield f"{name} is not available: {total['not_available']}"
+    if "not_available" in (likelihood := total.get("likelihood", {})):
+        yield f"{name}: the options' likelihoods are not available: {likelihood['not_available']}"
+    if total.get("unparsed", 0) > total.get("n", 0) / 10:
+        yield f"{name}: {total['unparsed']} of {total['n']} replies name no option, and count as wrong"
+    if (second := total.get("second", {})).get("differ"):
+        yield f"{name}: we read {second['differ']} replies otherwise; accuracy by our reading: {second['acc']:.3f}"
+    for metric, why in total.get("unavailable", {}).items():
+        yield f"{name}: {metric} is not available: {why}"
 
 
 @contextlib.contextmanager
@@ -134,13 +163,14 @@ def _at(field: str) -> Iterator[None]:
 
 def evaluate_url(
     url: str, model: str, sets: list[str], out: Path | None = None, *, concurrency: int = 16, limit: int | None = None,
-    api_key: str | None = None, timeout: float = 120.0, show: bool = False,
+    api_key: str | None = None, timeout: float = 120.0, external: harness.Settings | None = None, show: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score `model` behind any OpenAI endpoint; returns the same metrics as the stage.
 
-    `out` gets answers and report. An interrupted run, or one in which questions failed, is continued there by the next;
-    a finished one is asked anew, because nobody can see which weights stand behind a URL today. `show` prints progress
-    to stderr and a table to stdout. Raises SuiteError when nothing answers there or the model is unknown.
+    `out` gets answers and report. An interrupted run, or one in which questions failed, is continued there by the next.
+    A finished one is asked anew, but at a server of ours, which says which files it serves: while they are the same,
+    their answers are used again. `show` prints progress to stderr and a table to stdout. Raises SuiteError when nothing
+    answers there or the model is unknown.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -150,7 +180,12 @@ def evaluate_url(
     from evalsets.report import table
 
     client = Client(url, api_key=api_key, concurrency=concurrency, timeout=timeout)
-    loaded = question_sets.load_all(sets)
+    loaded = named.load(sets)
+    external = external or harness.Settings()
+    for asked in loaded:
+        if isinstance(asked, External):
+            asked.check(external)
+    known = client.models().get(model, {}).get("fingerprint")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -169,10 +204,15 @@ def evaluate_url(
             bars.update(tasks[what], completed=step, total=total, description=what + failed)
 
         folder = out or Path(scratch)
-        journals = folder / "unfinished"
-        found = evaluate(client, model, loaded, folder, journals, limit=limit, progress=progress)
-        if not found.failed:
+        journals = folder / "asked" / known if known else folder / "unfinished"
+        found = evaluate(
+            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress
+        )  # fmt: skip
+        if not known and not found.failed:
             shutil.rmtree(journals)
     if show:
         Console().print(table(model, found.sets))
+        for name, asked_found in found.sets.items():
+            for text in _doubts(name, asked_found["total"]):
+                print(f"warning: {text}")
     return found.metrics

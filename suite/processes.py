@@ -6,10 +6,11 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -38,12 +39,17 @@ def importing() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def group(command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program that is not ours as the leader of a process group, all of which is gone after the block."""
+def group(
+    command: Sequence[str], stdout: int | IO[bytes], stderr: IO[bytes], variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program that is not ours as the leader of a process group, all of which is gone after the block.
+
+    It gets our environment variables, and `variables`.
+    """
     parent = os.getpid()
     process = subprocess.Popen(
         command,
-        env=foreign(),
+        env={**foreign(), **(variables or {})},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
@@ -64,17 +70,19 @@ def run_script(
     arguments: Sequence[str],
     log: Path,
     progress: Callable[[float, float, str], None] = lambda *_: None,
+    variables: Mapping[str, str] | None = None,
 ) -> None:
     """Run a script, which must import nothing of ours, in the environment of an interpreter.
 
-    A line of its output such as `{"step": 1, "total": 4, "what": "layers"}` is progress; all else goes to `log`. Raises
+    `variables` are added to its environment variables, for what belongs neither in a file nor in a command line. A line
+    of its output such as `{"step": 1, "total": 4, "what": "layers"}` is progress; all else goes to `log`. Raises
     StageFailed with the log's last lines when it fails.
     """
     command = [str(python), "-I", "-u", str(script), *arguments]
     with log.open("ab") as file:
         file.write(f"# {' '.join(command)}\n".encode())
         file.flush()
-        with group(command, subprocess.PIPE, file) as process:
+        with group(command, subprocess.PIPE, file, variables) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if step := _progress_of(line):
@@ -86,6 +94,16 @@ def run_script(
     if code:
         said = tail(log)
         raise StageFailed(f"{script.name} ended with exit code {code}; its log ends with:\n{said}", hint=f"log: {log}")
+
+
+def peak_memory(pids: Iterable[int]) -> int:
+    """Bytes of memory that processes had resident at most, each at its own time; 0 where the system does not say."""
+    found = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text("utf-8")
+            found += sum(1024 * int(kib) for kib in re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE))
+    return found
 
 
 def _progress_of(line: bytes) -> tuple[float, float, str] | None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from suite.commands import stage
-from suite.commands.flags import Parser, key_in
+from suite.commands.flags import Parser, key_in, pairs
+from suite.config import Where, parse
+from suite.errors import StageFailed, SuiteError
 
 
 def command(verb: str, arguments: list[str]) -> int:
@@ -17,31 +20,56 @@ def command(verb: str, arguments: list[str]) -> int:
                 "suite eval --url URL --model NAME [--sets A,B] asks any OpenAI endpoint: suite eval --url x --help\n"
             )
         return stage.command(verb, arguments)
-    from suite.evaluate import DEFAULT_SETS, evaluate_url
+    from evalsets.external.harness import Settings
+    from suite.evaluate import evaluate_url
 
-    parser = Parser(f"suite {verb}", "Score a model behind any OpenAI endpoint.")
-    parser.add_argument("--url", required=True, help="the endpoint, e.g. http://127.0.0.1:8000")
-    parser.add_argument("--model", required=True, help="the name to ask for")
-    parser.add_argument("--sets", default=",".join(DEFAULT_SETS), help=f"evaluation sets [{','.join(DEFAULT_SETS)}]")
-    parser.add_argument(
-        "--out", type=Path, help="folder for answers and report; a second run there asks only what is missing"
-    )
-    parser.add_argument("--concurrency", type=int, default=16, help="requests at the same time [16]")
-    parser.add_argument("--limit", type=int, help="questions a set, for a quick look")
-    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
-    parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
-    given = parser.read(arguments)
-    sets = [s for s in given.sets.split(",") if s]
-    scores = evaluate_url(
+    given = _parser(verb).read(arguments)
+    if min(given.concurrency, given.limit or 1) < 1 or given.max_failed < 0 or given.timeout <= 0:
+        raise SuiteError("--concurrency, --limit and --timeout must be more than 0, --max-failed not less")
+    metrics = evaluate_url(
         given.url,
         given.model,
-        sets,
+        [name for name in given.sets.split(",") if name],
         out=given.out,
         concurrency=given.concurrency,
         limit=given.limit,
         api_key=key_in(given.api_key_env),
+        timeout=given.timeout,
+        external=parse(Settings, pairs("--external", given.external), Where()),
         show=not given.json,
     )
     if given.json:
-        print(json.dumps(scores, ensure_ascii=False))
+        print(json.dumps(metrics, ensure_ascii=False))
+    if (failed := _failed(metrics)) > given.max_failed:
+        where = f"{given.out}/report.md says why" if given.out else "--out FOLDER keeps what came back"
+        raise StageFailed(f"{failed} questions failed", hint=f"{where}; the same command asks only them again")
     return 0
+
+
+def _failed(metrics: dict[str, Any]) -> int:
+    return sum(found.get("failed", 0) for found in metrics.values() if isinstance(found, dict))
+
+
+def _parser(verb: str) -> Parser:
+    from suite.evaluate import DEFAULT_SETS
+
+    parser = Parser(f"suite {verb}", "Score a model behind any OpenAI endpoint.")
+    flag = parser.add_argument
+    flag("--url", required=True, help="the endpoint, e.g. http://127.0.0.1:8000")
+    flag("--model", required=True, help="the name to ask for")
+    flag(
+        "--sets", default=",".join(DEFAULT_SETS),
+        help=f"shipped sets, folders with a set.toml, evalscope:NAME, lmeval:TASK [{','.join(DEFAULT_SETS)}]",
+    )  # fmt: skip
+    flag("--out", type=Path, help="folder for answers and report; a second run there asks only what is missing")
+    flag("--concurrency", type=int, default=16, help="requests at the same time [16]")
+    flag("--timeout", type=float, default=120.0, help="seconds after which a question counts as failed [120]")
+    flag("--limit", type=int, help="questions a set, for a quick look")
+    flag("--max-failed", type=int, default=0, help="questions that may fail before the exit code is 1 [0]")
+    flag(
+        "--external", action="append", default=[], metavar="KEY=VALUE",
+        help="how sets of other programs are asked: max_tokens, temperature, seed, stop, args",
+    )  # fmt: skip
+    flag("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
+    flag("--json", action="store_true", help="JSON on stdout, for machines")
+    return parser

@@ -1,0 +1,1 @@
+"""Question sets of other programs, EvalScope and lm-evaluation-harness, asked at an endpoint and reported like ours."""

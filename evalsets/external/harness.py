@@ -1,0 +1,233 @@
+"""What the bridges to other programs share: names of their sets, what is sent to the endpoint, and the figures.
+
+    evalscope:NAME            a data set of EvalScope, from a hub
+    evalscope:NAME=FOLDER     the same with its data in a local folder
+    lmeval:TASK               a task of lm-evaluation-harness, or of the .yaml files in FOLDER with `=FOLDER`
+
+Both programs print one number. Here its denominator is all questions: one that got no answer, or one that the endpoint
+refused, counts as wrong, is shown, and counts among the failed. The program's own figure is in `reported`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from evalsets.extract import letter
+from evalsets.sets import LETTERS, Generation
+from evalsets.statistics import mean_interval
+from suite import envs, processes
+from suite.errors import SuiteError, near
+
+if TYPE_CHECKING:
+    from evalsets.ask import Client
+
+HARNESSES = ("evalscope", "lmeval")
+NAME = re.compile(rf"({'|'.join(HARNESSES)}):([^=]*)(?:=(.*))?", re.DOTALL)
+ROUNDED = 1e-3
+"""The programs round what they report."""
+
+Row = dict[str, Any]
+
+
+class Settings(Generation):
+    """What the programs send with each question; left to themselves they leave it to the endpoint."""
+
+    max_tokens: int = Field(default=1024, ge=1)
+    """Longest reply in tokens, where the set names none; a reply cut there is counted as truncated."""
+    args: dict[str, dict[str, Any]] = Field(default={})
+    """More options of one set, by its name: those of EvalScope's `dataset_args`, or `num_fewshot` of a task."""
+
+
+@dataclass(frozen=True)
+class External:
+    """A set that another program knows: `evalscope:gsm8k`. `folder` holds its data or tasks, where they are local."""
+
+    harness: str
+    task: str
+    folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in reports."""
+        return f"{self.harness}:{self.task}"
+
+    @property
+    def environment(self) -> envs.Environment:
+        """Where the program is installed, or would be."""
+        return envs.get(self.harness)
+
+    @property
+    def digest(self) -> str:
+        """Identity of the program with all it needs, the set's name and its local data."""
+        whole = hashlib.sha256(f"{self.environment.digest} {self.name}".encode())
+        for path in sorted(p for p in self.folder.rglob("*") if p.is_file()) if self.folder else ():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            whole.update(f"\n{path.relative_to(self.folder or path).as_posix()} {content}".encode())
+        return whole.hexdigest()[:16]
+
+    def check(self, settings: Settings) -> None:
+        """Raise SuiteError for a folder that is not there, options that are not known, or a missing environment."""
+        if self.folder and not self.folder.is_dir():
+            raise SuiteError(f"{self.name}: no folder {self.folder}")
+        known = _bridge(self).OPTIONS
+        for option in settings.args.get(self.name, {}):
+            if option not in known:
+                raise SuiteError(f"{self.name} takes no option '{option}'", where="args", hint=near(option, known))
+        self.environment.require()
+
+
+def parse(text: str) -> External | None:
+    """The set of another program that a name means; None for a set of ours. Raises SuiteError for a name of none."""
+    if not (match := NAME.fullmatch(text)):
+        return None
+    harness, task, folder = match.groups()
+    if not task or folder == "":
+        raise SuiteError(f"'{text}' names no set", hint=f"{harness}:NAME, or {harness}:NAME=FOLDER")
+    return External(harness, task, Path(folder) if folder else None)
+
+
+@dataclass
+class Found:
+    """What a program left: a row for each question, with its own score of it, and the figures that it reports.
+
+    `metric` is what `score` in the rows is, None for a question that the program lost; `reported` is its figure of that
+    metric over the questions it counts. `unavailable` says by metric why there is none.
+    """
+
+    rows: list[Row]
+    metric: str
+    reported: float | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+Progress = Callable[[float, float, str], None]
+"""Called with the questions that are done, all of them, and what is done."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One set asked at one endpoint, in a folder that holds nothing else."""
+
+    asked: External
+    client: Client
+    model: str
+    settings: Settings
+    limit: int | None
+    folder: Path
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What the user adds to this set's own settings."""
+        return self.settings.args.get(self.asked.name, {})
+
+
+def run(work: Run, progress: Progress) -> dict[str, Any]:
+    """Ask and report; answers in `work.folder` from a run with nothing changed and nothing failed are used again.
+
+    Returns the set's part of report.json with the rows in "rows". Raises StageFailed when the program fails.
+    """
+    bridge = _bridge(work.asked)
+    job = bridge.job(work)
+    # the endpoint's address changes from run to run, and how many requests are open decides nothing
+    identity = json.dumps([work.asked.digest, work.model, work.limit, work.settings.model_dump()], sort_keys=True)
+    done, key = work.folder / "done", hashlib.sha256(identity.encode()).hexdigest()
+    if not (done.is_file() and done.read_text("utf-8") == key):
+        shutil.rmtree(work.folder, ignore_errors=True)
+        work.folder.mkdir(parents=True)
+        bridge.prepare(work)
+        file = work.folder / "job.json"
+        file.write_text(json.dumps(job), "utf-8")
+        processes.run_script(
+            work.asked.environment.python, Path(bridge.__file__).with_name(f"{work.asked.harness}_script.py"),
+            [str(file)], work.folder / "log", progress, {"OPENAI_API_KEY": work.client.api_key or "none"},
+        )  # fmt: skip
+    found: Found = bridge.found(work)
+    rows = [_row(row) for row in sorted(found.rows, key=lambda r: str(r["id"]))]
+    if not any(row["error"] for row in rows):
+        done.write_text(key, "utf-8")
+    return {
+        "kind": "external", "title": f"{work.asked.task} of {bridge.TITLE}", "digest": work.asked.digest,
+        "headline": "score", **figures(found, rows), "rows": rows,
+    }  # fmt: skip
+
+
+def _bridge(asked: External) -> Any:
+    from evalsets.external import evalscope, lmeval
+
+    return {"evalscope": evalscope, "lmeval": lmeval}[asked.harness]
+
+
+def _row(row: Row) -> Row:
+    """A row with its digest and, where the answer is a letter, our own reading of the reply beside the program's."""
+    whole = json.dumps([row["prompt"], row["expected"]], ensure_ascii=False)
+    row = {**row, "digest": hashlib.sha256(whole.encode()).hexdigest()[:16]}
+    if row["error"]:
+        row["score"] = 0.0
+    if letters := _letters(row):
+        second = letter(row["reply"], letters)
+        row |= {"second": second, "second_score": float(second == row["expected"])}
+    return row
+
+
+def _letters(row: Row) -> str:
+    """The letters of a question's options, as its prompt lists them; empty where the answer is none of them."""
+    prompt = row["prompt"]
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
+    listed = re.findall(rf"^\(?([{LETTERS}])[).．、:：]", asked, re.MULTILINE)
+    letters = LETTERS[: len(set(listed))]
+    return letters if row["expected"] in set(letters) and set(letters) == set(listed) else ""
+
+
+def figures(found: Found, rows: list[Row]) -> dict[str, Any]:
+    """`total`, `subsets` and `problems` of report.json."""
+    names = sorted({row["subset"] for row in rows})
+    subsets = {name: _figures(found, [r for r in rows if r["subset"] == name]) for name in names}
+    total = _figures(found, rows) | {"metric": found.metric}
+    if found.reported is not None:
+        total["reported"] = found.reported
+    if why := found.unavailable.get(found.metric) or _not_a_mean(found):
+        total, subsets = {"not_available": why, "n": len(rows), "failed": total["failed"]}, {}
+    elif found.unavailable:
+        total["unavailable"] = found.unavailable
+    return {"total": total, "subsets": subsets}
+
+
+def _not_a_mean(found: Found) -> str:
+    """Why failures cannot be counted back into a figure; empty where it is the mean over the questions."""
+    if not found.rows:
+        return "no question was asked"
+    counted = [row["score"] for row in found.rows if row["score"] is not None]
+    if len(counted) < sum(not row["error"] for row in found.rows):
+        return f"{found.metric} has no score for each question"
+    if found.reported is not None and counted and abs(fmean(counted) - found.reported) > ROUNDED:
+        return f"{found.metric} is no mean over the questions: reported is {found.reported:g}, {fmean(counted):g} is"
+    return ""
+
+
+def _figures(found: Found, rows: list[Row]) -> dict[str, Any]:
+    scores = [row["score"] or 0.0 for row in rows]
+    low, high = mean_interval(scores) if scores else (0.0, 1.0)
+    total: dict[str, Any] = {
+        "score": fmean(scores) if scores else 0.0, "low": low, "high": high, "n": len(rows),
+        "failed": sum(bool(r["error"]) for r in rows), "truncated": sum(r["finish"] == "length" for r in rows),
+        "unparsed": sum(r["parsed"] is None and not r["error"] for r in rows),
+    }  # fmt: skip
+    names = sorted({name for r in rows for name in r["metrics"]} - set(found.unavailable))
+    answered = [r["metrics"] for r in rows if not r["error"]]
+    total["metrics"] = {name: sum(values.get(name, 0.0) for values in answered) / len(rows) for name in names}
+    read = [r for r in rows if not r["error"]]
+    if read and all("second" in r for r in read):
+        differ = sum(r["second"] != r["parsed"] for r in read)
+        total["second"] = {"acc": sum(r["second_score"] for r in read) / len(rows), "differ": differ}
+    return total
