@@ -65,6 +65,12 @@ class Heard:
     prompt: list[int] | None
     length: int
     answer: list[tuple[int, float]]
+    ended: bool = False
+    """Whether its last token ended it; ours goes on to its full length."""
+
+
+def _distance(told: Heard, ours: Known) -> float:
+    return distance(told.answer, ours.answer[: len(told.answer)] if told.ended else ours.answer)
 
 
 def distance(heard: Sequence[tuple[int, float]], known: Sequence[Token]) -> float:
@@ -88,10 +94,10 @@ def compare(
     for told, ours in zip(heard, known, strict=True):
         if (told.prompt is not None and told.prompt != ours.prompt) or told.length != len(ours.prompt):
             raise SuiteError(_other_prompt(name, told, ours), hint=_hint(name, "another chat template is in force"))
-    far = [distance(told.answer, ours.answer) for told, ours in zip(heard, known, strict=True)]
+    far = [_distance(told, ours) for told, ours in zip(heard, known, strict=True)]
     worst = max(range(len(far)), key=far.__getitem__)
     if base is not None and max(far) > NOISE:
-        to_base = max(distance(told.answer, ours.answer) for told, ours in zip(heard, base, strict=True))
+        to_base = max(_distance(told, ours) for told, ours in zip(heard, base, strict=True))
         if 2 * to_base < max(far):
             text = (
                 f"the adapter '{name}' has no effect in this engine: its answers are the base's "
@@ -149,21 +155,15 @@ async def _ask_all(ask: Ask, name: str, known: Sequence[Known]) -> list[Heard]:
 
 
 async def _ask(ask: Ask, name: str, known: Known) -> Heard:
-    asked = {
-        "model": name, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
-    }  # fmt: skip
-    if known.chat:
-        messages = [{"role": "user", "content": known.question}]
-        body = {**asked, "messages": messages, "logprobs": True, "top_logprobs": 1}
-        said = await _said(ask, "/v1/chat/completions", body)
-        choice = said["choices"][0]
-        prompt, scores = said.get("prompt_token_ids"), [entry["logprob"] for entry in choice["logprobs"]["content"]]
-    else:
-        said = await _said(ask, "/v1/completions", {**asked, "prompt": known.question, "logprobs": 1})
-        choice = said["choices"][0]
-        prompt, scores = choice.get("prompt_token_ids"), choice["logprobs"]["token_logprobs"]
-    answer = list(zip(choice["token_ids"], scores, strict=True))
-    return Heard(prompt, said["usage"]["prompt_tokens"], answer)
+    path, fields = ask.translation.question(known.question, known.prompt, chat=known.chat)
+    said = await _said(ask, path, {**fields, "model": name, "max_tokens": TOKENS, "temperature": 0})
+    choice = said["choices"][0]
+    content, texts = choice["logprobs"].get("content"), choice["logprobs"].get("token_logprobs")
+    scores = texts if content is None else [entry["logprob"] for entry in content]
+    ids = choice["token_ids"] if "token_ids" in choice else choice["output_ids"]
+    prompt = said.get("prompt_token_ids", choice.get("prompt_token_ids"))
+    answer = list(zip(ids, scores, strict=True))
+    return Heard(prompt, said["usage"]["prompt_tokens"], answer, ended=choice["finish_reason"] == "stop")
 
 
 async def _said(ask: Ask, path: str, body: Mapping[str, Any]) -> Any:

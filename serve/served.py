@@ -68,7 +68,7 @@ class Tokenized(Family):
 
     def __init__(self, settings: Settings, register: Register, forget: Forget) -> None:
         super().__init__(settings, register, forget)
-        base = _served(self.base, self.model, self.model)
+        base = served(self.base, self.model, self.model)
         self._found[self.base] = base
         # equal tokenizers exist once
         self._by_tokenizer = {"": base, _tokenizer_digest(self.model): base}
@@ -77,14 +77,15 @@ class Tokenized(Family):
         folder = self.folders[name]
         digest = _tokenizer_digest(folder)
         if digest not in self._by_tokenizer:
-            own, base = _served(self.base, folder, self.model), self._by_tokenizer[""]
+            own, base = served(self.base, folder, self.model), self._by_tokenizer[""]
             self._by_tokenizer[digest] = replace(
                 own, chat=own.chat or base.chat, no_chat=base.no_chat, stops=own.stops | base.stops
             )
         return replace(self._by_tokenizer[digest], name=name, adapter=name)
 
 
-def _served(base: str, folder: Path, model: Path) -> Served:
+def served(base: str, folder: Path, model: Path) -> Served:
+    """The model in a folder under the name `base`, or as an adapter's folder says it: `model` has the settings."""
     tokenizer = load_tokenizer(folder)
     settings = _generation_config(model)
     ends = settings.get("eos_token_id")

@@ -21,8 +21,10 @@ import aiohttp
 
 from serve.engines.kind import Kind
 from serve.engines.process import EngineProcess, Launch, Patience
+from serve.engines.translation import Translation
 from serve.engines.upstream import Upstream
 from serve.folders import check_fits, read_adapter, read_model
+from serve.offers import offers
 from serve.replicas import Replica
 from serve.settings import Settings
 from suite.envs import Environment
@@ -39,6 +41,7 @@ class Ask:
 
     session: aiohttp.ClientSession
     url: str
+    translation: Translation
 
     async def post(self, path: str, body: Mapping[str, Any], seconds: float = LOAD_SECONDS) -> tuple[int, Any]:
         """Status and answer: JSON where it is some, else text."""
@@ -92,9 +95,12 @@ class Fleet(Upstream):
     ) -> None:
         members = [Replica(f"{settings.name}-{i}") for i in range(settings.replicas)]
         # clients may lose their patience sooner
-        super().__init__(settings, kind.translation, secrets.token_urlsafe(24), members, patience.start)
+        super().__init__(settings, kind.translation(settings), secrets.token_urlsafe(24), members, patience.start)
         self.kind, self.environment = kind, environment
-        self.adapters = {name: Loaded(name, folder) for name, folder in settings.adapters.items()}
+        # one that cannot take them later has those that are offered from the start
+        offered = {} if kind.loads_adapters else offers(settings.lora_dir, settings.adapters)
+        folders = {**settings.adapters, **offered}
+        self.adapters = {name: Loaded(self.translation.inside(name), folder) for name, folder in folders.items()}
         """By the names that requests use."""
         self._probe, self._first = probe, first
         self._refusal: SuiteError | None = None
@@ -121,7 +127,7 @@ class Fleet(Upstream):
         Raises SuiteError when one cannot start or fails the probe.
         """
         if self._probe:
-            await self._probe.prepare(self.settings.adapters)
+            await self._probe.prepare({name: loaded.folder for name, loaded in self.adapters.items()})
         for process in self.processes:
             process.start()
         members = self.replicas.members
@@ -156,7 +162,11 @@ class Fleet(Upstream):
                 return
             # under a new name inside: what the engine cached for the old one is not taken for the new one's
             self._versions += 1
-            inside = f"{name}@{self._versions}" if self.kind.loads_adapters and name in self.adapters else name
+            inside = (
+                f"{name}@{self._versions}"
+                if self.kind.loads_adapters and name in self.adapters
+                else self.translation.inside(name)
+            )
             await self._change({**self.adapters, name: Loaded(inside, folder)}, name)
 
     async def unload_adapter(self, name: str) -> None:
@@ -234,7 +244,7 @@ class Fleet(Upstream):
     # processes
 
     def _ask(self, replica: Replica) -> Ask:
-        return Ask(self.session, replica.url)
+        return Ask(self.session, replica.url, self.translation)
 
     def _with(self, adapters: dict[str, Path]) -> Settings:
         return self.settings.model_copy(update={"adapters": adapters})

@@ -41,9 +41,14 @@ class Kind(Protocol):
     name: str
     loads_adapters: bool
     """Whether it takes adapters while it runs, by vLLM's routes; others are started again."""
-    translation: Translation
     parser: str
     """Python source that makes `parser`, the tool's own of what follows its verb; run in its environment."""
+
+    def translation(self, settings: Settings) -> Translation:
+        """Between it and OpenAI's clients, for the model of these settings."""
+
+    def check(self, settings: Settings) -> None:
+        """Raise SuiteError for settings that it has no option for."""
 
     def precision(self, settings: Settings) -> str:
         """The dtype that it computes in, as its command line takes it."""
@@ -102,6 +107,22 @@ def chat_template(folder: Path) -> Path | None:
         partial.write_text(text, "utf-8")
         partial.rename(file)
     return file
+
+
+def marked(template: Path, parsers: Mapping[str, str]) -> str | None:
+    """Of parsers of calls by their marks, the first whose mark a chat template that takes tools has."""
+    text = template.read_text("utf-8")
+    return next((parser for mark, parser in parsers.items() if "tools" in text and mark in text), None)
+
+
+def gpus(replica: int, count: int) -> list[str]:
+    """The devices of one replica: those that this process may see, `count` for each in turn."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = [d.strip() for d in seen.split(",") if d.strip()] or [
+        str(i) for i in range(len([*Path("/proc/driver/nvidia/gpus").glob("*")]) or count * (replica + 1))
+    ]
+    first = replica * count % max(len(devices) - count + 1, 1)
+    return devices[first : first + count]
 
 
 def _kept(name: str) -> Path:

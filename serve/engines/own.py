@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from serve.engines.kind import gpus
 from serve.engines.process import Launch
 from serve.engines.translation import AsIs, Translation
-from serve.engines.vllm import gpus
 from serve.keys import GATEWAY
 from serve.settings import Settings
 from suite import envs
@@ -19,8 +19,14 @@ class Own:
 
     name = "torch"
     loads_adapters = True
-    translation: Translation = AsIs()
     parser = ""
+
+    def translation(self, settings: Settings) -> Translation:  # noqa: ARG002
+        """It speaks as we do."""
+        return AsIs()
+
+    def check(self, settings: Settings) -> None:
+        """It takes what we take."""
 
     def precision(self, settings: Settings) -> str:
         """Left to the engine."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from serve.engines.elsewhere import Elsewhere
 from serve.engines.fleet import Fleet
 from serve.engines.kind import Kind, check_extra, flags
+from serve.engines.lmdeploy import Lmdeploy
 from serve.engines.own import Own
 from serve.engines.upstream import Upstream
 from serve.engines.vllm import Vllm
@@ -19,7 +20,7 @@ from suite import envs, store
 from suite.envs import Environment
 from suite.errors import SuiteError
 
-KINDS: dict[str, Kind] = {"torch": Own(), "vllm": Vllm()}
+KINDS: dict[str, Kind] = {"torch": Own(), "vllm": Vllm(), "lmdeploy": Lmdeploy()}
 OURS = ("torch",)
 """Those that run in our own environment."""
 
@@ -42,6 +43,7 @@ def check(settings: Settings) -> None:
     if settings.max_prompt is not None and settings.backend not in OURS:
         hint = "limit prompt and answer together with --max-length"
         raise SuiteError(f"{kind.name} has no limit of the prompt alone", where="max_prompt", hint=hint)
+    kind.check(settings)
     check_extra(kind, where, flags(settings.extra))
 
 

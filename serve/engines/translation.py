@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from serve.protocol import ApiError
@@ -12,8 +12,20 @@ from serve.protocol import ApiError
 class Translation(Protocol):
     """Where an engine differs from what OpenAI's clients expect."""
 
+    def inside(self, adapter: str) -> str:
+        """The name that an adapter has in the engine."""
+
+    def question(self, text: str, ids: Sequence[int], *, chat: bool) -> tuple[str, dict[str, Any]]:
+        """Path and fields with which it is asked for the token ids of its answer, and how likely they are.
+
+        `text` is a message, or what is to be gone on with and read as `ids`.
+        """
+
     def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of a request as the engine wants them; the very same where its bytes are right as they are."""
+        """The fields of a request as the engine wants them; the very same where its bytes are right as they are.
+
+        Raises ApiError for what the engine cannot do, and would not say.
+        """
 
     def error(self, status: int, body: bytes) -> tuple[int, bytes]:
         """An answer of 400 and above, in OpenAI's form."""
@@ -26,7 +38,19 @@ class Translation(Protocol):
 
 
 class AsIs:
-    """For an engine that speaks OpenAI's language; its errors get OpenAI's form where they have another."""
+    """For an engine that speaks OpenAI's language, and vLLM's; errors get OpenAI's form where they have another."""
+
+    def inside(self, adapter: str) -> str:
+        """The same."""
+        return adapter
+
+    def question(self, text: str, ids: Sequence[int], *, chat: bool) -> tuple[str, dict[str, Any]]:  # noqa: ARG002
+        """By the fields that vLLM has for it."""
+        asked = {"ignore_eos": True, "return_token_ids": True}
+        if not chat:
+            return "/v1/completions", {**asked, "prompt": text, "logprobs": 1}
+        messages = [{"role": "user", "content": text}]
+        return "/v1/chat/completions", {**asked, "messages": messages, "logprobs": True, "top_logprobs": 1}
 
     def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         """The request unchanged."""
@@ -67,6 +91,16 @@ def _joinable(message: Any) -> bool:
     return isinstance(parts, list) and all(
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
     )
+
+
+async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The data of server-sent events, wherever the chunks are cut."""
+    kept = b""
+    async for chunk in chunks:
+        *whole, kept = (kept + chunk).split(b"\n\n")
+        for each in whole:
+            if each.startswith(b"data: "):
+                yield each.removeprefix(b"data: ")
 
 
 def openai_error(status: int, body: bytes) -> tuple[int, bytes]:

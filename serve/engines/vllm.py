@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
 
-from serve.engines.kind import chat_template, flags
+from serve.engines.kind import chat_template, flags, gpus, marked
 from serve.engines.process import Launch
 from serve.engines.translation import JoinedText, Translation
 from serve.folders import read_adapter
@@ -38,12 +37,18 @@ class Vllm:
 
     name = "vllm"
     loads_adapters = True
-    translation: Translation = JoinedText()
     parser = (
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
         "parser = make_arg_parser(FlexibleArgumentParser())"
     )
+
+    def translation(self, settings: Settings) -> Translation:  # noqa: ARG002
+        """Next to nothing."""
+        return JoinedText()
+
+    def check(self, settings: Settings) -> None:
+        """It has options for everything."""
 
     def precision(self, settings: Settings) -> str:
         """Left to vLLM on a GPU; on a CPU float32, as in our engine, but for packed weights: it has no such kernels."""
@@ -91,8 +96,7 @@ def _template(model: Path) -> list[str]:
     file = chat_template(model)
     if file is None:
         return []
-    text = file.read_text("utf-8")
-    parser = next((parser for mark, parser in PARSERS.items() if "tools" in text and mark in text), None)
+    parser = marked(file, PARSERS)
     calls = ["--enable-auto-tool-choice", "--tool-call-parser", parser] if parser else []
     return ["--chat-template", str(file), "--exclude-tools-when-tool-choice-none", *calls]
 
@@ -130,13 +134,3 @@ def _variables(settings: Settings, key: str, replica: int, cpu: bool) -> dict[st
     else:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(replica, settings.tensor_parallel))
     return found
-
-
-def gpus(replica: int, count: int) -> list[str]:
-    """The devices of one replica: those that this process may see, `count` for each in turn."""
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    devices = [d.strip() for d in seen.split(",") if d.strip()] or [
-        str(i) for i in range(len([*Path("/proc/driver/nvidia/gpus").glob("*")]) or count * (replica + 1))
-    ]
-    first = replica * count % max(len(devices) - count + 1, 1)
-    return devices[first : first + count]
