@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -87,7 +88,10 @@ class Server:
 def serving(folder: Path, rate: float = 0.0) -> Iterator[Server]:
     """Serve the model and its adapters; steps fail at that rate."""
     command = [sys.executable, "-c", SERVER, str(folder), str(rate)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # the clients need the other processor
+    with subprocess.Popen(
+        command, cwd=ROOT, env=alone, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as child:
         try:
             assert child.stdout is not None
             yield Server(f"http://127.0.0.1:{child.stdout.readline().strip()}", psutil.Process(child.pid))
