@@ -75,9 +75,9 @@ class EvalSet:
         source = Source(self.file, part.subset)
         rows = list(islice(tables.rows(part.solved, texts=self._texts), shots)) if part.solved else []
         if len(rows) < shots:
-            name = part.solved.relative_to(self.folder) if part.solved else f"no dev file of {part.subset}"
+            has = f"{part.solved.relative_to(self.folder)} has" if part.solved else f"'{part.subset}' has no dev file:"
             raise SuiteError(
-                f"shots = {shots}, but {name} has {len(rows)} rows", where=str(self.where),
+                f"shots = {shots}, but {has} {len(rows)} rows", where=str(self.where),
                 hint="lower shots, or add solved examples",
             )  # fmt: skip
         return tuple(turn for where, row in rows for turn in solved(source, row, where))

@@ -5,20 +5,24 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evalsets import metrics
+from evalsets.language import Language
 from evalsets.sets import layouts, tables
 from evalsets.sets.evalset import EvalSet
 from evalsets.sets.layouts import Layout
 from evalsets.sets.settings import FIELDS, Generation, SetFile
+from evalsets.sets.subjects import categories
 from suite import toml
 from suite.config import Where, parse
 from suite.errors import SuiteError, near
 
 SET_FILE = "set.toml"
 SHIPPED = Path(__file__).parents[1]
+HAS_SHOTS = ("choice", "numeric")
+LANGUAGES: dict[str, list[Language]] = {"C-Eval": ["zh"], "CMMLU": ["zh"], "MMLU": ["en"]}
 RESERVED = ("speed", "memory")
 """Names that figures of the endpoint have among those of the sets."""
 
@@ -28,8 +32,18 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob(f"*/{SET_FILE}"))
 
 
-def load(name: str) -> EvalSet:
-    """The shipped set of that name, or the set or published data in that folder; raises SuiteError."""
+def load(name: str, shots: int | None = None) -> EvalSet:
+    """The shipped set of that name, or the set or published data in that folder; raises SuiteError.
+
+    `shots` replaces the number of solved examples, for sets of a kind that has them.
+    """
+    found = _found(name)
+    if shots is None or found.kind not in HAS_SHOTS:
+        return found
+    return replace(found, file=found.file.model_copy(update={"shots": shots}))
+
+
+def _found(name: str) -> EvalSet:
     folder = SHIPPED / name if name in names() else Path(name)
     path = folder / SET_FILE
     if path.is_file():
@@ -65,11 +79,13 @@ def _described(folder: Path, path: Path) -> EvalSet:
 
 def _usual(folder: Path, layout: Layout) -> SetFile:
     """How data without a set.toml is asked: without examples, greedily, choices also by likelihood."""
+    published = categories(layout.name).keys() >= {part.subset for part in layout.parts}
     several = layout.kind == "choice" and any(_several(part.path) for part in layout.parts)
     return SetFile(
-        kind=layout.kind, title=f"{folder.resolve().name}, read as {layout.name}", languages=["en", "zh"],
-        license="see its publisher", source="a local folder", multiple=several,
-        likelihood=layout.kind == "choice" and not several,
+        kind=layout.kind, title=f"{folder.resolve().name}, read as {layout.name}",
+        languages=LANGUAGES[layout.name] if published else ["en", "zh"],
+        license="see its publisher", source="a local folder",
+        multiple=several, likelihood=layout.kind == "choice" and not several,
         metrics=["rouge", "bleu", "exact", "f1"], generation=Generation(max_tokens=512),
     )  # fmt: skip
 
@@ -83,7 +99,7 @@ def _several(path: Path) -> bool:
 def _check(file: SetFile, where: _Lines) -> None:
     """Raise SuiteError where settings do not fit the kind."""
     for key, kinds in (
-        ("shots", ("choice", "numeric")),
+        ("shots", HAS_SHOTS),
         ("multiple", ("choice",)),
         ("likelihood", ("choice",)),
         ("split", ("choice",)),

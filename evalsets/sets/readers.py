@@ -106,7 +106,7 @@ def numeric(source: Source, row: Row, where: str) -> Question:
 
 
 def qa(source: Source, row: Row, where: str) -> Question:
-    """{"query" or "question", "response" or "answer", "system"?}, or {"messages", "response"?}.
+    """{"query" or "question", "response" or "answer", "system"?, "history"?}, or {"messages", "response"?}.
 
     Without a response the last message of the assistant is what is expected.
     """
@@ -122,7 +122,7 @@ def qa(source: Source, row: Row, where: str) -> Question:
     else:
         stem, expected = text(row, where, "query", "question"), text(row, where, "response", "answer")
         language = source.language(row, stem, expected)
-        messages = (*_system(row), _user(source.prompt(language).format(question=stem)))
+        messages = (*_system(row), *_history(row, where), _user(source.prompt(language).format(question=stem)))
     if "regex" in source.file.metrics:
         _compiled(expected, where)
     return Question(source.id(row, where), source.subset, language, messages, expected=expected, stem=stem)
@@ -259,6 +259,15 @@ def conversation(row: Row, where: str) -> Messages:
 
 def _system(row: Row) -> Messages:
     return ({"role": "system", "content": str(row["system"])},) if row.get("system") else ()
+
+
+def _history(row: Row, where: str) -> Messages:
+    """Earlier turns of ms-swift's rows: pairs of what was asked and answered."""
+    pairs = _list(row.get("history") or [], where, "history")
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair) for pair in pairs):
+        raise SuiteError("'history' must be pairs of texts", where=where, hint='[["question", "answer"], ...], or []')
+    roles = ("user", "assistant")
+    return tuple({"role": role, "content": said} for pair in pairs for role, said in zip(roles, pair, strict=True))
 
 
 def _user(content: str) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _names(first: list[str]) -> list[str] | None:
     """The columns that a first line names, "Question" and "" of CMMLU as "question" and "id"; None if it is a row."""
-    if len(first) == len(HEADERLESS) and first[-1].strip() in ("A", "B", "C", "D"):
+    if len(first) == len(HEADERLESS) and first[-1].strip() in ("A", "B", "C", "D") and "question" not in first:
         return None
-    known = {"": "id", "Question": "question", "Answer": "answer"}
+    known = {"Question": "question", "Answer": "answer"} | ({"": "id"} if "id" not in first else {})
     return [known.get(name.strip(), name.strip()) for name in first]
 
 

@@ -1,0 +1,339 @@
+"""Published data and the folders of other tools, read as they lie there, without a file of ours."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evalsets import sets
+from evalsets.sets import tables
+from evalsets.sets.subjects import CATEGORIES, categories
+from suite.errors import SuiteError
+
+CEVAL = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
+CMMLU = ["", "Question", "A", "B", "C", "D", "Answer"]
+
+
+def table(path: Path, *rows: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+
+
+def lines(path: Path, *rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def ceval(folder: Path) -> Path:
+    for subject in ("law", "logic", "physician"):
+        table(folder / f"val/{subject}_val.csv", CEVAL, ["0", f"{subject}是什么？", "1.10", "NA", "c", "d", "B", ""])
+        table(folder / f"test/{subject}_test.csv", CEVAL[:6], ["0", "？", "a", "b", "c", "d"])
+        dev = ([str(i), f"例{i}", "a", "b", "c", "d", "ABCDA"[i], "因为"] for i in range(5))
+        table(folder / f"dev/{subject}_dev.csv", CEVAL, *dev)
+    return folder
+
+
+def test_c_eval_asks_its_val_split(tmp_path: Path) -> None:
+    found = sets.load(str(ceval(tmp_path / "ceval")))
+    assert (found.kind, found.layout.name, found.file.languages, found.file.likelihood) == (
+        "choice",
+        "C-Eval",
+        ["zh"],
+        True,
+    )
+    questions = found.questions()
+    assert [(q.id, q.subset, q.options, q.expected) for q in questions[:1]] == [
+        ("law/0", "law", ("1.10", "NA", "c", "d"), "B")
+    ]
+    assert questions[0].messages[0]["content"].endswith("D. d\n答案：")
+    assert found.category == {"law": "humanities", "logic": "humanities", "physician": "other"}
+
+
+@pytest.mark.parametrize("shots", range(6))
+def test_zero_to_five_solved_examples(tmp_path: Path, shots: int) -> None:
+    (question, *_) = sets.load(str(ceval(tmp_path / "ceval")), shots).questions()
+    assert [m["role"] for m in question.messages] == ["user", "assistant"] * shots + ["user"]
+    assert [m["content"] for m in question.messages[1::2]] == list("ABCDA"[:shots])
+
+
+def test_more_examples_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match=r"shots = 6, but dev/law_dev.csv has 5 rows"):
+        sets.load(str(ceval(tmp_path / "ceval")), 6).questions()
+    (tmp_path / "ceval/dev/law_dev.csv").unlink()
+    with pytest.raises(SuiteError, match="shots = 1, but 'law' has no dev file"):
+        sets.load(str(tmp_path / "ceval"), 1).questions()
+    assert sets.load("summaries", 3).file.shots == 0
+
+
+def test_withheld_answers_are_no_score(tmp_path: Path) -> None:
+    folder = ceval(tmp_path / "ceval")
+    for path in folder.glob("val/*"):
+        path.unlink()
+    with pytest.raises(SuiteError, match=r"law_test.csv:2: answer is ''") as caught:
+        sets.load(str(folder)).questions()
+    assert "withheld" in caught.value.hint
+
+
+def test_cmmlu_and_mmlu_ask_their_test_splits(tmp_path: Path) -> None:
+    for split, answer in (("dev", "C"), ("test", "D")):
+        table(tmp_path / f"cmmlu/{split}/agronomy.csv", CMMLU, ["0", "问", "1", "2", "3", "4", answer])
+    for split, answer in (("dev", "A"), ("val", "B"), ("test", "C")):
+        row = ["What is 1.10?", "1", "NA", "", "d, e", answer]
+        row[3] = "3"
+        table(tmp_path / f"mmlu/{split}/anatomy_{split}.csv", row, ["Again?", "1", "2", "3", "4", answer])
+    cmmlu, mmlu = (sets.load(str(tmp_path / name), 1) for name in ("cmmlu", "mmlu"))
+    assert (cmmlu.layout.name, mmlu.layout.name) == ("CMMLU", "MMLU")
+    (question,) = cmmlu.questions()
+    assert (question.id, question.expected, question.messages[1]["content"]) == ("agronomy/0", "D", "C")
+    first, second = mmlu.questions()
+    assert (first.id, first.expected, first.language, first.messages[1]["content"]) == ("anatomy/1", "C", "en", "A")
+    assert first.options == ("1", "NA", "3", "d, e")
+    assert second.stem == "Again?"
+    assert mmlu.category == {"anatomy": "other"}
+
+
+def test_a_set_file_may_point_to_data_and_choose_its_split(tmp_path: Path) -> None:
+    table(tmp_path / "mmlu/val/law_val.csv", ["Q?", "1", "2", "3", "4", "A"])
+    table(tmp_path / "mmlu/test/law_test.csv", ["Q?", "1", "2", "3", "4", "B"])
+    about = 'kind = "choice"\ntitle = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "a test"\ndata = "../mmlu"\n'
+    (tmp_path / "mine").mkdir()
+    for split, answer in (("val", "A"), ("test", "B")):
+        (tmp_path / "mine/set.toml").write_text(f'{about}split = "{split}"\n', "utf-8")
+        found = sets.load(str(tmp_path / "mine"))
+        assert (found.name, found.questions()[0].expected) == ("mine", answer)
+    (tmp_path / "mine/set.toml").write_text(about.replace("../mmlu", "../gone"), "utf-8")
+    with pytest.raises(SuiteError, match=r"set.toml:6: no folder .*gone"):
+        sets.load(str(tmp_path / "mine"))
+
+
+def test_the_digest_does_not_depend_on_where_data_lies(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        table(tmp_path / name / "data/x_val.csv", CEVAL, ["0", "Q", "1", "2", "3", "4", "A", ""])
+        about = f'kind = "choice"\ntitle = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "s"\ndata = "{tmp_path / name / "data"}"\n'
+        (tmp_path / name / "set.toml").write_text(about, "utf-8")
+        digests.add(sets.load(str(tmp_path / name)).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_mcq_folders_of_other_tools(tmp_path: Path, suffix: str) -> None:
+    columns = ["question", "A", "B", "C", "D", "E", "answer"]
+    rows = [["Which, of these?", "1.10", "NA", "x\ny", "d", "e", "E"], ["二？", "1", "2", "3", "4", "5", "A"]]
+    for name, some in (("mine_val", rows), ("mine_dev", rows[1:])):
+        path = tmp_path / "mcq" / f"{name}.{suffix}"
+        if suffix == "jsonl":
+            lines(path, *(dict(zip(columns, row, strict=True)) for row in some))
+        elif suffix == "parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            path.parent.mkdir(exist_ok=True)
+            made = pyarrow.table({name: [row[i] for row in some] for i, name in enumerate(columns)})
+            pyarrow.parquet.write_table(made, path)
+        else:
+            table(path, columns, *some)
+    found = sets.load(str(tmp_path / "mcq"), 1)
+    one, two = found.questions()
+    assert (one.subset, one.letters, one.expected, one.options) == (
+        "mine",
+        "ABCDE",
+        "E",
+        ("1.10", "NA", "x\ny", "d", "e"),
+    )
+    assert (two.language, two.expected, two.messages[1]["content"]) == ("zh", "A", "A")
+
+
+def test_several_right_options(tmp_path: Path) -> None:
+    row = {"question": "Which?", "A": "1", "B": "2", "C": "3"}
+    lines(tmp_path / "s/x_val.jsonl", {**row, "answer": ["C", "A"]}, {**row, "answer": ["B"]})
+    found = sets.load(str(tmp_path / "s"))
+    assert found.file.multiple
+    assert not found.file.likelihood
+    one, two = found.questions()
+    assert (one.expected, two.expected) == ("AC", "B")
+    assert "Name every right option." in one.messages[0]["content"]
+    table(
+        tmp_path / "t/x_val.csv",
+        ["question", "A", "B", "C", "answer"],
+        ["Q", "1", "2", "3", "A, C"],
+        ["Q2", "1", "2", "3", "BC"],
+    )
+    assert [q.expected for q in sets.load(str(tmp_path / "t")).questions()] == ["AC", "BC"]
+
+
+def test_options_end_where_a_letter_is_missing(tmp_path: Path) -> None:
+    lines(tmp_path / "s/x.jsonl", {"question": "Which?", "A": "1", "B": 2.50, "D": "no", "answer": "B"})
+    (question,) = sets.load(str(tmp_path / "s")).questions()
+    assert (question.letters, question.options) == ("AB", ("1", "2.5"))  # json.dumps wrote 2.5
+
+
+def test_numbers_of_json_stay_as_they_are_written(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(
+        '{"question": "Which?", "A": 1.10, "B": 007.0e1, "answer": "B"}'.replace("007", "7"), "utf-8"
+    )
+    (question,) = sets.load(str(tmp_path)).questions()
+    assert question.options == ("1.10", "7.0e1")
+
+
+def test_qa_folders_of_other_tools(tmp_path: Path) -> None:
+    lines(
+        tmp_path / "qa/news.jsonl",
+        {"query": "Q", "response": "R", "history": []}, {"question": "Q", "answer": "R", "system": "S"},
+        {"query": "Q", "response": "R", "history": [["a", "b"]]},
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}], "response": "R"},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R"}]},
+    )  # fmt: skip
+    found = sets.load(str(tmp_path / "qa"))
+    assert (found.kind, found.file.metrics) == ("qa", ["rouge", "bleu", "exact", "f1"])
+    questions = found.questions()
+    assert {(q.stem, q.expected) for q in questions} == {("Q", "R")}
+    roles = ["user", "system user", "user assistant user", "system user", "user"]
+    assert [" ".join(m["role"] for m in q.messages) for q in questions] == roles
+
+
+def test_gsm8k_asks_test_and_solves_train(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", {"question": "1 + 1?", "answer": "It is two.\n#### 2"})
+    lines(tmp_path / "test.jsonl", {"question": "How much?", "answer": "so 1,200 dollars\n#### 1,200"})
+    found = sets.load(str(tmp_path), 1)
+    (question,) = found.questions()
+    assert (found.kind, question.expected, question.id) == ("numeric", "1200", "test/00001")
+    assert question.messages[1]["content"] == "It is two.\n#### 2"
+
+
+def test_tool_folders(tmp_path: Path) -> None:
+    function = {"name": "add", "parameters": {"type": "object"}}
+    messages = [{"role": "user", "content": "Add 1 and 2"}]
+    lines(
+        tmp_path / "tools/x.jsonl",
+        {"query": "Add", "tools": [function], "calls": [{"name": "add", "arguments": '{"a": 1}'}]},
+    )
+    lines(
+        tmp_path / "fc/x.jsonl",
+        {
+            "messages": json.dumps(messages),
+            "tools": json.dumps([{"type": "function", "function": function}]),
+            "should_call_tool": True,
+        },
+    )
+    lines(
+        tmp_path / "bench/x.jsonl",
+        {
+            "messages": [*messages, {"role": "function", "name": "f", "content": "3"}],
+            "tools": [function],
+            "target": "Action: add\nAction Input: {}",
+        },
+    )
+    tools, fc, bench = (sets.load(str(tmp_path / name)) for name in ("tools", "fc", "bench"))
+    assert (tools.kind, fc.kind, bench.kind) == ("tools", "tools", "toolbench")
+    assert tools.questions()[0].expected == [{"name": "add", "arguments": {"a": 1}}]
+    assert fc.questions()[0].expected is True
+    assert fc.questions()[0].tools == tools.questions()[0].tools == ({"type": "function", "function": function},)
+    (question,) = bench.questions()
+    assert question.expected == {"target": "Action: add\nAction Input: {}", "tools": ["add"]}
+    assert question.messages[-1] == {"role": "user", "content": '{"role": "function", "content": "3"}'}
+
+
+def test_a_folder_that_is_nothing_says_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"notes{i:02}.txt").write_text("x", "utf-8")
+    with pytest.raises(SuiteError, match=r"the set has no data: found notes00\.txt, .* and 4 more") as caught:
+        sets.load(str(tmp_path))
+    assert "expected {val,test}/SUBJECT" in caught.value.hint
+    lines(tmp_path / "mcq/x_val.jsonl", {"a": 1})
+    with pytest.raises(SuiteError, match="no data") as caught:
+        sets.load(str(tmp_path))
+    assert caught.value.hint == f"give the folder inside that has the data: {tmp_path / 'mcq'}"
+    with pytest.raises(SuiteError, match=r"x_val.jsonl:1: rows have a: no kind of question"):
+        sets.load(str(tmp_path / "mcq"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "q", "tools": [], "calls": 3}, "'calls' must be a list"),
+        ({"query": "q", "tools": "[", "calls": []}, "'tools' is not valid JSON"),
+        ({"query": "q", "tools": [{"x": 1}], "calls": []}, "a tool has no name"),
+        ({"query": "q", "tools": [{"name": "f"}], "calls": [{"name": "g"}]}, "the call of 'g' is of no offered tool"),
+        ({"query": "q", "tools": [{"name": "f"}], "calls": [{"name": "f", "arguments": [1]}]}, "an object of arguments"),
+        ({"query": "q", "checks": []}, "no 'checks'"),
+        ({"query": "q", "checks": [{"rule": "wrods"}]}, "unknown rule 'wrods'\n  hint: did you mean 'words'"),
+        ({"query": "q", "checks": [{"rule": "words", "max": 3}]}, "unknown key 'max'"),
+        ({"query": "q", "checks": [{"rule": "json", "keys": "a"}]}, "keys: input should be a valid list"),
+        ({"query": "q", "refuse": "yes"}, "no 'refuse' that is true or false"),
+        ({"question": "q", "answer": "#### many"}, "no number in the answer"),
+        ({"question": "q", "A": "1", "B": {"x": 1}, "answer": "A"}, "'B' must be a text"),
+        ({"question": "q", "A": "1", "B": "2", "answer": {"x": 1}}, "answer is"),
+        ({"query": "q", "response": "r", "history": [["a"]]}, "'history' must be pairs"),
+        ({"messages": [3], "response": "r"}, "a message needs a role"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "no 'response'"),
+        ({"text": ""}, "'text' must be a text that is not empty"),
+    ],
+)  # fmt: skip
+def test_a_wrong_row_has_its_place(tmp_path: Path, row: Any, message: str) -> None:
+    lines(tmp_path / "x.jsonl", row)
+    with pytest.raises(SuiteError, match=message) as caught:
+        sets.load(str(tmp_path)).questions()
+    assert caught.value.where == f"{tmp_path / 'x.jsonl'}:1"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for name, content, message in (
+        ("x_val.csv", b"\xff\xfe,a", "not UTF-8"), ("x_val.jsonl", b"\xff", "not UTF-8"), ("x_val.csv", b'question,A,B,answer\n"x', "not valid CSV"),
+        ("x_val.csv", b"question,A,A,B,answer\nq,1,2,3,A", "two columns have one name"), ("x.jsonl", b"[" * 100_000, "nested too deeply|not valid JSON"),
+        ("x_val.parquet", b"PAR0", "not a parquet file"), ("x_val.jsonl", b"", "the file has no rows"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SuiteError, match=message) as caught:
+            sets.load(str(tmp_path)).questions()
+        assert name in caught.value.where
+        (tmp_path / name).unlink()
+
+
+def test_a_question_with_two_keys_is_reported(tmp_path: Path) -> None:
+    table(
+        tmp_path / "val/college_economics_val.csv", CEVAL,
+        ["5", "Which  is it?", "one", "two", "three", "four", "A", ""], ["54", "Which is it?", "four", "two", "three", "one", "A", ""],
+        ["55", "Which is it?", "four", "one", "two", "three", "B", ""], ["56", "Which is it?", "4", "1", "2", "3", "C", ""],
+    )  # fmt: skip
+    found = sets.contradictions(sets.load(str(tmp_path)).questions())
+    assert [(a.id, b.id) for a, b in found] == [("college_economics/5", "college_economics/54")]
+
+
+def test_every_published_subject_has_one_category() -> None:
+    assert {name: len(categories(name)) for name in CATEGORIES} == {"C-Eval": 52, "CMMLU": 67, "MMLU": 57}
+    for groups in CATEGORIES.values():
+        listed = [subject for group in groups.values() for subject in group.split()]
+        assert len(listed) == len(set(listed))
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=4),
+    st.sampled_from(["csv", "tsv", "jsonl", "parquet"]),
+)
+def test_a_table_comes_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, ...]], suffix: str
+) -> None:
+    names = ["question", "A", "answer"]
+    path = tmp_path_factory.mktemp("t") / f"x.{suffix}"
+    if suffix == "jsonl":
+        lines(path, *(dict(zip(names, row, strict=True)) for row in rows))
+    elif suffix == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({n: [r[i] for r in rows] for i, n in enumerate(names)}), path)
+    else:
+        table(path, names, *map(list, rows))
+    assert [tuple(row[name] for name in names) for _, row in tables.rows(path)] == rows

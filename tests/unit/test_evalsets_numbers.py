@@ -1,0 +1,76 @@
+"""Finding the number that a reply answers with."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evalsets.extract import number, same
+
+HARD = {
+    # bare, signs, separators, units
+    "7": "7", "72.": "72", "1.10": "1.10", "-5": "-5", "−4": "-4", "x = -5": "-5", "5-3": "3", "It took 1,000,000 years": "1000000", "$1,234.50": "1234.50",
+    "it costs $5.": "5", "-$5": "-5", "50%": "50", "72kg": "72", ".5": "0.5", "共72个": "72", "１２３": "123", "2.50e3": "2.50e3", "3.5万元": "35000", "1亿": "100000000",
+    # fractions
+    "3/4": "3/4", "½ of it": "1/2", "1½": "3/2", "1 3/4 cups": "7/4", "\\frac{3}{4}": "3/4", "\\dfrac{-1}{2}": "-1/2", "1/0": "0",
+    # several: the last one
+    "3 + 4 = 7": "7", "1,2,3": "3", "She had 3, then 5 more, so 8.": "8", "10 - 3 = 7": "7", "5 \\times 3 = 15": "15",
+    # marked: the first such
+    "#### 72": "72", "so 3 x 4 = 12\n#### 12\n\nQuestion: next #### 5": "12", "\\boxed{42}": "42", "so \\boxed{\\frac{3}{4}} of 8": "3/4", "\\boxed{1{,}234}": "1234",
+    "The answer is 72 apples. Then 5 more?": "72", "Answer: **42** (not 43)": "42", "The final answer is: $\\boxed{18}$ dollars": "18", "答案是：１２３，不是4": "123",
+    "答案：-3": "-3", "最终结果为 12 元，共 3 人": "12", "the answer is (72)": "72", "The answer is about $7.50 in 3 parts": "7.50",
+    # an announcement without a number is none
+    "The answer is below.\nIt is 9": "9", "Answer: see 1.\n2": "1",
+    # running on
+    "3 + 4 = 7\nQuestion: 5 + 5\n5 + 5 = 10": "7", "等于7\n问题：1+1\n2": "7",
+    # reasoning, LaTeX, emphasis
+    "<think>12 or 13</think>It is **13**": "13", "\\(x = 9\\)": "9", "$$x=\\text{8}$$": "8", "<think>12": None,
+    # no number
+    "": None, "no": None, "H2O": None, "NA": None, "v1.2.3": None, "x2": None, "9" * 100: None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "found"), HARD.items())
+def test_hard_replies(reply: str, found: str | None) -> None:
+    assert number(reply) == found
+
+
+FORMS = ("{}", "{}.", "${}", "= {}", "#### {}", "\\boxed{{{}}}", "The answer is {}.", "答案：{}", "答案是{}元。", "**{}**", "({})")  # fmt: skip
+
+
+@given(st.sampled_from(FORMS), st.integers(-(10**9), 10**9), st.booleans())
+def test_every_whole_number_in_every_form(form: str, value: int, separated: bool) -> None:
+    found = number(form.format(f"{value:,}" if separated else value))
+    assert found is not None
+    assert same(found, str(value))
+
+
+@given(st.sampled_from(FORMS), st.decimals(-(10**6), 10**6, places=2))
+def test_decimals_stay_as_they_are_written(form: str, value: Decimal) -> None:
+    found = number(form.format(f"{value:.2f}"))
+    assert found is not None
+    assert found.lstrip("-") == f"{abs(value):.2f}"
+    assert same(found, str(value))
+
+
+@given(st.text(max_size=60))
+def test_any_reply_gives_a_number_or_nothing(reply: str) -> None:
+    found = number(reply)
+    assert found is None or isinstance(Fraction(found), Fraction)
+
+
+@given(st.text("0123456789.,/-+eE万亿½ $%{}\\frac#", max_size=30))
+def test_what_looks_like_a_number_is_one_or_is_none(reply: str) -> None:
+    found = number(reply)
+    assert found is None or same(found, found)
+
+
+def test_values_are_compared_not_texts() -> None:
+    assert same("1.10", "1.1")
+    assert same("3/4", "0.75")
+    assert same("2e3", "2000")
+    assert not same("0.33", "1/3")
