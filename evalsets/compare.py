@@ -65,12 +65,12 @@ class Difference:
     @property
     def gained(self) -> list[Row]:
         """The later rows of the questions that did better."""
-        return [b for a, b in self.pairs if self._better(a, b)]
+        return [b for a, b in self.pairs if self.better(a, b)]
 
     @property
     def lost(self) -> list[Row]:
         """The later rows of the questions that did worse."""
-        return [b for a, b in self.pairs if self._better(b, a)]
+        return [b for a, b in self.pairs if self.better(b, a)]
 
     @property
     def forgotten(self) -> list[Row]:
@@ -82,7 +82,8 @@ class Difference:
         """The reverse of `forgotten`."""
         return [b for a, b in self.pairs if self.kind != "perplexity" and b["score"] == 1 > a["score"]]
 
-    def _better(self, a: Row, b: Row) -> bool:
+    def better(self, a: Row, b: Row) -> bool:
+        """Whether row b did better than row a."""
         old, new = score(self.kind, a), score(self.kind, b)
         return new < old if self.kind == "perplexity" else new > old
 

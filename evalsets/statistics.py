@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 2000
 PORTION = 1 << 18
+RARE = 10
+"""Resamples below which a share of them says little."""
 POWER = 0.8
 """Probability with which the number of questions that is asked for would show a difference of the size seen."""
 
@@ -211,6 +213,14 @@ def paired(
 
 
 def _two_sided(drawn: Array) -> float:
-    """How often resampled differences lie on the other side of 0, both ways (Efron and Tibshirani 1993, chapter 15)."""
-    beyond = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return min(1.0, 2 * (int(beyond) + 1) / (len(drawn) + 1))
+    """How often resampled differences lie on the other side of 0, both ways (Efron and Tibshirani 1993, chapter 15).
+
+    Where next to none does, the tail of a normal distribution of their mean and deviation says how rare it is: many
+    tests together need p-values below 1 / RESAMPLES.
+    """
+    beyond = int(min((drawn <= 0).sum(), (drawn >= 0).sum()))
+    counted = min(1.0, 2 * (beyond + 1) / (len(drawn) + 1))
+    deviation = float(drawn.std())
+    if beyond >= RARE or not deviation:
+        return counted
+    return min(counted, math.erfc(abs(float(drawn.mean())) / deviation / math.sqrt(2)))

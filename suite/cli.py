@@ -22,6 +22,7 @@ VERBS = {
     "download": ("fetch a model or an adapter from a model hub", "suite.commands.stage:command"),
     "push": ("upload a package to a model hub", "suite.commands.stage:command"),
     "eval": ("score an artifact, or any OpenAI endpoint (--url)", "suite.commands.evaluate:command"),
+    "compare": ("put what was evaluated side by side: better, worse, or cannot tell", "suite.commands.compare:command"),
     "predict": (
         "answer every row of a data file, resumably; metrics against its labels",
         "suite.commands.predict:command",

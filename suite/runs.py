@@ -14,6 +14,9 @@ from suite.errors import SuiteError, near
 from suite.stages import Artifact
 from suite.store import Store, disk_error
 
+PLAN = "plan.json"
+"""What a run was to do; every run directory has it."""
+
 
 def safe_name(name: str) -> str:
     """A stage's name as a file name."""
@@ -35,7 +38,7 @@ def new_run(store: Store, name: str, text: str, plan: list[dict[str, Any]]) -> P
         except OSError as error:
             raise disk_error(error, run_dir) from None
     (run_dir / "pipeline.toml").write_text(text, "utf-8")
-    (run_dir / "plan.json").write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (run_dir / PLAN).write_text(json.dumps(plan, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return run_dir
 
 
@@ -55,6 +58,15 @@ def link(run_dir: Path, stage: str) -> Path:
 def all_runs(root: Path) -> list[Path]:
     """Run directories of the store at `root`, oldest first."""
     return sorted((p for p in (root / "runs").glob("*/*") if p.is_dir()), key=lambda p: (p.stat().st_mtime_ns, p))
+
+
+def find(root: Path, text: str) -> Path | None:
+    """The run directory that `text` names: its path, or the newest whose NAME/TIME contains it; None for neither."""
+    path = Path(text)
+    if (path / PLAN).is_file():
+        return path.resolve()
+    known = [run for run in all_runs(root) if text in f"{run.parent.name}/{run.name}"]
+    return known[-1] if known else None
 
 
 def newest(root: Path, stage: str) -> Path:

@@ -16,7 +16,7 @@ from rich.tree import Tree
 from suite import store
 from suite.commands.flags import Parser
 from suite.errors import SuiteError, near
-from suite.runs import all_runs, newest
+from suite.runs import all_runs, find, newest
 from suite.stages import Artifact
 
 
@@ -58,15 +58,13 @@ def show(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     given = parser.read(arguments)
     at = store.Store(store.home())
-    known = all_runs(at.root)
-    chosen = [r for r in known if not given.what or given.what in f"{r.parent.name}/{r.name}" or Path(given.what) == r]
-    if chosen:
-        return _show_run(chosen[-1], given.json)
+    if chosen := find(at.root, given.what or ""):
+        return _show_run(chosen, given.json)
     artifacts = _named(at, given.what) if given.what else []
     if len(artifacts) > 1:
         raise SuiteError(f"'{given.what}' begins the keys of {len(artifacts)} artifacts", hint="give more of the key")
     if not artifacts:
-        names = [f"{r.parent.name}/{r.name}" for r in known]
+        names = [f"{r.parent.name}/{r.name}" for r in all_runs(at.root)]
         raise SuiteError(
             f"no run or artifact '{given.what}'" if given.what else "no runs yet",
             hint=near(str(given.what or ""), names),

@@ -1,0 +1,101 @@
+"""Plots of a comparison as PNG: scores with their intervals, quality against size, latency."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from evalsets.report import label
+from suite.document import Image
+from suite.reports.subjects import Subject
+
+WIDTH = 7.0
+"""Inches; 100 dots each."""
+
+
+def plots(subjects: Sequence[Subject]) -> Iterator[Image]:
+    """Those for which something was measured."""
+    sets = list(dict.fromkeys(name for subject in subjects for name in subject.sets))
+    measured = {name: found for name in sets if (found := [s for s in subjects if _score(s, name) is not None])}
+    if measured:
+        yield _scores(measured)
+    sized = {name: [s for s in found if s.bytes] for name, found in measured.items()}
+    quality = next((name for name, found in sized.items() if len(found) > 1 and not _lower(found[0], name)), None)
+    if quality:
+        yield _quality(sized[quality], quality)
+    timed = [s for s in subjects if "latency_p50" in s.speed]
+    if timed:
+        yield _latency(timed)
+
+
+def _score(subject: Subject, name: str) -> float | None:
+    found = subject.sets.get(name)
+    return found["total"].get(found["headline"]) if found else None
+
+
+def _lower(subject: Subject, name: str) -> bool:
+    return bool(subject.sets[name]["kind"] == "perplexity")
+
+
+def _ends(subject: Subject, name: str) -> list[float]:
+    """How far the interval reaches below and above the score."""
+    total, score = subject.sets[name]["total"], _score(subject, name) or 0.0
+    return [max(0.0, score - total["low"]), max(0.0, total["high"] - score)]
+
+
+def _figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(WIDTH, 1.5 + 2.5 * panels), height), dpi=100, layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _image(figure: Any, name: str, about: str) -> Image:
+    # without the version of the library, the same numbers give the same bytes
+    with io.BytesIO() as png:
+        figure.savefig(png, format="png", metadata={"Software": None})
+        return Image(name, about, png.getvalue())
+
+
+def _scores(measured: dict[str, list[Subject]]) -> Image:
+    names = list(dict.fromkeys(s.name for found in measured.values() for s in found))
+    figure, axes = _figure(1.2 + 0.35 * len(names), len(measured))
+    for axis, (name, found) in zip(axes, measured.items(), strict=True):
+        rows = [names.index(s.name) for s in found]
+        ends = zip(*(_ends(s, name) for s in found), strict=True)
+        axis.errorbar([_score(s, name) for s in found], rows, xerr=[list(e) for e in ends], fmt="o", capsize=3)
+        axis.set_title(f"{name}\n{label(found[0].sets[name]['headline'])}", fontsize="medium")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    return _image(figure, "scores", "Scores with 95 % intervals")
+
+
+def _quality(found: list[Subject], name: str) -> Image:
+    figure, (axis,) = _figure(4.0)
+    for subject in found:
+        low, high = _ends(subject, name)
+        x, y = (subject.bytes or 0) / 1e6, _score(subject, name)
+        axis.errorbar([x], [y], yerr=[[low], [high]], fmt="o", capsize=3, label=subject.name)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("size of the files, MB")
+    axis.set_ylabel(f"{name}, {label(found[0].sets[name]['headline'])}")
+    figure.legend(loc="outside right upper", fontsize="small")
+    return _image(figure, "quality", "Quality against size")
+
+
+def _latency(found: list[Subject]) -> Image:
+    figure, (axis,) = _figure(1.2 + 0.35 * len(found))
+    rows = range(len(found))
+    for percentile, about, tint in (("latency_p95", "95 % within", 0.35), ("latency_p50", "median", 1.0)):
+        axis.barh(rows, [s.speed[percentile] for s in found], color="tab:blue", alpha=tint, label=about)
+    axis.set_yticks(rows, [s.name for s in found])
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds from request to the whole reply")
+    axis.legend(fontsize="small")
+    return _image(figure, "latency", "Latency")
