@@ -104,6 +104,8 @@ class Fleet(Upstream):
         """By the names that requests use."""
         self._probe, self._first = probe, first
         self._refusal: SuiteError | None = None
+        self._serving = False
+        """Whether it has started: from then on a failure is for the log."""
         self._versions = 0
         self._changing = asyncio.Lock()
         self._watching: set[asyncio.Task[None]] = set()
@@ -136,6 +138,7 @@ class Fleet(Upstream):
             refused = self._refusal or next(p.error for p in self.processes if p.error)
             await self.stop()
             raise refused
+        self._serving = True
 
     async def stop(self) -> None:
         """End all processes; logs that say nothing of a failure go with them."""
@@ -275,7 +278,7 @@ class Fleet(Upstream):
                 self.deaths += 1
                 log.warning("%s died, and is started again; its log: %s", replica.name, process.log)
             elif replica.failed:
-                log.error("%s: %s", replica.name, replica.failed)
+                self._note(replica)
             replica.ready = False
         self.replicas.changed()
 
@@ -289,9 +292,14 @@ class Fleet(Upstream):
                 if process.starts == life and process.state == "ready":
                     self._refusal = error
                     replica.failed = str(error)
+                    self._note(replica)
                     self.replicas.changed()
                 return
             self._probed[index] = True
         if process.starts == life and process.state == "ready":
             replica.ready = True
             self.replicas.changed()
+
+    def _note(self, replica: Replica) -> None:
+        if self._serving:
+            log.error("%s: %s", replica.name, replica.failed)

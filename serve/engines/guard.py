@@ -36,7 +36,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):  # a lock of sys.stdin would be in the way when this process ends first
+            pass
         child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(grace)

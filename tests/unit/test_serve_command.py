@@ -100,6 +100,87 @@ def test_mistakes_in_the_table_have_a_line(tmp_path: Path, line: str, said: str)
     assert said in str(error.value)
 
 
+SEVERAL = """
+[serve]
+dtype = "bfloat16"
+extra = { enforce-eager = true }
+lora_dir = []
+alias.prod = { small = 1, far = 1 }
+[serve.models.small]
+model = "@start"
+adapters = { law = "@tuned" }
+[serve.models.big]
+model = "@start"
+backend = "vllm"
+dtype = "float16"
+replicas = 2
+env_python = "bin/python"
+[serve.models.far]
+url = "http://127.0.0.1:9000/v1"
+api_key_env = "FAR"
+"""
+
+
+def test_several_models_say_what_differs(tmp_path: Path) -> None:
+    plan = pipeline.read(pipeline_file(tmp_path, STAGES + SEVERAL))
+    assert plan.serve
+    models = {name: model for _, name, model in plan.serve.each()}
+    assert [*models] == ["small", "big", "far"]
+    assert [(m.backend, m.dtype, m.replicas) for m in models.values()] == [
+        ("torch", "bfloat16", 1), ("vllm", "float16", 2), ("torch", "auto", 1)]  # fmt: skip
+    assert models["big"].extra == {"enforce-eager": True}
+    assert models["big"].env_python == str(tmp_path / "bin" / "python")
+    assert plan.serve_sources == {
+        ("models", "small", "model"): "start",
+        ("models", "small", "adapters", "law"): "tuned",
+        ("models", "big", "model"): "start",
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('dtype = "float16"', 'dtype = "float17"', "pipeline.toml:18: dtype: "),
+        ('dtype = "bfloat16"', 'dtype = "float17"', "pipeline.toml:8: dtype: "),
+        ("replicas = 2", "replica = 2", "pipeline.toml:19: unknown key 'replica'\n  hint: did you mean 'replicas'?"),
+        ('model = "@start"\nbackend', 'model = "@strat"\nbackend', "pipeline.toml:16: no stage 'strat'"),
+        ('model = "@start"\nbackend', 'model = "@tuned"\nbackend', "'models.big.model' takes a model or a quantized"),
+        ('model = "@start"\nbackend', "backend", "pipeline.toml:15: a model has either a `model` or a `url`"),
+        ("law =", "big =", "two models or adapters are called 'big'"),
+        ('api_key_env = "FAR"', "replicas = 2", "pipeline.toml:23: 'replicas' is for models that are started here"),
+        ("lora_dir", 'base = "@start"\nlora_dir', "pipeline.toml:7: [serve] needs either a `base`, or tables"),
+        ("lora_dir", 'adapters = { law = "@tuned" }\nlora_dir', "adapters belong to one of the models"),
+        ("[serve.models.far]", "[serve.models]", "write [serve.models.<name>]"),
+    ],
+)
+def test_mistakes_in_tables_of_models_have_a_line(tmp_path: Path, before: str, after: str, said: str) -> None:
+    assert before in SEVERAL
+    with pytest.raises(SuiteError) as error:
+        pipeline.read(pipeline_file(tmp_path, STAGES + SEVERAL.replace(before, after, 1)))
+    assert said in str(error.value)
+
+
+def test_several_models_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: str) -> str:
+        assert main(["serve", *arguments]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "serve.toml").write_text('[serve.models.a]\nmodel = "nano"\n[serve.models.b]\nmodel = "nowhere"\n')
+    assert "serve.toml: models.b.model: no such file or folder: nowhere" in refused("--config", "serve.toml")
+    assert "--config says which models" in refused("--config", "serve.toml", "--model", "nano")
+    assert "the file has no [serve] table" in refused("--config", str(pipeline_file(tmp_path, STAGES)))
+    assert "--lora is for one model, and there are 2" in refused(
+        "--model", "a=nano", "--model", "b=nano", "--lora", "x"
+    )
+    assert "--alias: there is no model 'c'" in refused(
+        "--model", "a=nano", "--model", "b=nano", "--alias", "prod=c:1"
+    )
+    assert "--host" in refused("--model", "a=nano", "--model", "b=nano", "--host", "0.0.0.0")
+
+
 def test_the_flags_need_neither_torch_nor_a_web_framework() -> None:
     code = (
         "import sys\nfrom suite.cli import main\n"
