@@ -8,28 +8,25 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from suite import envs, runs, serve_table, store, toml
+from suite import edges, envs, runs, serve_table, store, toml
 from suite import gate as gates
-from suite.config import ArtifactType, Config, Names, Takes, Where, marker, parse
+from suite.config import Config, Names, Takes, Where, marker, parse
 from suite.errors import SuiteError, near
 from suite.matrix import Cell, Tables, merged
 from suite.places import Flags, Lines, cell_places
+from suite.plan import Node, Plan, Source
 from suite.references import HUBS, External, external
 from suite.serve_table import Serve
 from suite.stages import Artifact, Stage, kind
 
 TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve", "env")
-
-Source = str | External
-"""Where an input comes from: the name of a stage of this plan, or an artifact that exists already."""
 
 
 class Wiring(Config):
@@ -45,38 +42,6 @@ class Wiring(Config):
     """Stages that must have passed before this one starts."""
     gate: list[str] = Field(default_factory=list)
     """Conditions on what this stage measures; if one fails, what depends on it does not run."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One stage of a plan: its settings, where its inputs come from, and what must have passed before."""
-
-    name: str
-    stage: Stage
-    inputs: dict[str, list[Source]]
-    needs: tuple[str, ...]
-    gates: tuple[gates.Gate, ...]
-    where: Where
-    environment: envs.Environment | None = None
-
-    @property
-    def after(self) -> set[str]:
-        """Names of all stages that must be done first."""
-        read = (s for g in self.gates for s in g.stages)
-        return {s for sources in self.inputs.values() for s in sources if isinstance(s, str)} | {*self.needs, *read}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Stages in an order in which each comes after what it needs."""
-
-    name: str
-    file: Path | None
-    text: str
-    nodes: dict[str, Node]
-    serve: Serve | None = None
-    serve_sources: Mapping[tuple[str, ...], Source] | None = None
-    """Where what `[serve]` names comes from, by its place there."""
 
 
 def read(path: Path, overrides: list[str] | None = None) -> Plan:
@@ -148,11 +113,11 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
             node = _node(base, cell, tables, data, where)
             node = replace(node, environment=_environment(node, environments))
             nodes |= {n.name: n for n in with_followers(node)}
-    nodes = {**_downloads(nodes.values()), **nodes}
+    nodes = {**edges.downloads(nodes.values()), **nodes}
     for node in nodes.values():
-        _check_edges(node, nodes)
-    _check_targets(nodes)
-    plan = Plan(str(data.get("name", file.stem)), file, file.read_text("utf-8"), _ordered(nodes))
+        edges.check_edges(node, nodes)
+    edges.check_targets(nodes)
+    plan = Plan(str(data.get("name", file.stem)), file, file.read_text("utf-8"), edges.ordered(nodes))
     check_inputs(plan)
     return _with_serve(plan, data, Lines(file, lines, (("serve",),)))
 
@@ -176,12 +141,12 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     own = {k: v for k, v in table.items() if k not in Wiring.model_fields}
     wiring = parse(Wiring, {k: v for k, v in table.items() if k in Wiring.model_fields}, where)
     values = merged(merged(data.get("defaults", {}).get(use, {}), own), cell.values)
-    stage = _pinned(_placed(parse(stage_class, values, cell_places(where, table)), where.file.parent), where(()))
+    stage = edges.pinned(_placed(parse(stage_class, values, cell_places(where, table)), where.file.parent), where(()))
     inputs: dict[str, list[Source]] = {}
     for field, references in stage.references().items():
         takes = stage.accepts()[field]
         names = [n for r in references for n in tables.expand(r, where((field,)))]
-        inputs[field] = [_source(n, takes, (field,), where) for n in names]
+        inputs[field] = [edges.source_of(n, takes, (field,), where) for n in names]
     needs = tuple(
         n[1:] for i, need in enumerate(wiring.needs) for n in tables.expand(need, where(("needs", i)), only_stages=True)
     )
@@ -235,127 +200,6 @@ def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
     return tuple(parsed)
 
 
-def _source(reference: str, takes: Takes, path: tuple[str, ...], where: Lines) -> Source:
-    if reference.startswith("@"):
-        return reference[1:]
-    if _at_hub(reference, takes):
-        return reference
-    found = external(reference, takes, where.file.parent)
-    if isinstance(found, SuiteError):
-        raise SuiteError(f"{'.'.join(path)}: {found.message}", where=where(path), hint=found.hint)
-    return found
-
-
-def _at_hub(reference: str, takes: Takes) -> bool:
-    """Whether a download can stand in its place, as a stage that is named by the address."""
-    return reference.startswith(HUBS) and {"model", "quantized", "adapter"} & {*takes.types} != set()
-
-
-def _downloads(nodes: Iterable[Node]) -> dict[str, Node]:
-    """The stages that hub addresses among the inputs of `nodes` stand for."""
-    found: dict[str, Node] = {}
-    for node in nodes:
-        for field, sources in node.inputs.items():
-            for address in sources:
-                if isinstance(address, str) and address.startswith(HUBS) and address not in found:
-                    stage = download(address, node.where((field,)))
-                    found[address] = Node(address, stage, {}, (), (), node.where)
-    return found
-
-
-def download(address: str, where: str) -> Stage:
-    """The stage that fetches what lies at a hub address; an error is about the place `where` it stands."""
-    try:
-        return parse(kind("download"), {"address": address}, Where()).pinned()
-    except SuiteError as error:
-        message = error.message if address in error.message else f"{address}: {error.message}"
-        raise SuiteError(message, where=where, hint=error.hint) from None
-
-
-def _pinned(stage: Stage, where: str) -> Stage:
-    try:
-        return stage.pinned()
-    except SuiteError as error:
-        raise SuiteError(error.message, where=error.where or where, hint=error.hint) from None
-
-
-def _check_edges(node: Node, nodes: Mapping[str, Node]) -> None:
-    """Every reference names a stage, and one that makes what the field takes."""
-    for field, sources in node.inputs.items():
-        for source in sources:
-            if isinstance(source, External):
-                continue
-            if source not in nodes:
-                raise SuiteError(f"no stage '{source}'", where=node.where((field,)), hint=near(source, nodes))
-            made, takes = nodes[source].stage.makes(), node.stage.accepts()[field].types
-            if made not in takes:
-                raise SuiteError(
-                    f"'{field}' takes {_either(takes)}, but '{at_sign(source)}' makes {_article(made)}",
-                    where=node.where((field,)),
-                    hint="put a merge stage between them"
-                    if made == "adapter" and "model" in takes
-                    else _makers(takes, nodes),
-                )
-    for name in {*node.needs, *(s for g in node.gates for s in g.stages)}:
-        if name not in nodes:
-            where = node.where(("needs",) if name in node.needs else ("gate",))
-            raise SuiteError(f"no stage '{name}'", where=where, hint=near(name, nodes))
-
-
-def at_sign(source: str) -> str:
-    """A stage as a reference names it: `@stage`, or the address that it downloads."""
-    return source if source.startswith(HUBS) else f"@{source}"
-
-
-def _check_targets(nodes: Mapping[str, Node]) -> None:
-    """No two stages change the same thing outside the store: the second would undo the first."""
-    known: dict[str, str] = {}
-    for name, node in nodes.items():
-        target = node.stage.target()
-        if target in known:
-            hint = "give each a name or a branch of its own"
-            raise SuiteError(f"'{known[target]}' and '{name}' both write to {target}", where=node.where(()), hint=hint)
-        if target:
-            known[target] = name
-
-
-def _makers(takes: tuple[ArtifactType, ...], nodes: Mapping[str, Node]) -> str:
-    fitting = ["@" + n for n, node in nodes.items() if node.stage.makes() in takes]
-    return f"these fit: {', '.join(fitting)}" if fitting else f"no stage here makes {_either(takes)}"
-
-
-def _article(made: str) -> str:
-    return {"quantized": "a quantized model", "adapter": "an adapter"}.get(made, f"a {made}")
-
-
-def _either(takes: tuple[ArtifactType, ...]) -> str:
-    return " or ".join(_article(t) for t in takes)
-
-
-def _ordered(nodes: Mapping[str, Node]) -> dict[str, Node]:
-    """In the file's order as far as the references allow: what a person wrote first runs first."""
-    sorter = TopologicalSorter({n: sorted(node.after) for n, node in nodes.items()})
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        cycle = error.args[1]
-        where = nodes[cycle[0]].where(())
-        text = " -> ".join(reversed(cycle))
-        raise SuiteError(
-            f"stages depend on each other: {text}", where=where, hint="remove one of these references"
-        ) from None
-    rank = {name: i for i, name in enumerate(nodes)}
-    order: dict[str, Node] = {}
-    ready: set[str] = set()
-    while sorter.is_active():
-        ready |= set(sorter.get_ready())
-        first = min(ready, key=rank.__getitem__)
-        ready.remove(first)
-        order[first] = nodes[first]
-        sorter.done(first)
-    return order
-
-
 def check_inputs(plan: Plan) -> None:
     """Let every stage check what can be known now; a failing check gets the place of its field."""
     for node in plan.nodes.values():
@@ -406,19 +250,14 @@ def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
         return plan
     settings = _serve_table(_table(data, "serve", where), where.lines, where.file)
     sources: dict[tuple[str, ...], Source] = {}
+    nodes = plan.nodes
     for path, (reference, takes) in settings.wanted().items():
-        field = ".".join(path)
-        source = _source(reference, takes, path, where)
-        if isinstance(source, str):
-            if source not in plan.nodes:
-                raise SuiteError(f"no stage '{source}'", where=where(path), hint=near(source, plan.nodes))
-            made = plan.nodes[source].stage.makes()
-            if made not in takes.types:
-                raise SuiteError(
-                    f"'{field}' takes {_either(takes.types)}, but '@{source}' makes {_article(made)}", where=where(path)
-                )
-        sources[path] = source
-    return Plan(plan.name, plan.file, plan.text, plan.nodes, settings, sources)
+        found = sources[path] = edges.source_of(reference, takes, path, where)
+        if isinstance(found, str):
+            if found.startswith(HUBS) and found not in nodes:
+                nodes = {found: edges.download_node(found, where(path)), **nodes}
+            edges.check_edge(found, takes, ".".join(path), where(path), nodes)
+    return replace(plan, nodes=nodes, serve=settings, serve_sources=sources)
 
 
 def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
@@ -430,15 +269,15 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
         inputs[field] = []
         for reference in references:
             takes = stage.accepts()[field]
-            found = reference if _at_hub(reference, takes) else on_command_line(reference, takes, folder)
+            found = reference if edges.at_hub(reference, takes) else on_command_line(reference, takes, folder)
             if isinstance(found, SuiteError):
                 raise SuiteError(found.message, where=where((field,)), hint=found.hint)
             inputs[field].append(found)
-    node = Node(name, _pinned(stage, ""), inputs, (), (), where)
+    node = Node(name, edges.pinned(stage, ""), inputs, (), (), where)
     node = replace(node, environment=_environment(node, {}))
-    nodes = {**_downloads([node]), **{n.name: n for n in with_followers(node)}}
+    nodes = {**edges.downloads([node]), **{n.name: n for n in with_followers(node)}}
     for each in nodes.values():
-        _check_edges(each, nodes)
+        edges.check_edges(each, nodes)
     plan = Plan(name, None, "", nodes)
     check_inputs(plan)
     return plan

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from suite.pipeline import Plan
+from suite.plan import Plan
 from suite.references import External
 from suite.runner import Outcome
 from suite.runs import link

@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 from suite.errors import GateFailed, Interrupted, StageFailed, SuiteError
 from suite.evidence import evidence
 from suite.gate import Verdict
-from suite.pipeline import Node, Plan, check_stage
+from suite.pipeline import check_stage
+from suite.plan import Node, Plan
 from suite.pool import Process, WorkerPool
 from suite.references import External
 from suite.runs import safe_name

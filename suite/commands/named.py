@@ -7,19 +7,21 @@ from pathlib import Path
 from suite import store
 from suite.commands.pipelines import execute
 from suite.config import ArtifactType, Takes
+from suite.edges import download
 from suite.errors import SuiteError
-from suite.pipeline import download, on_command_line, one_stage
+from suite.pipeline import on_command_line, one_stage
 from suite.references import HUBS
 from suite.runner import preview
 from suite.runs import link
 from suite.stages import Artifact
 
 
-def artifact(text: str, flag: str, *types: ArtifactType) -> Artifact:
-    """What a flag's value names; raises SuiteError for what does not exist or is of another type."""
+def artifact(text: str, flag: str, *types: ArtifactType, folder: Path | None = None) -> Artifact:
+    """What a flag's value, or a setting beside `folder`, names; raises SuiteError for what is missing or of another
+    type."""
     if text.startswith(HUBS):
         return _downloaded(text, flag, types)
-    found = on_command_line(text, Takes(*types), Path.cwd())
+    found = on_command_line(text, Takes(*types), folder or Path.cwd())
     if isinstance(found, SuiteError):
         raise SuiteError(found.message, where=flag, hint=found.hint)
     return found.artifact
@@ -27,16 +29,17 @@ def artifact(text: str, flag: str, *types: ArtifactType) -> Artifact:
 
 def _downloaded(address: str, flag: str, types: tuple[ArtifactType, ...]) -> Artifact:
     """What lies at a hub, from the store or fetched now."""
-    plan = one_stage("download", download(address, flag), Path.cwd())
-    made = plan.nodes["download"].stage.makes()
+    name = address.partition("@")[0].rpartition("/")[2]
+    plan = one_stage(name, download(address, flag), Path.cwd())
+    made = plan.nodes[name].stage.makes()
     if made not in types:
         raise SuiteError(f"{address} holds {made}, and {' or '.join(types)} is expected", where=flag)
-    found = preview(plan, store.Store(store.home()))["download"].artifact
+    found = preview(plan, store.Store(store.home()))[name].artifact
     if found is None:
         run_dir, error = execute(plan)
         if error:
             raise error
-        found = Artifact(link(run_dir, "download").resolve(), made)
+        found = Artifact(link(run_dir, name).resolve(), made)
     return found
 
 

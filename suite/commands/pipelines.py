@@ -16,8 +16,9 @@ from rich.table import Table
 
 from suite import pipeline, store
 from suite.commands.flags import Parser
+from suite.edges import at_sign
 from suite.errors import SuiteError, near
-from suite.pipeline import Plan
+from suite.plan import Plan
 from suite.progress import watching
 from suite.references import External
 from suite.runner import Outcome, Runner, preview, verdict_error
@@ -58,9 +59,7 @@ def _show_plan(read: Plan, as_json: bool) -> int:
 
 def _planned(read: Plan, outcome: Outcome) -> dict[str, Any]:
     node = read.nodes[outcome.name]
-    sources = [
-        s.name if isinstance(s, External) else pipeline.at_sign(s) for group in node.inputs.values() for s in group
-    ]
+    sources = [s.name if isinstance(s, External) else at_sign(s) for group in node.inputs.values() for s in group]
     to_run = "to run" if outcome.key else "to run if its inputs change"
     then = "cached" if outcome.state == "cached" else to_run
     return {

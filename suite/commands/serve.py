@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite import envs
+from suite.commands import named
 from suite.commands.env import install
 from suite.commands.flags import Parser, add_settings, values_of
-from suite.config import Takes, Where
+from suite.config import Where
 from suite.errors import SuiteError
-from suite.pipeline import Plan, on_command_line, read_environments, read_serve
+from suite.pipeline import read_environments, read_serve
+from suite.plan import Plan
 from suite.references import External
 from suite.runs import link
 from suite.serve_table import MODEL, Serve, place_of, read
@@ -66,7 +68,7 @@ def command(verb: str, arguments: list[str]) -> int:
             raise SuiteError("--config says which models are served", hint="leave out --model, --lora and --name")
         table = read_serve(file, options)
         paths = {
-            place: _folder(reference, f"{file}: {'.'.join(place)}", takes, file.parent).artifact.path
+            place: named.artifact(reference, f"{file}: {'.'.join(place)}", *takes.types, folder=file.parent).path
             for place, (reference, takes) in table.wanted().items()
         }
         return _serve(table, paths, file, given.yes)
@@ -78,8 +80,8 @@ def _from_flags(given: argparse.Namespace, options: Mapping[str, Any]) -> tuple[
 
     models = {}
     for name, path in parse_models(given.model or ["nano"]):
-        found = _folder(path, "--model", MODEL, Path.cwd())
-        models[name or given.name or found.artifact.name] = found.artifact.path
+        found = named.artifact(path, "--model", *MODEL.types)
+        models[name or given.name or found.name] = found.path
     loras = parse_loras(",".join(given.lora))
     if len(models) > 1 and (loras or given.name):
         flag = "--lora" if loras else "--name"
@@ -91,8 +93,7 @@ def _from_flags(given: argparse.Namespace, options: Mapping[str, Any]) -> tuple[
     for name, adapter in loras.items():
         base = next(iter(models))
         tables[base].setdefault("adapters", {})[name] = str(adapter)
-        found = _folder(str(adapter), "--lora", Takes("adapter"), Path.cwd())
-        paths["models", base, "adapters", name] = found.artifact.path
+        paths["models", base, "adapters", name] = named.artifact(str(adapter), "--lora", "adapter").path
     return read({**options, "models": tables}, lambda *_: _Flag(), Path()), paths
 
 
@@ -134,13 +135,6 @@ def _installed(settings: Settings, pipeline: Path | None, yes: bool) -> Settings
             install(environment)
     environment.require()
     return settings.model_copy(update={"env_python": str(environment.python)})
-
-
-def _folder(text: str, where: str, takes: Takes, folder: Path) -> External:
-    found = on_command_line(text, takes, folder)
-    if isinstance(found, SuiteError):
-        raise SuiteError(found.message, where=where, hint=found.hint)
-    return found
 
 
 def serve_plan(plan: Plan, run_dir: Path) -> int:

@@ -19,6 +19,7 @@ from export.hub.download import Download, chosen
 from suite import pipeline, store
 from suite.commands import named
 from suite.errors import SuiteError
+from suite.plan import Plan
 from suite.runner import Runner
 from suite.runs import new_run
 from suite.stages import Job
@@ -44,7 +45,7 @@ def model(hub: Hub, tmp_path: Path) -> Path:
     return folder
 
 
-def made(plan: pipeline.Plan, run: Path) -> dict[str, Any]:
+def made(plan: Plan, run: Path) -> dict[str, Any]:
     class Silent:
         def event(self, stage: str, event: Any) -> None: ...
         def tick(self) -> None: ...
