@@ -31,6 +31,7 @@ VERBS = {
     "pretrain": ("train a small model and its tokenizer from nothing", "suite.commands.stage:command"),
     "serve": ("serve a model and its adapters over HTTP", "suite.commands.serve:command"),
     "chat": ("talk to an endpoint", "suite.commands.chat:command"),
+    "bench-serve": ("measure an endpoint under load, and what load it bears", "suite.commands.bench_serve:command"),
     "env": ("install what must live apart from the suite: llm-compressor, vLLM", "suite.commands.env:command"),
     "doctor": ("check this machine and what each part needs", "suite.commands.doctor:command"),
 }
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def help_text() -> str:
     """What `suite --help` prints."""
-    lines = [f"  {verb:10}{text}" for verb, (text, _) in VERBS.items()]
+    lines = [f"  {verb:13}{text}" for verb, (text, _) in VERBS.items()]
     start = "start with: suite run examples/quickstart.toml"
     return "\n".join([USAGE, "", *lines, "", start])
 
