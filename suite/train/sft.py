@@ -22,7 +22,7 @@ import datasets
 import torch
 import transformers
 import trl
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn import functional
 
@@ -155,8 +155,25 @@ def load(base: Path, settings: Train) -> Any:
     half = compute_dtype(settings) is torch.bfloat16
     # learnt weights stay float32: a frozen base may be half, and autocast does the rest
     dtype = torch.bfloat16 if half and settings.lora else torch.float32
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True)
+    bits = settings.lora.base_bits if settings.lora else None
+    options = {"quantization_config": _few_bits(bits, compute_dtype(settings))} if bits else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, **options)
+    if bits:
+        # the trainer turns gradient checkpointing on where it is wanted
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return add_lora(model, settings.lora) if settings.lora else model
+
+
+def _few_bits(bits: int, compute: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How bitsandbytes holds a frozen base; what it computes in is `compute`."""
+    if bits == 8:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
 
 
 def compute_dtype(settings: Train) -> torch.dtype:
@@ -190,8 +207,9 @@ def add_lora(model: Any, lora: Lora) -> Any:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    # without this peft asks every quantization library whether the layer is theirs, and imports them for it
-    config._register_custom_module({torch.nn.Linear: LoraLinear})
+    if not lora.base_bits:
+        # without this peft asks every quantization library whether the layer is theirs, and imports them for it
+        config._register_custom_module({torch.nn.Linear: LoraLinear})
     return get_peft_model(model, config)
 
 

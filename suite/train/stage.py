@@ -33,12 +33,17 @@ class Lora(Config):
     """Scale by alpha / sqrt(rank), which keeps large ranks stable (Kalajdzievski, arXiv:2312.03732)."""
     dora: bool = False
     """Learn magnitude and direction apart (Liu et al., arXiv:2402.09353); slower."""
+    base_bits: Literal[4, 8] | None = None
+    """Hold the frozen base in so few bits while training: 4 is NF4, as in QLoRA (Dettmers et al., arXiv:2305.14314), 8
+    is LLM.int8() (arXiv:2208.07339). The adapter is merged into, and served on, the base as it is."""
 
 
 class Train(Stage):
     """Fine-tune `base` on conversations; loss on all assistant turns and nothing else."""
 
-    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "tokenizers", "peft", "trl", "accelerate")
+    libraries: ClassVar[tuple[str, ...]] = (
+        "torch", "transformers", "tokenizers", "peft", "trl", "accelerate", "bitsandbytes",
+    )  # fmt: skip
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "trl", "suite.train.sft")
 
     base: ModelRef

@@ -105,6 +105,28 @@ def test_an_adapter_is_learnt_and_is_the_same_every_time(inputs: Any, tmp_path: 
     assert float(steps[-1].split(",")[2]) == metrics["loss"]["last"]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_few_bits_gives_an_adapter_of_the_base_itself(inputs: Any, tmp_path: Path, bits: int) -> None:
+    import bitsandbytes as bnb
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    lora = Lora(rank=4, alpha=8, base_bits=bits)
+    trainer = parts(inputs, tmp_path, lora=lora)
+    held = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}[bits]
+    # four linear layers of attention and three of the MLP in each of the two layers; the head stays as it is
+    assert sum(isinstance(module, held) for module in trainer.model.modules()) == 14
+    metrics, _ = train(inputs, tmp_path, epochs=3, lr=5e-3, lora=lora)
+    assert metrics["loss"]["last"] < metrics["loss"]["first"] - 0.5
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"
+    plain = AutoModelForCausalLM.from_pretrained(inputs["base"][0].path, dtype=torch.float32)
+    ids = torch.tensor([[1, 50, 60, 70]])
+    before = plain(ids).logits
+    assert (PeftModel.from_pretrained(plain, tmp_path / "out")(ids).logits - before).abs().max() > 1e-3
+
+
 def test_the_saved_adapter_is_the_trained_one(inputs: Any, tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
