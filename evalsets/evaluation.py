@@ -21,7 +21,9 @@ from evalsets import report
 from evalsets.ask import Client, Journal, Reply, Request
 from evalsets.external import harness
 from evalsets.external.harness import External
-from evalsets.score import headline, requests, score
+from evalsets.judge import requests as gradings
+from evalsets.kinds import Row
+from evalsets.score import headline, requests, row, total
 from evalsets.sets import EvalSet, Question
 
 
@@ -33,6 +35,14 @@ class Progress(Protocol):
 
 def silent(step: float, total: float, what: str = "", **values: float) -> None:
     """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The model that grades replies, and where it is asked."""
+
+    client: Client
+    model: str
 
 
 @dataclass(frozen=True)
@@ -56,17 +66,20 @@ class Evaluation:
 
 def evaluate(
     client: Client, model: str, sets: list[EvalSet | External], out: Path, journals: Path, *,
-    limit: int | None = None, external: harness.Settings | None = None, progress: Progress = silent,
+    limit: int | None = None, external: harness.Settings | None = None, judge: Judge | None = None,
+    progress: Progress = silent,
 ) -> Evaluation:  # fmt: skip
     """Ask, score and write into `out`; answers already in `journals` are used where the request is the same.
 
-    `limit` is of each set, of another program's of each subset; `external` is for those. Raises SuiteError when
-    nothing answers, the endpoint does not know `model`, or a set cannot be read.
+    `limit` is of each set, of another program's of each subset; `external` is for those, `judge` for sets with replies
+    to grade. Raises SuiteError when nothing answers, an endpoint does not know its model, or a set cannot be read.
     """
     questions = {asked.name: asked.questions(limit) for asked in sets if isinstance(asked, EvalSet)}
     client.check_model(model)
+    if judge:
+        judge.client.check_model(judge.model)
     (out / "answers").mkdir(parents=True, exist_ok=True)
-    asking = _Asking(client, model, out, journals, progress)
+    asking = _Asking(client, model, out, journals, judge, progress)
     found: dict[str, dict[str, Any]] = {}
     for asked in sets:
         if isinstance(asked, External):
@@ -85,6 +98,7 @@ class _Asking:
     model: str
     out: Path
     journals: Path
+    judge: Judge | None
     progress: Progress
     meters: list[Meter] = field(default_factory=list)
 
@@ -94,21 +108,44 @@ class _Asking:
         wanted = [requests(asked, q, self.model) for q in questions]
         journal = Journal(self.journals / f"{asked.name}.jsonl")
         first, options = [of[0] for of in wanted], [r for of in wanted for r in of[1:]]
+        rows: dict[str, Row] = {}
         if asked.kind == "perplexity":
             # one by one: which texts share a batch moves the last digits of their probabilities
-            alone = replace(self.client, concurrency=1)
-            replies = self._measured(alone, first, journal, asked.name)
+            replies = self._measured(replace(self.client, concurrency=1), first, journal, asked.name)
             if (probe := replies[_shortest(first).id]).refused:
                 return about | {"total": {"not_available": probe.error}, "subsets": {}, "problems": []}
         else:
-            meter = Meter(asked.name, len(first), self.progress)
-            replies = self.client.ask(first, journal, meter)
-            meter.ended = time.perf_counter()
-            self.meters.append(meter)
-            replies |= self._measured(self.client, options, journal, asked.name)
-        scores = score(asked, questions, replies)
+            replies = self._answers(asked, questions, first, journal, rows)
+            more = self._measured(self.client, options, journal, asked.name) | self._grades(asked, questions, replies)
+            if more:
+                rows, replies = {}, replies | more
+        scores = total(asked, questions, [rows.get(q.id) or row(asked, q, replies) for q in questions])
         self._write(asked.name, scores.rows)
-        return about | {"total": scores.total, "subsets": scores.subsets, "problems": report.problems(scores.rows)}
+        problems = report.problems(scores.rows) + scores.remarks
+        return about | {"total": scores.total, "subsets": scores.subsets, "problems": problems}
+
+    def _answers(
+        self, asked: EvalSet, questions: list[Question], wanted: list[Request], journal: Journal, rows: dict[str, Row]
+    ) -> dict[str, Reply]:
+        """The generated replies; each is scored into `rows` as it comes, while others are waited for."""
+        meter, by_id = Meter(asked.name, len(wanted), self.progress), {q.id: q for q in questions}
+
+        def arrived(reply: Reply, fresh: bool) -> None:
+            meter(reply, fresh)
+            rows[reply.id] = row(asked, by_id[reply.id], {reply.id: reply})
+
+        replies = self.client.ask(wanted, journal, arrived)
+        meter.ended = time.perf_counter()
+        self.meters.append(meter)
+        return replies
+
+    def _grades(self, asked: EvalSet, questions: list[Question], replies: dict[str, Reply]) -> dict[str, Reply]:
+        """A judge's replies, where the set wants them and there is one."""
+        if self.judge is None or "judge" not in asked.file.metrics:
+            return {}
+        wanted = gradings(questions, replies, self.judge.model)
+        journal = Journal(self.journals / f"{asked.name}.judge.jsonl")
+        return self.judge.client.ask(wanted, journal, Meter(asked.name, len(wanted), self.progress))
 
     def _measured(self, client: Client, wanted: list[Request], journal: Journal, name: str) -> dict[str, Reply]:
         """Replies to requests for log-probabilities; only one where the endpoint refuses even the shortest."""

@@ -18,7 +18,7 @@ from evalsets.kinds.kind import accuracy
 from evalsets.kinds.texts import likeness, text_figures
 from evalsets.sets import EvalSet, Question, contradictions
 
-__all__ = ["Scores", "headline", "likeness", "requests", "score", "text_figures"]
+__all__ = ["Scores", "headline", "likeness", "requests", "row", "score", "text_figures", "total"]
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,26 @@ def _chat(asked: EvalSet, question: Question, model: str) -> Request:
 
 def score(asked: EvalSet, questions: list[Question], replies: Mapping[str, Reply]) -> Scores:
     """Score every question of a set; a question without a reply is a failed one."""
-    kind, rows = KINDS[asked.kind], []
-    for question in questions:
-        reply = replies.get(question.id) or Reply(question.id, "", error="not asked")
-        rows.append(_common(question, reply) | kind.row(asked.file, question, reply, replies))
+    return total(asked, questions, [row(asked, question, replies) for question in questions])
+
+
+def row(asked: EvalSet, question: Question, replies: Mapping[str, Reply]) -> Row:
+    """One question scored, by its reply and those to what else was asked of it."""
+    reply = replies.get(question.id) or Reply(question.id, "", error="not asked")
+    return _common(question, reply) | KINDS[asked.kind].row(asked.file, question, reply, replies)
+
+
+def total(asked: EvalSet, questions: list[Question], rows: list[Row]) -> Scores:
+    """The figures of scored questions."""
+    kind = KINDS[asked.kind]
     subsets = sorted({r["subset"] for r in rows})
     parts = {name: [r for r in rows if r["subset"] == name] for name in subsets}
-    total = kind.figures(asked.file, rows)
+    whole = kind.figures(asked.file, rows)
     each = {name: kind.figures(asked.file, part) for name, part in parts.items()}
     if asked.kind == "choice":
-        total["macro"] = fmean(part["acc"] for part in each.values())
-        total |= _categories(asked, rows)
-    return Scores(total, each, rows, _remarks(questions))
+        whole["macro"] = fmean(part["acc"] for part in each.values())
+        whole |= _categories(asked, rows)
+    return Scores(whole, each, rows, _remarks(questions))
 
 
 def _common(question: Question, reply: Reply) -> Row:
