@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,7 @@ async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 
 async def main() -> None:
     if refuse := SETTINGS.get("refuse"):
+        os.kill(os.getpid(), signal.SIGKILL if refuse == "KILL" else 0)
         sys.exit(refuse)
     if file := SETTINGS.get("child"):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

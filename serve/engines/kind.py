@@ -98,7 +98,8 @@ def check_extra(kind: Kind, environment: Environment, options: Sequence[str]) ->
 
 def chat_template(folder: Path) -> Path | None:
     """The artifact's own chat template as a file, given to engines so that they choose no other; None without one."""
-    text = load_tokenizer(folder).chat_template
+    # loading a tokenizer brings torch with it
+    text = _written(folder) or load_tokenizer(folder).chat_template
     if not isinstance(text, str):
         return None
     file = _kept(f"template-{hashlib.sha256(text.encode()).hexdigest()[:32]}.jinja")
@@ -123,6 +124,17 @@ def gpus(replica: int, count: int) -> list[str]:
     ]
     first = replica * count % max(len(devices) - count + 1, 1)
     return devices[first : first + count]
+
+
+def _written(folder: Path) -> str | None:
+    """The only chat template that the files of a folder hold; None where there is none, or may be several."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if (folder / "additional_chat_templates").is_dir():
+        return None
+    if file.is_file():
+        return file.read_text("utf-8")
+    said = json.loads(config.read_text("utf-8")).get("chat_template") if config.is_file() else None
+    return said if isinstance(said, str) else None
 
 
 def _kept(name: str) -> Path:

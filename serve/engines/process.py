@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from serve.engines.causes import ended
 from suite.errors import SuiteError
 from suite.processes import importing, tail
 
@@ -128,7 +129,7 @@ class EngineProcess:
             hopeless = not was_ready and not any(sign in said for sign in PORT_TAKEN)
             if hopeless or restless >= patience.starts:
                 what = "could not start" if hopeless else f"died {restless} times in a row"
-                raise SuiteError(f"the engine {what}; its log ends with:\n{said}", hint=f"log: {self.log}")
+                raise ended(what, self.log, process.returncode)
             if was_ready:
                 await asyncio.sleep(min(patience.pause * 2 ** (restless - 1), patience.longest_pause))
 
@@ -161,8 +162,7 @@ class EngineProcess:
             if await self._answers(self.url):
                 return True
             if time.monotonic() > deadline:
-                said = f"was not ready after {self._patience.start:.0f} s; its log ends with:\n{tail(self.log)}"
-                raise SuiteError(f"the engine {said}", hint=f"log: {self.log}")
+                raise ended(f"was not ready after {self._patience.start:g} s", self.log)
             await asyncio.sleep(self._patience.poll)
         return False
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ async def answers(url: str) -> bool:
 class Watched:
     """An engine's process, and the states that it went through."""
 
-    def __init__(self, tmp_path: Path, port: int | None = None, **settings: Any) -> None:
+    def __init__(self, tmp_path: Path, port: int | None = None, patience: Patience = HASTY, **settings: Any) -> None:
         self.states: list[State] = []
         self.ports: list[int] = []
         self.settings = settings
@@ -48,7 +49,7 @@ class Watched:
                 [sys.executable, "-S", str(UPSTREAM), str(port), json.dumps(self.settings)], {"UPSTREAM_KEY": "k"}
             )
 
-        self.process = EngineProcess(launch, answers, tmp_path / "log", changed=self._note, patience=HASTY)
+        self.process = EngineProcess(launch, answers, tmp_path / "log", changed=self._note, patience=patience)
 
     def _note(self) -> None:
         self.states.append(self.process.state)
@@ -115,6 +116,37 @@ def test_one_that_never_answered_fails_at_once_with_its_last_lines(tmp_path: Pat
         assert watched.process.starts == 1
         assert "no such model: /nowhere" in str(watched.process.error)
         assert str(tmp_path / "log") in str(watched.process.error)
+
+    asyncio.run(scenario())
+
+
+def test_one_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        watched = Watched(tmp_path, patience=replace(HASTY, start=0.3), delay=600, child=str(tmp_path / "child"))
+        watched.process.start()
+        await watched.at("failed")
+        assert "was not ready after 0.3 s" in str(watched.process.error)
+        assert not alive(int((tmp_path / "child").read_text()))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("no such model: /nowhere", "no such model: /nowhere"),
+        ("(Worker pid=7) ERROR 11-22 [x.py:1] ValueError: 9 GiB is less than requested memory for kv" + "\n#" * 20,
+         "\n  ValueError: 9 GiB is less than requested memory for kv\nits log ends with:\n  #"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "hint: lower --memory or --cache-memory"),
+        ("KILL", "it was killed, as the system does where memory runs out"),
+    ],
+)  # fmt: skip
+def test_an_error_says_the_cause_and_what_to_lower(tmp_path: Path, said: str, shown: str) -> None:
+    async def scenario() -> None:
+        watched = Watched(tmp_path, refuse=said)
+        watched.process.start()
+        await watched.at("failed")
+        assert shown in str(watched.process.error)
 
     asyncio.run(scenario())
 
