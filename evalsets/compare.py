@@ -37,11 +37,15 @@ class Report:
             hint = "give the folder that an eval stage made"
             raise SuiteError(f"no evaluation report in {folder}", hint=hint) from None
 
-    def rows(self, name: str) -> dict[str, Row]:
-        """The rows of a set by question digest; none where the set was not available."""
+    def answers(self, name: str) -> list[Row]:
+        """The rows of a set in their order; none where the set was not available."""
         path = self.folder / "answers" / f"{name}.jsonl"
         lines = path.read_text("utf-8").split("\n") if path.is_file() else []
-        return {row["digest"]: row for row in map(json.loads, filter(None, lines))}
+        return [json.loads(line) for line in lines if line]
+
+    def rows(self, name: str) -> dict[str, Row]:
+        """The rows of a set by question digest."""
+        return {row["digest"]: row for row in self.answers(name)}
 
 
 @dataclass(frozen=True)

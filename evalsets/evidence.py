@@ -31,7 +31,7 @@ class ReportEvidence(Evidence):
         name = self._set(path)
         if against is not None:
             return _beside(self._difference(against, name, confidence), confidence)
-        kind, rows = self.report.sets[name]["kind"], list(self.report.rows(name).values())
+        kind, rows = self.report.sets[name]["kind"], self.report.answers(name)
         if not rows:
             raise Unmeasured(f"'{name}' has no answers to single questions, so '{path}' has no interval")
         if kind == "perplexity":

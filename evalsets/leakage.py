@@ -135,8 +135,9 @@ def annotate(
     """Put `leakage` into each of a report's `sets` and into its total; `answers` are the rows by set.
 
     In a total: the `n` questions that overlap with the `files` of training data, their `share`, and `clean`, the mean
-    score (or perplexity) of the others, None where there are none. In the set: their "ids", how many were "too_short"
-    to be recognised, how many "files" were read, and what is "unknown" of the training data.
+    score (or perplexity) of the others, None where there are none; "not_available" without any file. In the set: their
+    "ids", how many were "too_short" to be recognised, how many "files" were read, and what is "unknown" of the training
+    data.
     """
     groups: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # the form of a prompt is that of a language
     for name, found in answers.items():
@@ -155,7 +156,9 @@ def annotate(
             continue
         clean = _score(sets[name]["kind"], [row for row in found if row["id"] not in leaked[name]])
         n = len(leaked[name])
-        sets[name]["total"]["leakage"] = {"n": n, "share": n / len(found), "clean": clean}
+        known = {"n": n, "share": n / len(found), "clean": clean}
+        why = "no training data is at hand" + "".join(f"; {reason}" for reason in unknown)
+        sets[name]["total"]["leakage"] = known if files else {"not_available": why}
         sets[name]["leakage"] = {
             "ids": sorted(leaked[name]), "too_short": too_short[name], "files": len(files), "unknown": list(unknown),
         }  # fmt: skip
@@ -178,10 +181,9 @@ def _score(kind: str, found: Sequence[Row]) -> float | None:
 def said(found: Mapping[str, Any], headline: str) -> str:
     """One sentence about the leakage of a set, for people."""
     total, known = found["total"]["leakage"], found["leakage"]
-    unknown = f"; unknown: {', '.join(known['unknown'])}" if known["unknown"] else ""
-    if not known["files"]:
-        return f"Leakage: no training data is at hand{unknown}."
-    n = total["n"]
+    if "not_available" in total:
+        return f"Leakage is not known: {total['not_available']}."
+    n, unknown = total["n"], f"; unknown: {', '.join(known['unknown'])}" if known["unknown"] else ""
     clean = f", {headline} on the others {total['clean']:.4g}" if n and total["clean"] is not None else ""
     short = f"; {known['too_short']} are too short to be recognised" if known["too_short"] else ""
     return (

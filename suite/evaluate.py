@@ -6,33 +6,60 @@ What is evaluated is what users will talk to, with its server, its chat template
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from evalsets import named
-from evalsets.compare import compare
+from evalsets import leakage, named, report
+from evalsets.compare import Report, compare
 from evalsets.external import harness
 from evalsets.external.harness import External
+from evalsets.sets import EvalSet
 from suite import processes
-from suite.config import ArtifactType, Launch, ModelRef, Names, Takes
+from suite.config import ArtifactType, Config, Launch, ModelRef, Names, Takes
 from suite.errors import StageFailed, SuiteError
+from suite.lineage import training_data
 from suite.stages import Artifact, Job, Stage
+
+if TYPE_CHECKING:
+    from evalsets import evaluation
 
 __all__ = ["DEFAULT_SETS", "Evaluate", "compare", "evaluate_url"]
 
 DEFAULT_SETS = ["ceval-mini", "summaries", "perplexity"]
 
 
+class Judge(Config):
+    """The table `judge`: a model that grades replies, for sets whose metrics name it."""
+
+    url: str
+    """Its endpoint, any that speaks OpenAI's API."""
+    model: str
+    """The name to ask for."""
+    api_key_env: str = ""
+    """Environment variable that holds the API key."""
+
+    def client(self, concurrency: int, timeout: float) -> evaluation.Judge:
+        """What asks it; raises SuiteError where the variable with the key is empty."""
+        from evalsets.ask import Client
+        from evalsets.evaluation import Judge as Asked
+
+        key = os.environ.get(self.api_key_env) if self.api_key_env else None
+        if self.api_key_env and not key:
+            raise SuiteError(f"{self.api_key_env} is not set", where="judge", hint=f"export {self.api_key_env}=...")
+        return Asked(Client(self.url, key, concurrency, timeout), self.model)
+
+
 class Evaluate(Stage):
     """Score a model, a quantized model or an adapter through its served endpoint."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = (
         "torch", "transformers", "rouge-score", "rouge-chinese", "jieba", "sacrebleu",
     )  # fmt: skip
@@ -47,6 +74,8 @@ class Evaluate(Stage):
     two with `=FOLDER` where their data is local."""
     external: harness.Settings = harness.Settings()
     """How the sets of other programs are asked."""
+    judge: Judge | None = None
+    """Who grades replies, for sets whose metrics name a judge."""
     limit: int | None = Field(default=None, ge=1)
     """Questions of each set, for a quick look; all when left out."""
     backend: str = "torch"
@@ -69,7 +98,7 @@ class Evaluate(Stage):
         whole = super().recipe() | {"sets": {asked.name: asked.digest for asked in sets}}
         if not any(isinstance(asked, External) for asked in sets):
             del whole["external"]
-        return whole
+        return {key: value for key, value in whole.items() if (key, value) != ("judge", None)}
 
     def environment(self) -> str:
         """The one of an engine that is another program's."""
@@ -84,9 +113,8 @@ class Evaluate(Stage):
             check_backend(self.backend)
         with _at("sets"):
             for asked in named.load(self.sets):
-                if isinstance(asked, External):
-                    asked.check(self.external)
-                else:
+                _check(asked, self.external, self.judge)
+                if not isinstance(asked, External):
                     asked.questions(self.limit)
         subject = next(iter(inputs.get("model", ())), None)
         if subject is None:
@@ -123,8 +151,10 @@ class Evaluate(Stage):
             found = evaluate(
                 client, name, sets, job.out, journals,
                 limit=self.limit, external=self.external, progress=job.progress,
+                judge=self.judge.client(self.concurrency, self.timeout) if self.judge else None,
             )  # fmt: skip
             memory = processes.peak_memory(child.pid for child in psutil.Process().children(recursive=True))
+        _find_leaks(job, name, found.sets)
         for asked_name, set_found in found.sets.items():
             for text in _doubts(asked_name, set_found["total"]):
                 job.warn(text)
@@ -136,6 +166,25 @@ class Evaluate(Stage):
                 raise StageFailed(text, hint=hint)
             job.warn(text)
         return found.metrics | ({"memory": memory} if memory else {})
+
+
+def _find_leaks(job: Job, name: str, sets: dict[str, dict[str, Any]]) -> None:
+    """Look for the questions in what the model learnt from, and write the report again with what was found."""
+    known = training_data(job.input("model"))
+    answers = {asked: Report.read(job.out).answers(asked) for asked in sets}
+    leakage.annotate(sets, answers, known.files, known.unknown, job.progress)
+    report.write(job.out, name, sets)
+
+
+def _check(asked: EvalSet | External, settings: harness.Settings, judge: Judge | None) -> None:
+    """Raise SuiteError where a set needs what is not there."""
+    if isinstance(asked, External):
+        asked.check(settings)
+    elif "judge" in asked.file.metrics:
+        if judge is None:
+            hint = 'give one: judge = {url = "...", model = "..."}, or --judge url=... --judge model=...'
+            raise SuiteError(f"a judge grades the replies to '{asked.name}', and there is none", hint=hint)
+        judge.client(1, 1)
 
 
 def _doubts(name: str, total: Mapping[str, Any]) -> Iterator[str]:
@@ -163,7 +212,8 @@ def _at(field: str) -> Iterator[None]:
 
 def evaluate_url(
     url: str, model: str, sets: list[str], out: Path | None = None, *, concurrency: int = 16, limit: int | None = None,
-    api_key: str | None = None, timeout: float = 120.0, external: harness.Settings | None = None, show: bool = False,
+    api_key: str | None = None, timeout: float = 120.0, external: harness.Settings | None = None,
+    judge: Judge | None = None, show: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score `model` behind any OpenAI endpoint; returns the same metrics as the stage.
 
@@ -183,8 +233,7 @@ def evaluate_url(
     loaded = named.load(sets)
     external = external or harness.Settings()
     for asked in loaded:
-        if isinstance(asked, External):
-            asked.check(external)
+        _check(asked, external, judge)
     known = client.models().get(model, {}).get("fingerprint")
     columns = (
         TextColumn("{task.description}"),
@@ -206,7 +255,8 @@ def evaluate_url(
         folder = out or Path(scratch)
         journals = folder / "asked" / known if known else folder / "unfinished"
         found = evaluate(
-            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress
+            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress,
+            judge=judge.client(concurrency, timeout) if judge else None,
         )  # fmt: skip
         if not known and not found.failed:
             shutil.rmtree(journals)

@@ -40,7 +40,7 @@ class Evidence:
     @cached_property
     def metrics(self) -> Mapping[str, Any]:
         """Everything measured, by name, and `bytes` and `seconds`, its size and how long it took to make."""
-        found = self.artifact.metrics | {"bytes": size(self.artifact)}
+        found = {"bytes": size(self.artifact)} | self.artifact.metrics
         seconds = self.artifact.record.get("seconds")
         return found if seconds is None else found | {"seconds": seconds}
 

@@ -144,5 +144,6 @@ def test_the_score_of_the_rest_is_beside_the_score(tmp_path: Path) -> None:
     said = leakage.said(sets["quiz"], "accuracy")
     assert "2 questions (66.7 %) overlap with the training data, accuracy on the others 0" in said
     assert "unknown: base was not made here" in said
-    annotate(sets, answers, [], ["gone"])
-    assert leakage.said(sets["quiz"], "accuracy") == "Leakage: no training data is at hand; unknown: gone."
+    annotate(sets, answers, [], ["x is gone"])
+    assert leakage.said(sets["quiz"], "accuracy") == "Leakage is not known: no training data is at hand; x is gone."
+    assert set(sets["quiz"]["total"]["leakage"]) == {"not_available"}  # so that no gate passes on it
