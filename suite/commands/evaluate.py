@@ -21,7 +21,7 @@ def command(verb: str, arguments: list[str]) -> int:
             )
         return stage.command(verb, arguments)
     from evalsets.external.harness import Settings
-    from suite.evaluate import evaluate_url
+    from suite.evaluate import Judge, evaluate_url
 
     given = _parser(verb).read(arguments)
     if min(given.concurrency, given.limit or 1) < 1 or given.max_failed < 0 or given.timeout <= 0:
@@ -36,6 +36,7 @@ def command(verb: str, arguments: list[str]) -> int:
         api_key=key_in(given.api_key_env),
         timeout=given.timeout,
         external=parse(Settings, pairs("--external", given.external), Where()),
+        judge=parse(Judge, pairs("--judge", given.judge), Where()) if given.judge else None,
         show=not given.json,
     )
     if given.json:
@@ -69,6 +70,10 @@ def _parser(verb: str) -> Parser:
     flag(
         "--external", action="append", default=[], metavar="KEY=VALUE",
         help="how sets of other programs are asked: max_tokens, temperature, seed, stop, args",
+    )  # fmt: skip
+    flag(
+        "--judge", action="append", default=[], metavar="KEY=VALUE",
+        help="who grades replies, where a set wants it: url, model, api_key_env",
     )  # fmt: skip
     flag("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     flag("--json", action="store_true", help="JSON on stdout, for machines")
