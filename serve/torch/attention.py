@@ -33,12 +33,16 @@ def slot_mask(
     """
     if mask_function is causal_mask_function and isinstance(q_offset, int) and 1 in (q_length, q_offset + 1):
         return None
-    batch = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     query = torch.arange(q_length, device=device)[:, None]
     query = query + (q_offset if isinstance(q_offset, int) else q_offset[:, None, None, None])
     key = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
-    seen = mask_function(batch, head, query, key).expand(batch_size, 1, q_length, kv_length)
+    if mask_function is causal_mask_function:
+        seen = key <= query
+    else:
+        batch = torch.arange(batch_size, device=device)[:, None, None, None]
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        seen = mask_function(batch, head, query, key)
+    seen = seen.expand(batch_size, 1, q_length, kv_length)
     return torch.zeros((), dtype=dtype, device=device).where(seen, float("-inf"))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from serve.torch.fused import Part
+from serve.torch.layers import Projection
 
 READING, MOVING = 16, 6
 """Reading the weights of a block takes about as long as computing this many rows with them; bringing a row to its block
@@ -167,7 +168,11 @@ class MultiLora:
                 parts = {n: p for n, p in self._parts.items() if p.path == path} or {name: Part(path, 0, b.shape[1])}
                 layer = self._layers[path] = _Layer(parts, a)
                 layer.resize(len(self._slots), self._room)
-                self._model.get_submodule(path).register_forward_hook(layer)
+                module = self._model.get_submodule(path)
+                if isinstance(module, Projection):
+                    module.adapt = layer.add
+                else:
+                    module.register_forward_hook(layer.hook)
 
     def _path(self, name: str) -> str:
         return self._parts[name].path if name in self._parts else name
@@ -266,13 +271,17 @@ class _Layer:
             self._a_t = self._a[slots, :, : plan.rank].flatten(0, 1).transpose(1, 2)  # (blocks * P, in, R)
             self._b_t = self._b[slots, :, : plan.rank].flatten(0, 1)  # (blocks * U, R, out / U)
 
-    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-        """The hook. Inputs and outputs are (B, Q, ...), or (B * Q, ...) as a mixture of experts flattens them."""
+    def hook(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """What `nn.Module.register_forward_hook` takes."""
+        self.add(inputs[0], output)
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """To the output for `x`. They are (B, Q, ...), or (B * Q, ...) as a mixture of experts flattens them."""
         plan = self._plan
         if plan is None:
-            return None
-        x, gather, parts, units = inputs[0].to(self._a.dtype), plan.gather, len(self.parts), self._units
-        size = x.shape[-1]
+            return
+        gather, parts, units, size = plan.gather, len(self.parts), self._units, x.shape[-1]
+        x = x.to(self._a.dtype)
         if gather is not None:
             x = x.reshape(plan.batch, -1).index_select(0, gather.source(parts))
         elif parts > 1:
@@ -291,7 +300,6 @@ class _Layer:
             output.view(plan.blocks * units, -1, self._width).baddbmm_(low, self._b_t)
         else:
             output_by_unit += torch.bmm(low, self._b_t).view_as(output_by_unit)
-        return output
 
 
 def arrange(rows: Sequence[Hashable]) -> tuple[int, list[Block]]:

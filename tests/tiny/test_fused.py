@@ -14,7 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from serve.torch.attention import register
 from serve.torch.cache import SlotCache
-from serve.torch.fused import FusedNorm, fuse
+from serve.torch.fused import fuse
+from serve.torch.layers import FusedNorm
+from serve.torch.stack import Stack
 from tests.tiny.tiny_models import tiny_model
 
 QKV = ["k_proj", "q_proj", "v_proj"]
@@ -56,6 +58,7 @@ def names(parts: dict[str, Any], layer: int) -> list[str]:
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}, GATE_UP + QKV),
         ("mistral", {"sliding_window": 4}, GATE_UP + QKV),
+        ("mistral", {"sliding_window": None}, GATE_UP + QKV),
         ("qwen2", {}, GATE_UP + QKV),
         ("qwen3", {}, GATE_UP + QKV),
         ("gemma", {}, GATE_UP + QKV),
@@ -77,6 +80,8 @@ def test_logits_are_the_same(tmp_path: Path, architecture: str, config: dict[str
     parts = fuse(model)
     assert names(parts, 0) == names(parts, 1) == sorted(fused)
     torch.testing.assert_close(read(model), wanted, atol=2e-4, rtol=1e-4)
+    plain = architecture in ("llama", "qwen2", "qwen3") or config.get("sliding_window", 0) is None
+    assert isinstance(vars(model).get("forward"), Stack) == plain, "the others have windows, scales or more norms"
     for path, (wide, first, last) in parts.items():
         assert torch.equal(model.get_submodule(wide).weight[first:last], weights[f"{path}.weight"])
 
