@@ -12,14 +12,19 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+THINKING = re.compile(
+    r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\A(?:(?!<think).)*?</think(?:ing)?>",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Reasoning, also where the prompt has its opening mark."""
 
 OPEN = (
-    r"[\s*_`'\"(\[{<“‘「『【《$]*(?:\\(?:boxed|text|mathrm|mathbf)\{\s*)*[\s*(]*(?:(?:option|choice)\s+|选项\s*|选\s*)?"
+    r"[\s*_`'\"(\[{<“‘「『【《$]*(?:\\(?:boxed|text|mathrm|mathbf)\{\s*)*[\s*(]*"
+    r"(?:(?:option|choice)\s+|选项\s*|选\s*)?[*(“\"]*"
 )
 """What may stand before the letter: quotes, brackets, emphasis, LaTeX, the word "option"."""
 
-END = r"(?![A-Za-z0-9_'’+#]|-[A-Za-z0-9]|\.[A-Za-z]\.)"
+END = r"(?!_*[A-Za-z0-9'’+#]|-[A-Za-z0-9]|\.[A-Za-z]\.)"
 """The letter is not the beginning of a word, a contraction, C++, A-level or e.g."""
 
 ANNOUNCED = re.compile(
@@ -41,13 +46,14 @@ DENIED_AFTER = re.compile(
     r"(?:(?:is|are|was|looks|seems)\s+(?:not|wrong|incorrect|false|impossible)|isn['’]?t|是?(?:错|不对|不正确|不是|有误))",
     re.IGNORECASE,
 )
+DOUBTED = re.compile(r"[\s*_`'\")\]”’」]*(?:\?|吗|么)")
 VERB = re.compile(r"\s+(?:is|because|since|as|seems|would|must|should)\b")
 ANOTHER = re.compile(r"\s*(?:or|and|/|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
 MARKS = re.compile(r"[*_`$\"'“”‘’「」『』《》()\[\]{}<>]")
 """What may stand around each letter of several."""
 AMONG = (
     r"(?:\s*[,;、/&+\n]\s*(?:and\s+|or\s+)?|\s+(?:and|or)\s+|\s*[和与及]\s*|\s+(?=[A-Za-z](?![a-z])))"
-    r"(?:option\s+|选项)?"
+    r"(?i:option\s+|选项)?"
 )
 """What may stand between them."""
 UNDECIDED = re.compile(r"\s*(?:\bor\b|或)", re.IGNORECASE)
@@ -61,7 +67,7 @@ def letter(reply: str, letters: str = "ABCD") -> str | None:
     return _leading(text, one) or _announced(text, one) or _only(text, letters)
 
 
-def letters(reply: str, letters: str = "ABCD") -> str | None:
+def letters(reply: str, options: str = "ABCD") -> str | None:
     """The options that the reply chooses where several may be right, in alphabetical order; None where it names none.
 
     >>> letters("The correct options are **A**, C and (D), not B.")
@@ -69,18 +75,18 @@ def letters(reply: str, letters: str = "ABCD") -> str | None:
     """
     text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply))
     text = MARKS.sub("", re.sub(r"\\(?:boxed|text|mathrm|mathbf)\b", "", text)).strip()
-    one = f"[{letters}{letters.lower()}]"
-    group = re.compile(rf"\s*(?:[{letters}]{{2,}}|{one}(?:{AMONG}{one})*){END}")
+    one = f"[{options}{options.lower()}]"
+    group = re.compile(rf"\s*(?i:options?\s+|choices?\s+|选项)?(?:[{options}]{{2,}}|{one}(?:{AMONG}{one})*){END}")
     for start in (0, *(found.end() for found in ANNOUNCED.finditer(text))):
         found = group.match(text, start)
         if found and not _a_word(found[0].strip(), text[found.end() :]) and not DENIED_AFTER.match(text[found.end() :]):
             if UNDECIDED.search(found[0]) or UNDECIDED.match(text, found.end()):
                 return None
-            listed = re.findall(rf"^\s*([{letters}])[.:)、]", text[start:], re.MULTILINE)
-            chosen = {*_alone(found[0], letters), *(listed if listed and found[0].strip() == listed[0] else ())}
+            listed = re.findall(rf"^\s*([{options}])[.:)、]", text[start:], re.MULTILINE)
+            chosen = {*_alone(found[0], options), *(listed if listed and found[0].strip() == listed[0] else ())}
             return "".join(sorted(chosen))
-    undecided = re.search(rf"\b[{letters}](?:\s+or\s+|\s*或\s*)[{letters}]\b", text)
-    return None if undecided else "".join(sorted(_standing(text, letters))) or None
+    undecided = re.search(rf"\b[{options}](?:\s+or\s+|\s*或\s*)[{options}]\b", text)
+    return None if undecided else "".join(sorted(_standing(text, options))) or None
 
 
 def _alone(group: str, letters: str) -> set[str]:
@@ -126,7 +132,7 @@ def _leading(text: str, one: re.Pattern[str]) -> str | None:
         return None
     rest = text[found.end() :]
     maybe_word = found[1].islower() or found[1] in "AI"
-    if ANOTHER.match(rest) or LISTED.match(rest) or DENIED_AFTER.match(rest) or (maybe_word and _goes_on(rest)):
+    if _undecided(rest) or DENIED_AFTER.match(rest) or (maybe_word and _goes_on(rest)):
         return None
     return found[1].upper()
 
@@ -138,8 +144,8 @@ def _announced(text: str, one: re.Pattern[str]) -> str | None:
         if not found:
             continue
         rest = text[found.end() :]
-        if not (found[1] in "aAI" and _goes_on(rest)) and not DENIED_AFTER.match(rest):
-            return None if ANOTHER.match(rest) or LISTED.match(rest) else found[1].upper()
+        if not (found[1] in "aAI" and _goes_on(rest)) and not DENIED_AFTER.match(rest) and not DOUBTED.match(rest):
+            return None if _undecided(rest) else found[1].upper()
     return None
 
 
@@ -154,9 +160,19 @@ def _standing(text: str, letters: str) -> set[str]:
     named = set()
     for found in re.finditer(rf"(?<![A-Za-z0-9_'’.\-])[{letters}]{END}", text):
         before, rest = text[: found.start()], text[found.end() :]
-        if not ((found[0] in "AI" and _goes_on(rest)) or DENIED_BEFORE.search(before) or DENIED_AFTER.match(rest)):
+        if not (
+            (found[0] in "AI" and _goes_on(rest))
+            or DENIED_BEFORE.search(before)
+            or DENIED_AFTER.match(rest)
+            or DOUBTED.match(rest)
+        ):
             named.add(found[0])
     return named
+
+
+def _undecided(rest: str) -> bool:
+    """Whether another letter follows, or a question mark."""
+    return any(pattern.match(rest) for pattern in (ANOTHER, LISTED, DOUBTED))
 
 
 def _goes_on(rest: str) -> bool:

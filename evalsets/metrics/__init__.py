@@ -33,7 +33,7 @@ def check(names: list[str], where: str) -> None:
     """Raise SuiteError for a metric that nobody knows, or a first one that a single reply does not have."""
     for name in names:
         if ":" in name:
-            own.load(name)
+            own.load(name, where)
         elif name not in KNOWN:
             raise SuiteError(f"unknown metric '{name}'", where=where, hint=f"{near(name, KNOWN)}, or module:function")
     if names[0] == "bleu":

@@ -14,16 +14,17 @@ from suite.errors import SuiteError
 
 
 @cache
-def load(name: str) -> Callable[[str, str], Any]:
-    """The function; raises SuiteError where it cannot be imported."""
+def load(name: str, where: str = "") -> Callable[[str, str], Any]:
+    """The function; raises SuiteError, with the place that names it, where it cannot be imported."""
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the module does when it is imported
-        hint = "its module must be on PYTHONPATH"
-        raise SuiteError(f"metric '{name}' cannot be imported: {type(error).__name__}: {error}", hint=hint) from None
+        text = f"metric '{name}' cannot be imported: {type(error).__name__}: {error}"
+        raise SuiteError(text, where=where, hint="its module must be on PYTHONPATH") from None
     if not callable(found):
-        raise SuiteError(f"metric '{name}' is no function", hint="def metric(reply: str, expected: str) -> float")
+        hint = "def metric(reply: str, expected: str) -> float"
+        raise SuiteError(f"metric '{name}' is no function", where=where, hint=hint)
     return found  # type: ignore[no-any-return]
 
 

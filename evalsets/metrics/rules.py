@@ -21,7 +21,7 @@ from suite.errors import SuiteError, near
 WORD = re.compile(
     r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff]+(?:['’-][^\W_\u3400-\u4dbf\u4e00-\u9fff]+)*"
 )
-SENTENCE = re.compile(r"[^.!?。！？\n]*[^\s.!?。！？][^.!?。！？\n]*(?:[.!?。！？]+(?!\w)|\n|\Z)")
+SENTENCE_END = re.compile(r"[.!?](?!\w)|[。！？\n]")
 ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", re.MULTILINE)
 
 
@@ -58,7 +58,7 @@ class Sentences(Count):
     """Sentences, ended by a mark or a line."""
 
     def count(self, reply: str) -> int:
-        return len(SENTENCE.findall(reply))
+        return sum(bool(WORD.search(part)) for part in SENTENCE_END.split(reply))
 
 
 class Items(Count):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evalsets.extract import letter, named
+from evalsets.extract import letter, letters, named
 
 HARD = {
     # bare letters, marks, cases, widths
@@ -24,6 +24,14 @@ HARD = {
     "not B": None, "Not A, so B": "B", "B, not C": "B", "The answer is not B but C": "C", "答案不是B，是C": "C", "不选A，选C": "C",
     "B is wrong, C is right": "C", "It can't be A": None, "选项A错误，选项B正确，答案：B": "B", "我认为B是错的，应该选A": "A",
     "A is wrong. B is wrong. C is right.": "C", "B is not right. The answer is C": "C", "D rather than A": "D",
+    "neither A nor B, so C": "C", "A is incorrect; B is incorrect; C is correct.": "C", "A：不对。B：正确。": "B", "不是A也不是B，而是D": "D", "排除A、B，选C": "C",
+    "The answer is not A. It is D.": "D", "It isn't B": None, "Neither A nor B": None, "I choose B over A": "B", "B (not C)": "B",
+    # doubt
+    "A? No, B.": "B", "是B吗？不，是C。": "C", "The answer is A? No, C": "C", "B?": None,
+    # marks of formats
+    "__B__": "B", "_B_": "B", "# Answer\nB": "B", "**Answer**: B": "B", "The answer: option (b)": "B", "<answer>B</answer>": "B", "【答案】Ｂ": "B",
+    "\\(\\boxed{D}\\)": "D", "\\mathbf{(A)}": "A", "答案是“B”": "B", "故答案为:Ｄ.": "D", "因此选择 B 项": "B", "Ｂ．巴黎": "B", "ANSWER: C": "C",
+    "B_1": None, "snake_B_case": None, "BBBB": None,
     # undecided
     "": None, "Paris": None, "Either A or B": None, "A or B": None, "b or c": None, "B and C": None, "A/B": None, "The answer is A or B": None, "答案：B、C": None, "B, A is wrong": "B", "Answer: B, not C": "B", "A, B": None, "A, B, C, D": None,
     "ABCD": None, "I do not know.": None, "我不知道": None, "答案：": None,
@@ -32,12 +40,50 @@ HARD = {
     "e.g. this": None, "a good question": None, "The answer is a dog": None, "A-level": None, "A is correct": "A", "a is correct": "A",
     # reasoning
     "<think>maybe A, or C</think>B": "B", "<think>A or B ...": None, "<THINK>A</THINK>\n\nThe answer is D": "D",
+    "perhaps the answer is A? no\n</think>\nAnswer: B": "B", "<thought>A</thought>C": "C", "<reasoning>A": None,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("reply", "chosen"), HARD.items())
 def test_hard_replies(reply: str, chosen: str | None) -> None:
     assert letter(reply) == chosen
+
+
+SEVERAL = {
+    # lists in every form
+    "A, C": "AC", "AC": "AC", "ABD.": "ABD", "A and B are right": "AB", "a, c": "AC", "(A) (C)": "AC", "A和C": "AC", "A、B、D": "ABD", "Ａ，Ｃ": "AC", "A & D": "AD",
+    "The correct options are **A**, C and (D), not B.": "ACD", "答案：A、C": "AC", "答案：ACD": "ACD", "选AB": "AB", "故选：BD": "BD", "\\boxed{A, C}": "AC",
+    "C, A": "AC", "A. Paris\nC. London": "AC", "- A\n- C": "AC", "Both A and C": "AC", "A, A": "A", "ABCD": "ABCD", "Option A and option C": "AC",
+    # one
+    "B": "B", "The answer is A.": "A", "答案：B": "B",
+    # running on, reasoning, denial
+    "Answer: A,B\n\nQuestion: x\nAnswer: C": "AB", "<think>A</think>B C": "BC", "A、B、D正确，C错误": "ABD", "A是错的，B、C对": "BC",
+    # undecided, or none
+    "A or B": None, "A或B": None, "The answer is either A or C": None, "A dog": None, "I do not know": None, "": None, "不知道": None, "Bad question": None, "add": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "chosen"), SEVERAL.items())
+def test_several_letters(reply: str, chosen: str | None) -> None:
+    assert letters(reply) == chosen
+
+
+@given(
+    st.sets(st.sampled_from("ABCDEFGHIJ"), min_size=1),
+    st.sampled_from([", ", "、", "", " and ", "和", "; ", "\n"]),
+    st.sampled_from(
+        ["{}", "Answer: {}", "答案：{}", "The correct options are {}.", "\\boxed{{{}}}", "**{}**", "（{}）"]
+    ),
+)
+def test_several_letters_in_every_form(chosen: set[str], between: str, form: str) -> None:
+    right = "".join(sorted(chosen))
+    assert letters(form.format(between.join(right)), "ABCDEFGHIJ") == right
+
+
+@given(st.text())
+def test_any_reply_gives_some_options_or_nothing(reply: str) -> None:
+    found = letters(reply)
+    assert found is None or (found and set(found) <= set("ABCD") and list(found) == sorted(set(found)))
 
 
 def test_only_the_options_of_the_question_count() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import sacrebleu
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from evalsets import metrics
+from suite.errors import SuiteError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # their sources have invalid escape sequences
@@ -79,3 +81,55 @@ def test_exact_ignores_only_white_space_around() -> None:
     assert metrics.exact(" 42\n", "42") == 1
     assert metrics.exact("42.0", "42") == 0
     assert metrics.exact("Yes", "yes") == 0
+
+
+@pytest.mark.parametrize(("reply", "reference"), ENGLISH + CHINESE)
+def test_chrf(reply: str, reference: str) -> None:
+    assert metrics.chrf(reply, reference) == sacrebleu.sentence_chrf(reply, [reference]).score / 100
+
+
+@pytest.mark.parametrize(
+    ("reply", "reference", "f1", "jaccard"),
+    [
+        ("The cat sat.", "a cat sat", 1, 1), ("the big cat", "the cat", 2 / 3, 1 / 2), ("cat cat dog", "cat", 1 / 2, 1 / 2),
+        ("dog", "cat", 0, 0), ("", "cat", 0, 0), ("the", "a", 1, 1), ("巴黎。", "巴黎", 1, 1), ("他去了巴黎", "巴黎", 4 / 7, 2 / 5),
+        ("用Python写", "用 Python 写的", 6 / 7, 3 / 4), ("3.5", "35", 1, 1),
+    ],
+)  # fmt: skip
+def test_token_f1_and_jaccard(reply: str, reference: str, f1: float, jaccard: float) -> None:
+    assert metrics.f1(reply, reference) == pytest.approx(f1)
+    assert metrics.jaccard(reply, reference) == pytest.approx(jaccard)
+
+
+def test_a_pattern_is_found_or_not() -> None:
+    assert metrics.regex("born in 1912.", r"\b1912\b") == 1
+    assert metrics.regex("born in 19123", r"\b1912\b") == 0
+
+
+def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_metrics_of_a_test.py").write_text(
+        "def longer(reply, expected): return float(len(reply) > len(expected))\n"
+        "def odd(reply, expected): return 3\n"
+        "def broken(reply, expected): return 1 / 0\n"
+        "number = 5\n", "utf-8",
+    )  # fmt: skip
+    (tmp_path / "broken_module_of_a_test.py").write_text("1 / 0\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = "my_metrics_of_a_test:longer"
+    metrics.check(["exact", mine], "set.toml:3")
+    assert metrics.headline([mine, "exact"]) == "longer"
+    assert metrics.likeness(["exact", mine], "en", "longer", "long") == {"exact": 0.0, "longer": 1.0}
+    for name, message in (
+        ("my_metrics_of_a_test:odd", "gave 3, which is no number from 0 to 1"),
+        ("my_metrics_of_a_test:broken", "failed: ZeroDivisionError"),
+    ):
+        with pytest.raises(SuiteError, match=message):
+            metrics.likeness([name], "en", "a", "b")
+    for name, message in (
+        ("my_metrics_of_a_test:none", "cannot be imported: AttributeError"), ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
+        ("broken_module_of_a_test:f", "cannot be imported: ZeroDivisionError"), ("my_metrics_of_a_test:number", "is no function"),
+        ("rogue", "unknown metric 'rogue'\n  hint: did you mean 'rouge'"),
+    ):  # fmt: skip
+        with pytest.raises(SuiteError, match=message) as caught:
+            metrics.check([name], "set.toml:3")
+        assert caught.value.where == "set.toml:3"
