@@ -53,7 +53,7 @@ class Lmdeploy:
 
     def translation(self, settings: Settings) -> Translation:
         """Much."""
-        return LmdeployApi(served(settings.name, settings.model, settings.model))
+        return LmdeployApi(served(settings.name, settings.model, settings.model), settings.max_length)
 
     def check(self, settings: Settings) -> None:
         """Raise SuiteError for what it has no option for, or no engine."""

@@ -34,13 +34,16 @@ NEVER = ("presence_penalty", "frequency_penalty", "stop_token_ids")
 NEVER_OF_TEXT = (*NEVER, "logit_bias", "min_tokens", "structured_outputs", "echo", "logprobs")
 """Fields that it ignores where a text is to be gone on with."""
 MOST_TOKENS = 2**31 - 1
+COLDEST = 1e-3
+"""A temperature below is none: divided by it, numbers of 16 bits are no numbers."""
 
 
 class LmdeployApi(AsIs):
     """Both ways, for chats and texts with one model; its other routes are as they are."""
 
-    def __init__(self, model: Served) -> None:
-        self._model = model
+    def __init__(self, model: Served, limit: int | None) -> None:
+        """`limit` is the longest context, in tokens, where that is known."""
+        self._model, self._limit = model, limit
 
     def inside(self, adapter: str) -> str:
         """Another one: for an adapter that is named as one of its chat templates it takes that template."""
@@ -57,8 +60,8 @@ class LmdeployApi(AsIs):
     def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
         """The request in its words. Raises ApiError 400 for what it would ignore, or fail on."""
         if path == "/v1/chat/completions":
-            return _chat(fields, self._model)
-        return _text(fields, self._model) if path == "/v1/completions" else fields
+            return _chat(fields, self._model, self._limit)
+        return _text(fields, self._model, self._limit) if path == "/v1/completions" else fields
 
     def error(self, status: int, body: bytes) -> tuple[int, bytes]:
         """In OpenAI's form, with OpenAI's code in place of the status where there is one."""
@@ -117,14 +120,15 @@ class LmdeployApi(AsIs):
 # requests
 
 
-def _chat(fields: dict[str, Any], served: Served) -> dict[str, Any]:
+def _chat(fields: dict[str, Any], served: Served, limit: int | None) -> dict[str, Any]:
     body = checked(partial(ChatBody.model_validate_json, json.dumps(fields)))
     _refuse(body, NEVER)
     if body.stops and body.min_tokens:
         raise ApiError(400, "LMDeploy cannot hold back stop strings for min_tokens", param="min_tokens")
     tools = body.usable_tools
     # what the template cannot render, or reads otherwise than it is meant, is an error here and not there
-    prompts.rendered(served, body.messages, tools, dict(body.chat_template_kwargs or {}))
+    prompt = prompts.rendered(served, body.messages, tools, dict(body.chat_template_kwargs or {}))
+    _check_length(prompt, served, limit, "messages")
     asked = {**_shared(fields, body, served), "messages": [message.plain() for message in body.messages]}
     if not tools:
         asked = {k: v for k, v in asked.items() if k not in ("tools", "tool_choice")}
@@ -135,7 +139,7 @@ def _chat(fields: dict[str, Any], served: Served) -> dict[str, Any]:
     return asked
 
 
-def _text(fields: dict[str, Any], served: Served) -> dict[str, Any]:
+def _text(fields: dict[str, Any], served: Served, limit: int | None) -> dict[str, Any]:
     body = checked(partial(CompletionBody.model_validate_json, json.dumps(fields)))
     _refuse(body, NEVER_OF_TEXT)
     if body.samples > 1:
@@ -143,6 +147,8 @@ def _text(fields: dict[str, Any], served: Served) -> dict[str, Any]:
     if body.response_format and body.response_format.type != "text":
         raise ApiError(400, "LMDeploy goes on with a text in any form", param="response_format")
     texts = [given if isinstance(given, str) else _read(given, served) for given in body.prompts]
+    for text in texts:
+        _check_length(text, served, limit, "prompt")
     if body.stream and len(texts) > 1:
         raise ApiError(400, "LMDeploy streams the answer to one text only", param="prompt")
     asked = {**_shared(fields, body, served), "prompt": texts if len(texts) > 1 else texts[0]}
@@ -157,12 +163,20 @@ def _shared(fields: Mapping[str, Any], body: Body, served: Served) -> dict[str, 
     given = {name: getattr(body, name) for name in served.sampling if getattr(body, name) is not None}
     asked |= {**served.sampling, **given}
     asked["top_k"] = max(0, int(asked["top_k"]))
+    if asked["temperature"] < COLDEST:
+        asked["temperature"] = 0
     if body.seed is not None:
         asked["seed"] = body.seed % 2**63
     for name in ("max_tokens", "max_completion_tokens"):
         if fields.get(name) is not None:
             asked[name] = min(fields[name], MOST_TOKENS)
     return asked
+
+
+def _check_length(text: str, served: Served, limit: int | None, param: str) -> None:
+    """Raise ApiError for what is surely too long: nobody else is answered while it splits a text into tokens."""
+    if limit is not None and len(text) > limit * served.longest_token:
+        raise prompts.overflow(f"at least {len(text) // served.longest_token}", limit, param)
 
 
 def _refuse(body: Body, names: Sequence[str]) -> None:

@@ -1,4 +1,7 @@
-"""One server for all contract tests and each backend: torch, and vLLM where `suite env install vllm` has made it.
+"""One server for all contract tests and each backend: torch, and others where `suite env install NAME` has made them.
+
+LMDeploy has no engine for processors: without a GPU its server runs above another one (`tests/lmdeploy_stub.py`), which
+shows its protocol and nothing of how it computes. Where there is one, its tests carry the marker `gpu`.
 
 Files named test_own_* and classes named Own* are about what only our engine has.
 """
@@ -16,18 +19,22 @@ import pytest
 
 from serve.backends import Endpoint, endpoint
 from suite import envs
+from tests import lmdeploy_engine
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 NANO = Path(__file__).parents[2] / "examples/nano/model"
-VLLM = envs.get("vllm")  # before each test gets a store of its own
-BACKENDS = ["torch", *(["vllm"] if VLLM.installed else [])]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "torch": {},
-    "vllm": {
-        "env_python": str(VLLM.python),
-        "max_length": 2048,
-    },
-}
+VLLM, LMDEPLOY = envs.get("vllm"), envs.get("lmdeploy")  # before each test gets a store of its own
+BACKENDS = [
+    "torch",
+    *(["vllm"] if VLLM.installed else []),
+    *(
+        [pytest.param("lmdeploy", marks=[pytest.mark.gpu] if lmdeploy_engine.REAL else [])]
+        if LMDEPLOY.installed
+        else []
+    ),
+]
+VOCABULARY = {"lmdeploy": 480}
+"""Tokens of the model; by default it has some that are no tokens of its tokenizer, on which LMDeploy's server fails."""
 DIFFERENT = {
     "vllm": {
         "test_chat_is_the_models_own_greedy_answer": "leaves half a character out at the end of an answer",
@@ -45,8 +52,34 @@ DIFFERENT = {
         "test_what_the_document_says": "is not in our OpenAPI document",
         "test_an_adapter_has_tokens_too_and_no_model_is_the_base": "is always asked by name",
     },
+    "lmdeploy": {
+        "test_chat_is_the_models_own_greedy_answer": "leaves half a character out at the end of an answer",
+        "test_echo_scores_the_prompt": "gives no log probabilities of texts: 400 says so",
+        "test_log_likelihoods": "gives no log probabilities of texts: 400 says so",
+        "test_a_schema_is_kept_to_in_every_sample_and_streamed": "lets a random model write control characters",
+        "test_structured_outputs": "goes on with a text in any form, and takes no grammars: 400 says so",
+        "test_fields_that_change_the_answer": "has no presence and frequency penalty: 400 says so",
+        "test_logprobs_are_the_models_own": "has no presence and frequency penalty: 400 says so",
+        "test_tokens_that_end_an_answer": "takes no further end tokens: 400 says so",
+        "test_min_tokens_hold_back_the_end_and_stop_strings": "has no least length of a text: 400 says so",
+        "test_a_context_that_is_a_little_too_long": "does not name the field",
+        "test_what_is_not_heeded_is_named": "does not name the fields that it ignores",
+        "test_what_the_document_says": "is not in our OpenAPI document",
+        "test_a_prompt": "has no /tokenize",
+        "test_messages_are_what_a_chat_is_asked": "has no /tokenize",
+        "test_an_adapter_has_tokens_too_and_no_model_is_the_base": "has no /tokenize",
+        "test_bad_bodies[lmdeploy]": "has no /tokenize",
+    },
 }
 """What another engine does otherwise, in tests that say what ours does."""
+
+
+def options(backend: str, scratch: Path) -> dict[str, Any]:
+    """What its server is started with."""
+    if backend == "torch":
+        return {}
+    python = VLLM.python if backend == "vllm" else lmdeploy_engine.interpreter(LMDEPLOY, scratch / "bin")
+    return {"env_python": str(python), "max_length": 2048}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,10 +108,10 @@ class Served:
 @pytest.fixture(scope="session", params=BACKENDS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
-    base = tiny_model(root / "base")
+    base = tiny_model(root / "base", vocab=VOCABULARY.get(request.param, 512))
     adapters = {name: tiny_adapter(base, root / name, rank=4 * i, seed=i) for i, name in enumerate(("a", "b"), 1)}
     with (
-        endpoint(base, adapters, backend=request.param, **OPTIONS[request.param]) as running,
+        endpoint(base, adapters, backend=request.param, **options(request.param, root)) as running,
         httpx.Client(base_url=running.url, timeout=60) as http,
         openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):

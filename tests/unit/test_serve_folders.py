@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from serve.backends import check_backend, endpoint
+from serve.backends import check_backend
 from serve.command import parse_loras, serve
 from serve.folders import check_fits, read_adapter, read_model, tensor_shapes
 from serve.server import listen
