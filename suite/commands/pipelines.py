@@ -108,7 +108,7 @@ def execute(
     read: Plan, *, jobs: int = 1, force: frozenset[str] = frozenset(), as_json: bool = False
 ) -> tuple[Path, SuiteError | None]:
     """Run a plan, leave its run directory complete, print the report; returns the directory and what went wrong."""
-    from suite import report
+    from suite.reports import run as report
 
     at = store.Store(store.home())
     described = [
@@ -128,17 +128,16 @@ def execute(
             runner.run()
         finally:
             link_artifacts(run_dir, [(o.name, o.artifact) for o in runner.outcomes.values() if o.artifact])
-    measured = report.rows(read, runner.outcomes)
-    commands = report.next_commands(read, runner.outcomes, run_dir)
-    report.write(run_dir, read, runner.outcomes, measured, commands)
+    ended = report.ending(read, runner.outcomes, run_dir)
+    report.write(run_dir, ended)
     error = verdict_error(runner.outcomes)
     if as_json:
         summary = {"event": "end", "ok": error is None, "run": str(run_dir), "report": str(run_dir / "report.json")}
         print(json.dumps(summary), flush=True)
     else:
         console = Console(width=None if sys.stdout.isatty() else WIDE)
-        report.show(console, measured)
-        _summary(console, runner.outcomes, run_dir, commands, time.monotonic() - started)
+        report.show(console, ended)
+        _summary(console, runner.outcomes, run_dir, ended.commands, time.monotonic() - started)
     return run_dir, error
 
 
