@@ -14,9 +14,12 @@ RESERVED = ("speed", "memory")
 """What metrics have beside sets."""
 
 
-def load(names: list[str]) -> list[EvalSet | External]:
-    """The sets of these names; raises SuiteError for a name of none, or where two would be reported under one."""
-    found = [harness.parse(name) or sets.load(name) for name in names]
+def load(names: list[str], shots: int | None = None) -> list[EvalSet | External]:
+    """The sets of these names; raises SuiteError for a name of none, or where two would be reported under one.
+
+    `shots` is for those of ours that have solved examples.
+    """
+    found = [harness.parse(name) or sets.load(name, shots) for name in names]
     if not found:
         raise SuiteError("no question sets", hint="known: " + ", ".join(sets.names()))
     counts = Counter(asked.name for asked in found)

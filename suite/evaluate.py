@@ -70,12 +70,14 @@ class Evaluate(Stage):
     base: ModelRef | None = None
     """The model under an adapter; the one it was trained on when left out."""
     sets: Annotated[list[str], Names()] = DEFAULT_SETS
-    """Question sets: names of shipped ones, paths of folders with a set.toml, `evalscope:NAME`, `lmeval:TASK`; the last
-    two with `=FOLDER` where their data is local."""
+    """Question sets: names of shipped ones, paths of folders with a set.toml or with data in a published layout,
+    `evalscope:NAME`, `lmeval:TASK`; the last two with `=FOLDER` where their data is local."""
     external: harness.Settings = harness.Settings()
     """How the sets of other programs are asked."""
     judge: Judge | None = None
     """Who grades replies, for sets whose metrics name a judge."""
+    shots: int | None = Field(default=None, ge=0)
+    """Solved examples before each question of choice and numeric sets; what each set says when left out."""
     limit: int | None = Field(default=None, ge=1)
     """Questions of each set, for a quick look; all when left out."""
     backend: str = "torch"
@@ -93,9 +95,10 @@ class Evaluate(Stage):
         return "report"
 
     def recipe(self) -> dict[str, Any]:
-        """The settings, with the content of each set in place of where it lies."""
-        sets = named.load(self.sets)
+        """The settings, with the content of each set and how it is asked in place of where it lies."""
+        sets = named.load(self.sets, self.shots)
         whole = super().recipe() | {"sets": {asked.name: asked.digest for asked in sets}}
+        del whole["shots"]
         if not any(isinstance(asked, External) for asked in sets):
             del whole["external"]
         return {key: value for key, value in whole.items() if (key, value) != ("judge", None)}
@@ -112,7 +115,7 @@ class Evaluate(Stage):
         with _at("backend"):
             check_backend(self.backend)
         with _at("sets"):
-            for asked in named.load(self.sets):
+            for asked in named.load(self.sets, self.shots):
                 _check(asked, self.external, self.judge)
                 if not isinstance(asked, External):
                     asked.questions(self.limit)
@@ -146,7 +149,7 @@ class Evaluate(Stage):
             model.path, adapters, name="model", backend=self.backend, log=log, dtype=self.dtype, **options
         ) as served:
             client = Client(served.url, concurrency=self.concurrency, timeout=self.timeout)
-            sets = named.load(self.sets)
+            sets = named.load(self.sets, self.shots)
             journals = job.scratch / "answers"
             found = evaluate(
                 client, name, sets, job.out, journals,
@@ -213,7 +216,7 @@ def _at(field: str) -> Iterator[None]:
 def evaluate_url(
     url: str, model: str, sets: list[str], out: Path | None = None, *, concurrency: int = 16, limit: int | None = None,
     api_key: str | None = None, timeout: float = 120.0, external: harness.Settings | None = None,
-    judge: Judge | None = None, show: bool = False,
+    judge: Judge | None = None, shots: int | None = None, show: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score `model` behind any OpenAI endpoint; returns the same metrics as the stage.
 
@@ -230,7 +233,7 @@ def evaluate_url(
     from evalsets.report import table
 
     client = Client(url, api_key=api_key, concurrency=concurrency, timeout=timeout)
-    loaded = named.load(sets)
+    loaded = named.load(sets, shots)
     external = external or harness.Settings()
     for asked in loaded:
         _check(asked, external, judge)

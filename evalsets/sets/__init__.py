@@ -12,12 +12,12 @@ Every value is read as a string: `1.10` stays `1.10` and `NA` stays `NA`.
 
 from evalsets.language import Language, language_of
 from evalsets.sets.evalset import EvalSet, contradictions
-from evalsets.sets.finding import SET_FILE, load, load_all, names
+from evalsets.sets.finding import SET_FILE, load, names
 from evalsets.sets.question import Question
 from evalsets.sets.readers import LETTERS
 from evalsets.sets.settings import Generation, Kind, SetFile
 
 __all__ = [
     "LETTERS", "SET_FILE", "EvalSet", "Generation", "Kind", "Language", "Question", "SetFile", "contradictions",
-    "language_of", "load", "load_all", "names",
+    "language_of", "load", "names",
 ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,6 @@ SET_FILE = "set.toml"
 SHIPPED = Path(__file__).parents[1]
 HAS_SHOTS = ("choice", "numeric")
 LANGUAGES: dict[str, list[Language]] = {"C-Eval": ["zh"], "CMMLU": ["zh"], "MMLU": ["en"]}
-RESERVED = ("speed", "memory")
-"""Names that figures of the endpoint have among those of the sets."""
 
 
 def names() -> list[str]:
@@ -52,17 +49,6 @@ def _found(name: str) -> EvalSet:
         raise SuiteError(f"no question set '{name}'", hint=f"{near(name, names())} (or give a folder)")
     layout = layouts.find(folder)
     return EvalSet(folder.resolve().name, folder, _usual(folder, layout), layout, folder)
-
-
-def load_all(wanted: list[str]) -> list[EvalSet]:
-    """Several sets; raises SuiteError where two have one name, or none is wanted."""
-    sets = [load(name) for name in wanted]
-    if not sets:
-        raise SuiteError("no question sets", hint="known: " + ", ".join(names()))
-    count = Counter(s.name for s in sets)
-    for name in (name for name in count if count[name] > 1 or name in RESERVED):
-        raise SuiteError(f"two sets would be reported as '{name}'", hint="rename the folder of one of them")
-    return sets
 
 
 def _described(folder: Path, path: Path) -> EvalSet:

@@ -24,14 +24,19 @@ def command(verb: str, arguments: list[str]) -> int:
     from suite.evaluate import Judge, evaluate_url
 
     given = _parser(verb).read(arguments)
-    if min(given.concurrency, given.limit or 1) < 1 or given.max_failed < 0 or given.timeout <= 0:
-        raise SuiteError("--concurrency, --limit and --timeout must be more than 0, --max-failed not less")
+    if (
+        min(given.concurrency, given.limit or 1) < 1
+        or min(given.max_failed, given.shots or 0) < 0
+        or given.timeout <= 0
+    ):
+        raise SuiteError("--concurrency, --limit and --timeout must be more than 0, --max-failed and --shots not less")
     metrics = evaluate_url(
         given.url,
         given.model,
         [name for name in given.sets.split(",") if name],
         out=given.out,
         concurrency=given.concurrency,
+        shots=given.shots,
         limit=given.limit,
         api_key=key_in(given.api_key_env),
         timeout=given.timeout,
@@ -60,11 +65,12 @@ def _parser(verb: str) -> Parser:
     flag("--model", required=True, help="the name to ask for")
     flag(
         "--sets", default=",".join(DEFAULT_SETS),
-        help=f"shipped sets, folders with a set.toml, evalscope:NAME, lmeval:TASK [{','.join(DEFAULT_SETS)}]",
+        help=f"shipped sets, folders, evalscope:NAME, lmeval:TASK [{','.join(DEFAULT_SETS)}]",
     )  # fmt: skip
     flag("--out", type=Path, help="folder for answers and report; a second run there asks only what is missing")
     flag("--concurrency", type=int, default=16, help="requests at the same time [16]")
     flag("--timeout", type=float, default=120.0, help="seconds after which a question counts as failed [120]")
+    flag("--shots", type=int, help="solved examples before each question, where a set has them")
     flag("--limit", type=int, help="questions a set, for a quick look")
     flag("--max-failed", type=int, default=0, help="questions that may fail before the exit code is 1 [0]")
     flag(

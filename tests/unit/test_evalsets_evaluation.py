@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from openai_fake import Say, serve
 
+from evalsets import named
 from evalsets.ask import Client
 from evalsets.compare import compare
 from evalsets.evaluation import Evaluation, evaluate
 from evalsets.report import table
-from evalsets.sets import load_all
 from evalsets.statistics import wilson
 from suite.errors import SuiteError
 from suite.evaluate import Evaluate, evaluate_url
@@ -69,7 +69,7 @@ def good(body: dict[str, Any]) -> Say | dict[str, Any]:
 def run(rule: Any, wanted: list[str], out: Path, **settings: Any) -> Evaluation:
     with serve(rule) as fake:
         client = Client(fake.url, pause=0.001, attempts=2, timeout=10)
-        return evaluate(client, "m", load_all(wanted), out, out / "journal", **settings)
+        return evaluate(client, "m", named.load(wanted), out, out / "journal", **settings)
 
 
 def test_a_right_model_scores_all(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_right_model_scores_all(tmp_path: Path) -> None:
 def test_requests_carry_the_settings_of_the_set(tmp_path: Path) -> None:
     wanted = make_sets(tmp_path)
     with serve(good) as fake:
-        evaluate(Client(fake.url), "m", load_all(wanted), tmp_path / "out", tmp_path / "j")
+        evaluate(Client(fake.url), "m", named.load(wanted), tmp_path / "out", tmp_path / "j")
     choice, qa = (next(b for b in fake.asked if str(b.get("messages")).find(what) > 0) for what in ("Item", "one"))
     assert {k: v for k, v in choice.items() if k != "messages"} == {
         "model": "m", "max_tokens": 5, "temperature": 0, "seed": 3, "stop": ["#"],

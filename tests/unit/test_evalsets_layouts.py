@@ -15,6 +15,7 @@ from evalsets import sets
 from evalsets.sets import tables
 from evalsets.sets.subjects import CATEGORIES, categories
 from suite.errors import SuiteError
+from suite.evaluate import Evaluate
 
 CEVAL = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
 CMMLU = ["", "Question", "A", "B", "C", "D", "Answer"]
@@ -70,6 +71,12 @@ def test_more_examples_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="shots = 1, but 'law' has no dev file"):
         sets.load(str(tmp_path / "ceval"), 1).questions()
     assert sets.load("summaries", 3).file.shots == 0
+
+
+def test_how_many_examples_is_a_part_of_what_a_stage_makes(tmp_path: Path) -> None:
+    folder = str(ceval(tmp_path / "ceval"))
+    none, zero, one = (Evaluate(model="m", sets=[folder], shots=shots).recipe() for shots in (None, 0, 1))
+    assert none == zero != one
 
 
 def test_withheld_answers_are_no_score(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalsets import sets
+from evalsets import named, sets
 from suite.errors import SuiteError
 
 ABOUT = 'title = "t"\nlanguages = ["en", "zh"]\nlicense = "CC0-1.0"\nsource = "a test"\n'
@@ -169,13 +169,13 @@ def test_a_name_that_is_no_set_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="the set has no data"):
         sets.load(str(tmp_path))
     with pytest.raises(SuiteError, match="no question sets"):
-        sets.load_all([])
+        named.load([])
 
 
 def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
     folders = [str(rows_set(tmp_path / x / "s", "qa", [{"query": "a", "response": "b"}])) for x in "ab"]
     with pytest.raises(SuiteError, match="two sets would be reported as 's'"):
-        sets.load_all(folders)
+        named.load(folders)
 
 
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
