@@ -197,7 +197,7 @@ def _doubts(name: str, total: Mapping[str, Any]) -> Iterator[str]:
     if "not_available" in (likelihood := total.get("likelihood", {})):
         yield f"{name}: the options' likelihoods are not available: {likelihood['not_available']}"
     if total.get("unparsed", 0) > total.get("n", 0) / 10:
-        yield f"{name}: {total['unparsed']} of {total['n']} replies name no option, and count as wrong"
+        yield f"{name}: {total['unparsed']} of {total['n']} replies hold no answer that can be read, and count as wrong"
     if (second := total.get("second", {})).get("differ"):
         yield f"{name}: we read {second['differ']} replies otherwise; accuracy by our reading: {second['acc']:.3f}"
     for metric, why in total.get("unavailable", {}).items():
