@@ -67,8 +67,9 @@ class LmdeployApi(AsIs):
         """In OpenAI's form, with OpenAI's code in place of the status where there is one."""
         status, body = openai_error(status, body)
         error = json.loads(body)["error"]
-        error["code"] = "context_length_exceeded" if "context length" in error["message"] else None
-        return status, encoded({"error": error})
+        code = "context_length_exceeded" if "context length" in error["message"] else None
+        known = {name: error[name] for name in ("message", "type", "param")}
+        return status, encoded({"error": {**known, "code": code}})
 
     def answer(self, fields: Mapping[str, Any], body: bytes) -> bytes:
         """Cut at the first stop string, with log probabilities in OpenAI's form."""
