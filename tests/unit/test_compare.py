@@ -1,0 +1,340 @@
+"""`suite compare` and the report of a run: what is said of many artifacts, to people, machines and CI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from evalsets.compare import Report, compare, corrected, differences
+from suite import pipeline
+from suite.cli import main
+from suite.errors import StageFailed, SuiteError
+from suite.gate import Verdict
+from suite.lineage import parents, training_data
+from suite.reports import comparison
+from suite.reports import run as report
+from suite.reports.subjects import of_artifact, of_evaluation, unique
+from suite.runner import Outcome
+from suite.runs import link_artifacts, new_run
+from suite.stages import Artifact
+from suite.store import Store
+from tests.unit import evaluations
+from tests.unit.evaluations import evaluated, stored
+
+RIGHT = [1.0] * 90 + [0.0] * 10
+FORGETFUL = [0.0] * 12 + [1.0] * 78 + [1.0] + [0.0] * 9
+"""12 of what RIGHT knows are lost, one is learnt."""
+PARITY = {"kl": 0.01, "top1": 0.97, "ppl_parent": 5.0, "ppl_child": 5.5}
+
+
+@dataclass
+class Made:
+    """Base, an adapter of it, what they merge to, that quantized, and a package that was not evaluated."""
+
+    store: Store
+    artifacts: dict[str, Artifact]
+    reports: dict[str, Artifact]
+    run_dir: Path
+
+
+@pytest.fixture
+def made(suite_home: Path) -> Made:
+    store = Store(suite_home)
+    base = stored(store, "a1", "base", "model")
+    tuned = stored(store, "a2", "tuned", "adapter", {"base": base})
+    merged = stored(store, "a3", "merged", "model", {"adapter": tuned}, parity=PARITY)
+    small = stored(store, "a4", "small", "quantized", {"model": merged}, parity=PARITY | {"kl": 0.2})
+    file = stored(store, "a5", "file", "package", {"model": merged}, llamacpp={"parity": PARITY})
+    artifacts = {a.name: a for a in (base, tuned, merged, small, file)}
+    nll = [20.0 + i % 7 for i in range(30)]
+    reports = {
+        "base": evaluated(store, "r1", base, RIGHT, nll),
+        "tuned": evaluated(store, "r2", tuned, FORGETFUL, [x + 3 + x % 2 for x in nll]),
+        "merged": evaluated(store, "r3", merged, FORGETFUL, [x + 3 + x % 2 for x in nll]),
+        "small": evaluated(store, "r4", small, [0.0, 1.0] * 50, [x + 9 for x in nll]),
+    }
+    run_dir = new_run(store, "job", "", [])
+    everything = [*artifacts.items(), *((f"score[{name}]", made) for name, made in reports.items())]
+    link_artifacts(run_dir, everything)
+    stages = [{"name": name} for name, _ in everything]
+    (run_dir / "report.json").write_text(json.dumps({"stages": stages}), "utf-8")
+    return Made(store, artifacts, reports, run_dir)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["compare", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def verdicts(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, str]]:
+    return {
+        (c["subject"], c["against"]): {name: one["verdict"] for name, one in c["sets"].items()}
+        for c in found["comparisons"]
+    }
+
+
+def test_all_of_a_run_against_the_first(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    found = said(capsys, "job")
+    assert [s["name"] for s in found["subjects"]] == ["base", "tuned", "merged", "small", "file"]
+    assert verdicts(found) == {
+        ("tuned", "base"): {"quiz": "worse", "texts": "worse"}, ("merged", "base"): {"quiz": "worse", "texts": "worse"},
+        ("small", "base"): {"quiz": "worse", "texts": "worse"}, ("file", "base"): {},
+    }  # fmt: skip
+    assert found["tests"] == 6
+    small = found["subjects"][3]
+    assert (small["bytes"], small["parity"]["kl"], small["speed"]["latency_p50"]) == (1000, 0.2, 0.1)
+    assert found["subjects"][4]["parity"] == PARITY
+    lost = found["comparisons"][0]["sets"]["quiz"]
+    assert (len(lost["forgotten"]), lost["learnt"]) == (12, ["art/090"])
+    assert lost["subjects"] == {"law": {"n": 50, "gained": 0, "lost": 6}, "art": {"n": 50, "gained": 1, "lost": 6}}
+    assert lost["p_corrected"] > lost["p"]
+
+
+def test_each_against_what_it_came_from(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """The merge changes nothing and cannot be told from its adapter; the bad quantization is caught."""
+    assert verdicts(said(capsys, str(made.run_dir), "--against", "parent")) == {
+        ("tuned", "base"): {"quiz": "worse", "texts": "worse"},
+        ("merged", "tuned"): {"quiz": "cannot tell", "texts": "cannot tell"},
+        ("small", "merged"): {"quiz": "worse", "texts": "worse"},
+        ("file", "merged"): {},
+    }
+
+
+def test_artifacts_are_named_in_every_way(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """By stage, key, folder, report and a copy of an endpoint's report; the newest evaluation behind each backend."""
+    evaluated(made.store, "r5", made.artifacts["small"], RIGHT, backend="vllm")
+    evaluations.write(tmp_path / "remote", "gpt", RIGHT)
+    found = said(capsys, "@merged", "a4", str(made.artifacts["base"].path), "@score[tuned]", str(tmp_path / "remote"))
+    names = [s["name"] for s in found["subjects"]]
+    assert names == ["merged", "small (torch)", "small (vllm)", "base", "tuned", "remote"]
+    assert [c["against"] for c in found["comparisons"]] == ["merged"] * 5
+    assert verdicts(found)["small (vllm)", "merged"] == {"quiz": "better"}
+    found = said(capsys, "@merged", "@base", "--against", "base")
+    assert list(verdicts(found)) == [("merged", "base")]
+    other = stored(made.store, "b7", "merged", "model")
+    found = said(capsys, "a3", str(other.path))
+    assert [s["name"] for s in found["subjects"]] == ["merged #1", "merged #2"]
+
+
+def test_unevaluated_artifacts_show_what_is_known(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "@file"]) == 0
+    shown = capsys.readouterr().out
+    assert "97.00%" in shown
+    assert "Differences" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "no run, artifact or report 'nothing'"),
+        (["@nothing"], "no run has an artifact of a stage 'nothing'"),
+        (["job", "--against", "bse"], "did you mean 'base'"),
+        (["job", "--diff", "qiz"], "none was asked 'qiz'"),
+        (["a"], "begins the keys of 5 artifacts"),
+        ([], "required"),
+    ],
+)
+def test_mistakes_are_said(made: Made, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_is_no_traceback(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    (made.run_dir / "report.json").unlink()
+    assert main(["compare", "job"]) == 2
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_changed_questions_stand_side_by_side(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "@base", "@tuned", "@merged", "--against", "parent", "--diff", "quiz"]) == 0
+    shown = capsys.readouterr().out
+    assert "quiz: 13 changed" in shown
+    for text in ("law/001: worse", "art/090: better", "Question 1?", "expected: A", "said right <b>", "said wrong <b>"):
+        assert text in shown
+    assert "no score of merged differs from tuned's" in shown
+
+
+def test_a_folder_gets_every_form(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", "job", "--out", str(out)]) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "comparison.json", "comparison.md", "comparison.html", "scores.png", "quality.png", "latency.png",
+    }  # fmt: skip
+    page = (out / "comparison.html").read_text("utf-8")
+    assert page.count("data:image/png;base64,") == 3
+    assert "said wrong &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert "http://" not in page.replace("http-equiv", "")
+    assert "https://" not in page
+    assert (out / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Holm" in (out / "comparison.md").read_text("utf-8")
+    assert json.loads((out / "comparison.json").read_text("utf-8"))["tests"] == 6
+    assert main(["compare", "job", "--out", str(out)]) == 2  # nothing is overwritten
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_many_tests_together_are_harder_to_pass() -> None:
+    """20 times no change at all, each at p = 5 % alone: together nothing may be called real."""
+    change = [0.0] * 6 + [1.0] * 94
+    found = [_pair(change, [1.0] * 100) for _ in range(20)]
+    assert {one.verdict for one in found} == {"better"}
+    together = corrected(found)
+    assert {one.verdict for one in together} == {"cannot tell"}
+    assert all(one.change and one.change.needed and one.change.needed > 100 for one in together)
+    plain = corrected([*found[:1], _pair([0.0] * 50, [1.0] * 50)])
+    assert [one.verdict for one in plain] == ["better", "better"]
+    assert corrected([]) == []
+
+
+def _pair(before: Sequence[float], after: Sequence[float]) -> Any:
+    from evalsets.compare import Difference
+    from evalsets.statistics import paired
+
+    pairs = list(zip(evaluations.rows(before), evaluations.rows(after), strict=True))
+    return Difference("choice", pairs, 0, paired(before, after))
+
+
+def test_other_tokenizers_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    nll = [30.0 + i for i in range(20)]
+    evaluations.write(tmp_path / "a", "m", RIGHT, nll)
+    evaluations.write(tmp_path / "b", "m", RIGHT, [x - 1 - i % 3 for i, x in enumerate(nll)])
+    path = tmp_path / "b/answers/texts.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"tokens": 10', '"tokens": 25'), "utf-8")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found["texts"]["verdict"] == "better"
+    assert found["texts"]["before"] == pytest.approx(sum(nll) / 0.6931 / 600, rel=1e-3)
+    assert differences(tmp_path / "a", tmp_path / "a")["quiz"].subjects()["art"] == {"n": 50, "gained": 0, "lost": 0}
+    with pytest.raises(SuiteError, match="no evaluation report"):
+        Report.read(tmp_path)
+
+
+def test_lineage_leads_to_the_training_data(made: Made, tmp_path: Path) -> None:
+    assert list(parents(made.artifacts["small"])) == [
+        made.artifacts[name].digest for name in ("merged", "tuned", "base")
+    ]  # fmt: skip
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}", "utf-8")
+    digest = made.store.digest(data)
+    learnt = stored(
+        made.store,
+        "c1",
+        "learnt",
+        "adapter",
+        {"data": Artifact(data, "dataset", digest), "base": made.artifacts["base"]},
+    )
+    merged = stored(made.store, "c2", "folded", "model", {"adapter": learnt})
+    assert training_data(merged).files == [data]
+    assert training_data(merged).unknown == []
+    data.write_text("{} ", "utf-8")
+    assert training_data(merged).unknown == ["data.jsonl has changed"]
+    data.unlink()
+    assert training_data(merged).unknown == ["data.jsonl is gone"]
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    assert training_data(Artifact(foreign, "model")).unknown == ["foreign was not made here"]
+
+
+PIPELINE = """
+name = "job"
+[stage.base]
+use = "tests.unit.kinds:Make"
+[stage.tuned]
+use = "tests.unit.kinds:Tune"
+base = "@base"
+[stage.merged]
+use = "tests.unit.kinds:Fold"
+adapter = "@tuned"
+[stage.score]
+use = "eval"
+matrix.model = ["@base", "@tuned", "@merged"]
+[stage.again]
+use = "eval"
+model = "@merged"
+gate = ["quiz.acc >= 0.9"]
+[stage.late]
+use = "tests.unit.kinds:Pack"
+models = ["@merged"]
+needs = ["@again"]
+"""
+
+
+def ended(made: Made, folder: Path) -> tuple[report.Ending, Path]:
+    """The ending of a run of PIPELINE that made these artifacts; its second evaluation of `merged` missed its gate."""
+    file = folder / "job.toml"
+    file.write_text(PIPELINE, "utf-8")
+    plan = pipeline.read(file)
+    artifacts = {
+        **made.artifacts,
+        **{f"score[{n}]": a for n, a in made.reports.items()},
+        "again": made.reports["merged"],
+    }
+    outcomes = {}
+    for name, node in plan.nodes.items():
+        kind = "eval" if name.startswith(("score", "again")) else "make"
+        outcomes[name] = Outcome(name, kind, node.stage.makes(), "done", "key", artifacts.get(name), 1.5)
+    outcomes["again"].verdicts = [Verdict("quiz.acc >= 0.9", False, "0.79 >= 0.9 is false")]
+    outcomes["late"].state, outcomes["late"].artifact = "blocked", None
+    outcomes["tuned"].warnings = ["2 rows left out"]
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    return report.ending(plan, outcomes, run_dir), run_dir
+
+
+def test_the_report_of_a_run(made: Made, tmp_path: Path) -> None:
+    found, run_dir = ended(made, tmp_path)
+    rows = {row.artifact: row for row in found.rows}
+    assert {name: (row.parent, row.base, row.verdict) for name, row in rows.items()} == {
+        "base": (None, None, "measured"), "tuned": ("base", "base", "worse"), "merged": ("tuned", "base", "gate failed"),
+    }  # fmt: skip
+    assert len(rows["merged"].forgotten["quiz"]) == 12
+    assert rows["merged"].learnt["quiz"] == ["art/090"]
+    assert rows["merged"].changes == {"acc": 0, "ppl": 0}
+    report.write(run_dir, found)
+    assert {p.name for p in run_dir.iterdir()} == {"report.json", "report.md", "report.html", "junit.xml"}
+    shown = (run_dir / "report.md").read_text("utf-8")
+    for text in (
+        "## Forgotten and learnt",
+        "12 of 90",
+        "`quiz.acc >= 0.9` | failed",
+        "- tuned: 2 rows left out",
+        "Holm",
+    ):
+        assert text in shown
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert "Questions whose score changed" in page
+    assert json.loads((run_dir / "report.json").read_text("utf-8"))["artifacts"][2]["verdict"] == "gate failed"
+
+
+def test_ci_sees_each_stage_gate_and_set(made: Made, tmp_path: Path) -> None:
+    found, run_dir = ended(made, tmp_path)
+    found.outcomes["tuned"].error = StageFailed("no luck")
+    report.write(run_dir, found)
+    root = ElementTree.parse(run_dir / "junit.xml").getroot()
+    assert (root.attrib["failures"], root.attrib["errors"]) == ("1", "1")
+    cases = {(c.attrib["classname"], c.attrib["name"]): [child.tag for child in c] for c in root.iter("testcase")}
+    assert cases["job.again", "quiz.acc >= 0.9"] == ["failure", "system-out"]
+    assert cases["job.again", "quiz"] == ["system-out"]
+    assert cases["job.late", "make"] == ["skipped"]
+    assert cases["job.tuned", "make"] == ["error"]
+    failure = root.find(".//failure")
+    assert failure is not None
+    assert failure.attrib["message"] == "gate 'quiz.acc >= 0.9' does not hold: 0.79 >= 0.9 is false"
+
+
+def test_backends_of_one_artifact_have_names_of_their_own(made: Made) -> None:
+    other = evaluated(made.store, "r9", made.artifacts["base"], RIGHT, backend="vllm")
+    subjects = unique([of_evaluation(made.reports["base"]), of_evaluation(other), of_evaluation(other)])
+    assert [s.name for s in subjects] == ["base (torch)", "base (vllm)"]
+    child = of_evaluation(evaluated(made.store, "r8", made.artifacts["tuned"], RIGHT, backend="vllm"))
+    parent = comparison.nearest(child, subjects)
+    assert parent
+    assert parent.name == "base (vllm)"
+    assert [s.backend for s in of_artifact(made.artifacts["base"], made.store)] == ["torch", "vllm"]
