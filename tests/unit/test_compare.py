@@ -121,7 +121,10 @@ def test_artifacts_are_named_in_every_way(made: Made, capsys: pytest.CaptureFixt
     assert list(verdicts(found)) == [("merged", "base")]
     other = stored(made.store, "b7", "merged", "model")
     found = said(capsys, "a3", str(other.path))
-    assert [s["name"] for s in found["subjects"]] == ["merged #1", "merged #2"]
+    assert [s["name"] for s in found["subjects"]] == ["merged (torch)", "merged"]
+    evaluations.write(tmp_path / "x" / "remote", "gpt", RIGHT)
+    found = said(capsys, str(tmp_path / "remote"), str(tmp_path / "x" / "remote"))
+    assert [s["name"] for s in found["subjects"]] == ["remote #1", "remote #2"]
 
 
 def test_unevaluated_artifacts_show_what_is_known(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
