@@ -273,7 +273,7 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
             if isinstance(found, SuiteError):
                 raise SuiteError(found.message, where=where((field,)), hint=found.hint)
             inputs[field].append(found)
-    node = Node(name, edges.pinned(stage, ""), inputs, (), (), where)
+    node = Node(name, edges.pinned(_placed(stage, folder), ""), inputs, (), (), where)
     node = replace(node, environment=_environment(node, {}))
     nodes = {**edges.downloads([node]), **{n.name: n for n in with_followers(node)}}
     for each in nodes.values():

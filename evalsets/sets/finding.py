@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def load(name: str, shots: int | None = None) -> EvalSet:
-    """The shipped set of that name, or the set or published data in that folder; raises SuiteError.
+    """The shipped set of that name, or the set or published data in that folder, told by a slash; raises SuiteError.
 
     `shots` replaces the number of solved examples, for sets of a kind that has them.
     """
@@ -42,11 +42,12 @@ def load(name: str, shots: int | None = None) -> EvalSet:
 
 def _found(name: str) -> EvalSet:
     folder = SHIPPED / name if name in names() else Path(name)
+    if name not in names() and ("/" not in name or not folder.is_dir()):
+        hint = f"for the folder write ./{name}" if folder.is_dir() else f"{near(name, names())} (or give a folder)"
+        raise SuiteError(f"no question set '{name}'", hint=hint)
     path = folder / SET_FILE
     if path.is_file():
         return _described(folder, path)
-    if not folder.is_dir():
-        raise SuiteError(f"no question set '{name}'", hint=f"{near(name, names())} (or give a folder)")
     layout = layouts.find(folder)
     return EvalSet(folder.resolve().name, folder, _usual(folder, layout), layout, folder)
 

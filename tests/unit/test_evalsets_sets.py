@@ -159,6 +159,14 @@ def test_what_does_not_fit_the_kind_is_refused(tmp_path: Path) -> None:
             sets.load(str(rows_set(tmp_path / kind, kind, [row], more)))
 
 
+def test_a_folder_is_told_by_a_slash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_set(tmp_path / "mine", "qa", [{"query": "a", "response": "b"}])
+    monkeypatch.chdir(tmp_path)
+    assert sets.load("./mine").name == "mine"
+    with pytest.raises(SuiteError, match=r"no question set 'mine'\n  hint: for the folder write \./mine"):
+        sets.load("mine")
+
+
 def test_a_name_that_is_no_set_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="no question set 'ceval-mnii'") as caught:
         sets.load("ceval-mnii")

@@ -175,6 +175,8 @@ def test_a_set_of_ones_own_is_looked_for_beside_the_pipeline(tmp_path: Path) -> 
     shutil.copytree(Path(evalsets.__file__).parent / "perplexity", tmp_path / "sets" / "own")
     (node,) = pipeline.read(tmp_path / "pipeline.toml").nodes.values()
     assert node.stage.model_dump()["sets"] == [str(tmp_path / "sets" / "own"), "ceval-mini"]
+    alone = pipeline.one_stage("score", node.stage.model_copy(update={"sets": ["./sets/own"]}), tmp_path)
+    assert alone.nodes["score"].stage.model_dump()["sets"] == [str(tmp_path / "sets" / "own")]
 
 
 def test_serve_is_checked_with_the_rest(tmp_path: Path) -> None:
