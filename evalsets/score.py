@@ -86,7 +86,7 @@ def total(asked: EvalSet, questions: list[Question], rows: list[Row]) -> Scores:
     if asked.kind == "choice":
         whole["macro"] = fmean(part["acc"] for part in each.values())
         whole |= _categories(asked, rows)
-    return Scores(whole, each, rows, _remarks(questions))
+    return Scores(whole, each, rows, _remarks(questions) if asked.kind in ("choice", "numeric") else [])
 
 
 def _common(question: Question, reply: Reply) -> Row:

@@ -1,8 +1,8 @@
 """ToolBench's figures of one step (arXiv:2307.16789), as EvalScope's static evaluation defines them.
 
 A step is text: `Action: NAME` and `Action Input: JSON`, of which the last ones count. The action `Finish` gives an
-answer or gives up, any other is a call. EvalScope averages each figure over the steps that have it, where its harness
-counts a step without one as 0.
+answer or gives up, any other is a call. Each figure is a mean over the steps that have it, as in EvalScope's evaluation
+of whole files; that leaves out references that give up, unless the reply gave up too, and here they count.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def find(folder: Path, kind: Kind | None = None, split: str | None = None) -> La
         return found
     parts = _flat(folder, split)
     if not parts:
-        raise SuiteError(f"the set has no data: {_listing(folder)}", where=str(folder), hint=_hint(folder))
+        raise SuiteError(f"the set has no data to ask: {_listing(folder)}", where=str(folder), hint=_hint(folder))
     return Layout("", kind, parts) if kind else _told_by_rows(parts)
 
 
@@ -149,4 +149,6 @@ def _hint(folder: Path) -> str:
     for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
         if any(True for pattern in ("*_val.*", "*.jsonl", "val/*.csv", "test/*.csv") for _ in inside.glob(pattern)):
             return f"give the folder inside that has the data: {inside}"
+    if any(path.stem.rpartition("_")[2] in SOLVED and path.suffix in tables.SUFFIXES for path in folder.iterdir()):
+        return "dev and train files hold solved examples; files to ask are SUBSET, SUBSET_val or SUBSET_test"
     return EXPECTED

@@ -251,7 +251,7 @@ def test_tool_folders(tmp_path: Path) -> None:
 def test_a_folder_that_is_nothing_says_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
     for i in range(12):
         (tmp_path / f"notes{i:02}.txt").write_text("x", "utf-8")
-    with pytest.raises(SuiteError, match=r"the set has no data: found notes00\.txt, .* and 4 more") as caught:
+    with pytest.raises(SuiteError, match=r"the set has no data to ask: found notes00\.txt, .* and 4 more") as caught:
         sets.load(str(tmp_path))
     assert "expected {val,test}/SUBJECT" in caught.value.hint
     lines(tmp_path / "mcq/x_val.jsonl", {"a": 1})
@@ -260,6 +260,13 @@ def test_a_folder_that_is_nothing_says_what_was_found_and_what_was_expected(tmp_
     assert caught.value.hint == f"give the folder inside that has the data: {tmp_path / 'mcq'}"
     with pytest.raises(SuiteError, match=r"x_val.jsonl:1: rows have a: no kind of question"):
         sets.load(str(tmp_path / "mcq"))
+
+
+def test_solved_examples_alone_are_nothing_to_ask(tmp_path: Path) -> None:
+    lines(tmp_path / "train.jsonl", {"question": "q", "answer": "#### 1"})
+    with pytest.raises(SuiteError, match=r"no data to ask: found train\.jsonl") as caught:
+        sets.load(str(tmp_path))
+    assert "dev and train files hold solved examples" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,10 @@ def test_a_name_that_is_no_set_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="no question set 'ceval-mnii'") as caught:
         sets.load("ceval-mnii")
     assert "'ceval-mini'" in caught.value.hint
-    with pytest.raises(SuiteError, match="the set has no data: the folder is empty"):
+    with pytest.raises(SuiteError, match="the set has no data to ask: the folder is empty"):
         sets.load(str(tmp_path))
     (tmp_path / "set.toml").write_text(f'kind = "qa"\n{ABOUT}', "utf-8")
-    with pytest.raises(SuiteError, match="the set has no data"):
+    with pytest.raises(SuiteError, match=r"the set has no data to ask: found set\.toml"):
         sets.load(str(tmp_path))
     with pytest.raises(SuiteError, match="no question sets"):
         named.load([])
