@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -45,6 +46,9 @@ def run(
     failed: list[SuiteError] = []
 
     def loaded(error: SuiteError | None) -> None:
+        # what is there now stays: looking through it for garbage, again and again, is a tenth of a start
+        gc.freeze()
+        gc.enable()
         if error is None:
             ready()
             return
@@ -52,6 +56,7 @@ def run(
         print(f"error: {error}", file=sys.stderr, flush=True)
         server.should_exit = True
 
+    gc.disable()
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     for library in ("torchao", "torch"):  # they complain at import about what nobody here uses
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -61,10 +66,11 @@ def run(
             signal.signal(number, lambda *_: os._exit(0))
         if settings.in_process:
             preload(settings.model)
-        import uvicorn
+        from serve.gateway import create_app  # first, as it needs no other library that has to be mapped
+
+        import uvicorn  # isort: skip
 
         from serve.draining import Server
-        from serve.gateway import create_app
         from serve.http import Protocol
 
         app = create_app(settings, keys=keys, log_to=log_to, loaded=loaded)

@@ -17,6 +17,7 @@ from serve.catalog import Catalog
 from serve.families import Family, Found
 from serve.generation import Request, Stats
 from serve.grammar import Constraint, Grammars
+from serve.preload import libraries
 from serve.protocol import ApiError
 from serve.served import Served, Tokenized
 from serve.settings import Settings
@@ -79,6 +80,7 @@ class Serving:
 
             await start(self.upstreams)
         else:
+            await asyncio.to_thread(libraries, self.settings.model)
             families = [await asyncio.to_thread(Tokenized, self.settings, self._load_adapter, self._unload_adapter)]
             self.engine = await asyncio.to_thread(self.settings.start_engine, self.bridge.notify)
         self.catalog = Catalog(families, self.settings.alias)

@@ -29,11 +29,13 @@ def load_model(folder: ModelFolder, dtype: str) -> Any:
     on_gpu = torch.cuda.is_available()
     if dtype == "auto" and not on_gpu:
         dtype = "float32"
+    # with a map transformers wants accelerate, which takes a while to import
+    on_cpu = "cpu" if quantized.settings(folder.path) else None
     model = quantized.load(
         folder.path,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         attn_implementation=register(),
-        device_map="auto" if on_gpu else "cpu",
+        device_map="auto" if on_gpu else on_cpu,
     )
     if getattr(model.config, "quantization_config", None) is not None:
         # GPTQModel's kernels in torch would be compiled anew, for seconds, with every shape of a batch
