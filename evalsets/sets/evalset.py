@@ -93,16 +93,14 @@ def contradictions(questions: list[Question]) -> list[tuple[Question, Question]]
     seen: dict[tuple[str, frozenset[str]], Question] = {}
     found = []
     for question in questions:
-        if not question.stem or question.expected is None:
-            continue
         same = (" ".join(question.stem.split()), frozenset(question.options))
         other = seen.setdefault(same, question)
-        if answers(other) != answers(question):
+        if _right(other) != _right(question):
             found.append((other, question))
     return found
 
 
-def answers(question: Question) -> object:
+def _right(question: Question) -> object:
     """What is right, whatever letter it has."""
     if not question.options:
         return question.expected

@@ -89,19 +89,30 @@ def _flat(folder: Path, split: str | None) -> tuple[Part, ...]:
     for path in sorted(p for p in folder.iterdir() if p.suffix in tables.SUFFIXES and p.is_file()):
         subset, _, role = path.stem.rpartition("_")
         if role in SOLVED:
-            solved.setdefault(subset, path)
+            files, name = solved, subset
         elif role in ASKED:
-            asked.setdefault(subset or role, {})[role] = path
+            files, name = asked.setdefault(subset or role, {}), role
         else:
-            asked.setdefault(path.stem, {}).setdefault("", path)
+            files, name = asked.setdefault(path.stem, {}), ""
+        if name in files:
+            raise _same_subset(files[name], path)
+        files[name] = path
     if split and not any(split in files for files in asked.values()):
         raise SuiteError(f"no SUBSET_{split} or {split} file", where=str(folder))
-    for_all = solved.get("")
-    return tuple(
-        Part(name, files[role], solved.get(name, for_all))
-        for name, files in sorted(asked.items())
-        for role in [split or next(r for r in (*ASKED, "") if r in files)]
-        if role in files
+    chosen = {name: _chosen(files, split) for name, files in sorted(asked.items())}
+    return tuple(Part(name, path, solved.get(name, solved.get(""))) for name, path in chosen.items() if path)
+
+
+def _chosen(files: dict[str, Path], split: str | None) -> Path | None:
+    """The file of a subset that is asked: that of the split, else the val file before the test file."""
+    if "" in files and len(files) > 1:
+        raise _same_subset(*files.values())
+    return files.get(split) if split else next(files[role] for role in (*ASKED, "") if role in files)
+
+
+def _same_subset(one: Path, other: Path, *_: Path) -> SuiteError:
+    return SuiteError(
+        f"{one.name} and {other.name} are the same subset", where=str(one.parent), hint="keep one of them"
     )
 
 

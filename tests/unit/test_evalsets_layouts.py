@@ -262,6 +262,16 @@ def test_a_folder_that_is_nothing_says_what_was_found_and_what_was_expected(tmp_
         sets.load(str(tmp_path / "mcq"))
 
 
+@pytest.mark.parametrize(
+    ("one", "other"), [("x.csv", "x.jsonl"), ("x_val.csv", "x_val.tsv"), ("x.jsonl", "x_test.jsonl")]
+)
+def test_two_files_of_one_subset_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    for name in (one, other):
+        (tmp_path / name).touch()
+    with pytest.raises(SuiteError, match=f"{one} and {other} are the same subset"):
+        sets.load(str(tmp_path))
+
+
 def test_solved_examples_alone_are_nothing_to_ask(tmp_path: Path) -> None:
     lines(tmp_path / "train.jsonl", {"question": "q", "answer": "#### 1"})
     with pytest.raises(SuiteError, match=r"no data to ask: found train\.jsonl") as caught:
