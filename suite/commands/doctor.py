@@ -29,7 +29,7 @@ PARTS = {
     "quantize gptq, awq": (*ENGINE, "gptqmodel", "optimum"),
     "quantize bnb": (*ENGINE, "bitsandbytes"),
     "export hf, ollama": ("huggingface_hub", "gguf", "safetensors"),
-    "serve --backend torch": (*ENGINE, "fastapi", "uvicorn", "prometheus-client"),
+    "serve --backend torch": (*ENGINE, "fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client"),
     "eval": ("aiohttp", "rouge-score", "rouge-chinese", "sacrebleu"),
 }
 # environments of their own, and what they are for
