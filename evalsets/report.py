@@ -12,6 +12,8 @@ from suite import junit
 from suite.document import Document, Heading, Mono, Table, html, markdown, one_line, terminal
 
 REPORT = "report.json"
+MEASURED = "metrics.json"
+"""Beside the report of an endpoint: what the record of a stage holds, speed too."""
 SHOWN = 10
 """Problems listed of each set; the answers have them all."""
 

@@ -6,6 +6,7 @@ What is evaluated is what users will talk to, with its server, its chat template
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -263,6 +264,8 @@ def evaluate_url(
         )  # fmt: skip
         if not known and not found.failed:
             shutil.rmtree(journals)
+    if out:
+        (out / report.MEASURED).write_text(json.dumps(found.metrics, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if show:
         Console().print(table(model, found.sets))
         for name, asked_found in found.sets.items():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from suite.commands import stage
+from suite.commands import outputs, stage
 from suite.commands.flags import Parser, key_in, pairs
 from suite.config import Where, parse
 from suite.errors import StageFailed, SuiteError
@@ -30,20 +31,24 @@ def command(verb: str, arguments: list[str]) -> int:
         or given.timeout <= 0
     ):
         raise SuiteError("--concurrency, --limit and --timeout must be more than 0, --max-failed and --shots not less")
-    metrics = evaluate_url(
-        given.url,
-        given.model,
-        [name for name in given.sets.split(",") if name],
-        out=given.out,
-        concurrency=given.concurrency,
-        shots=given.shots,
-        limit=given.limit,
-        api_key=key_in(given.api_key_env),
-        timeout=given.timeout,
-        external=parse(Settings, pairs("--external", given.external), Where()),
-        judge=parse(Judge, pairs("--judge", given.judge), Where()) if given.judge else None,
-        show=not given.json,
-    )
+    outputs.check(given)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = given.out or Path(scratch)
+        metrics = evaluate_url(
+            given.url,
+            given.model,
+            [name for name in given.sets.split(",") if name],
+            out=folder,
+            concurrency=given.concurrency,
+            shots=given.shots,
+            limit=given.limit,
+            api_key=key_in(given.api_key_env),
+            timeout=given.timeout,
+            external=parse(Settings, pairs("--external", given.external), Where()),
+            judge=parse(Judge, pairs("--judge", given.judge), Where()) if given.judge else None,
+            show=not given.json,
+        )
+        outputs.deliver(given, folder, f"{given.model} at {given.url}", metrics)
     if given.json:
         print(json.dumps(metrics, ensure_ascii=False))
     if (failed := _failed(metrics)) > given.max_failed:
@@ -83,4 +88,5 @@ def _parser(verb: str) -> Parser:
     )  # fmt: skip
     flag("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     flag("--json", action="store_true", help="JSON on stdout, for machines")
+    outputs.add(parser)
     return parser

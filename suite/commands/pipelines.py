@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from suite import pipeline, store
+from suite.commands import outputs
 from suite.commands.flags import Parser
 from suite.edges import at_sign
 from suite.errors import SuiteError, near
@@ -82,6 +83,7 @@ def run(verb: str, arguments: list[str]) -> int:
         "--force", action="append", default=[], metavar="STAGE", help="make this stage again although it is cached"
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages that may run at the same time [1]")
+    outputs.add(parser)
     parser.add_argument("--serve", action="store_true", help="afterwards serve what the [serve] table names")
     given = parser.read(arguments)
     if given.jobs < 1:
@@ -94,7 +96,9 @@ def run(verb: str, arguments: list[str]) -> int:
         raise SuiteError("--serve needs a [serve] table", where=str(given.pipeline), hint='e.g. [serve] base = "nano"')
     if given.plan:
         return _show_plan(read, given.json)
+    outputs.check(given)
     run_dir, error = execute(read, jobs=given.jobs, force=frozenset(given.force), as_json=given.json)
+    outputs.deliver(given, run_dir, f"{read.name}/{run_dir.name}", measured(run_dir))
     if error:
         raise error
     if given.serve:
@@ -139,6 +143,12 @@ def execute(
         report.show(console, ended)
         _summary(console, runner.outcomes, run_dir, ended.commands, time.monotonic() - started)
     return run_dir, error
+
+
+def measured(run_dir: Path) -> dict[str, Any]:
+    """The metrics of a finished run by stage."""
+    report = json.loads((run_dir / "report.json").read_text("utf-8"))
+    return {stage["name"]: stage["metrics"] for stage in report["stages"]}
 
 
 def _summary(

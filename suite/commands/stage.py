@@ -6,14 +6,18 @@ import shutil
 from pathlib import Path
 
 from suite import pipeline
+from suite.commands import outputs
 from suite.commands.flags import Parser, add_settings, values_of
-from suite.commands.pipelines import execute
+from suite.commands.pipelines import execute, measured
 from suite.config import parse
 from suite.errors import SuiteError
 from suite.places import Flags
 from suite.runs import link
 from suite.stages import RECORD, Artifact, kind
 from suite.store import disk_error
+
+REPORTS = "eval"
+"""The stage whose result is a report, which may be wanted elsewhere too."""
 
 
 def command(verb: str, arguments: list[str]) -> int:
@@ -23,13 +27,19 @@ def command(verb: str, arguments: list[str]) -> int:
     parser = Parser(f"suite {verb}", text)
     parser.add_argument("--out", type=Path, help="folder for a copy of the result; must not exist yet, or be empty")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
+    if verb == REPORTS:
+        outputs.add(parser)
     add_settings(parser, stage_class)
     given = parser.read(arguments)
     here = Path.cwd()
     stage = parse(stage_class, values_of(stage_class, given), Flags(here, {}, ((),)))
     if given.out:
         check_out(given.out)
+    if verb == REPORTS:
+        outputs.check(given)
     run_dir, error = execute(pipeline.one_stage(verb, stage, here), as_json=given.json)
+    if verb == REPORTS:
+        outputs.deliver(given, run_dir, f"{verb}/{run_dir.name}", measured(run_dir))
     if error:
         raise error
     made = link(run_dir, verb)

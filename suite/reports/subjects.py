@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from evalsets.compare import Report
+from evalsets.report import MEASURED
 from suite import lineage
 from suite.evidence import size
 from suite.stages import Artifact
 from suite.store import Store
-
-MEASURED = "metrics.json"
-"""Beside the report of an endpoint: what the record of a stage holds."""
 
 
 @dataclass(frozen=True)
