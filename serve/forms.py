@@ -76,7 +76,12 @@ def usage(answers: Sequence[Answer], samples: int) -> shapes.Usage:
     """Token counts; the prompt of several `samples` counts once."""
     prompt = sum(len(answer.generation.request.prompt) for answer in answers[::samples])
     completion = sum(answer.generation.count for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.generation.reused for answer in answers[::samples])},
+    }
 
 
 def chat_choice(index: int, answer: Answer, reply: Reply) -> shapes.ChatChoice:

@@ -110,6 +110,8 @@ class Generation:
         self.row: int | None = None
         """Where in the cache they are."""
         self.observed = 0
+        self.reused = 0
+        """How many tokens of the prompt were not read, as a request before began with them too."""
         self.arrival = next(_arrivals)
         self.scores: list[Scored] = []
         self.prompt_scores: list[Scored] = []

@@ -24,12 +24,19 @@ class ErrorBody(TypedDict):
     error: ErrorDetail
 
 
+class CachedTokens(TypedDict):
+    """How many tokens of a prompt were not read, as one before began with them too."""
+
+    cached_tokens: int
+
+
 class Usage(TypedDict):
     """Counts of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: CachedTokens
 
 
 class TokenLogprob(TypedDict):

@@ -86,7 +86,7 @@ class Response:
         thought = answer.text.tokenizer(self._reply.reasoning, add_special_tokens=False)["input_ids"]
         return {
             "input_tokens": used["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {**used["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": used["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": len(thought)},
             "total_tokens": used["total_tokens"],

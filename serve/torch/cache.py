@@ -78,6 +78,11 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Copy kept blocks into rows, which `fit` made room in."""
         self._copy(copies, keep=False)
 
+    def wipe(self, row: int) -> None:
+        """Leave nothing in a row but zeros."""
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[row] = 0
+
     def clear(self) -> None:
         """Give the memory back."""
         self.keys.clear()

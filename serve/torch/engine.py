@@ -24,7 +24,7 @@ from serve.torch.cache import SlotCache
 from serve.torch.forward import Forward
 from serve.torch.loading import cache_cells, load_model, memory_share
 from serve.torch.prefix import Prefixes
-from serve.torch.sampling import Sampler, score
+from serve.torch.sampling import Sampler, score, spoilt
 from serve.torch.scheduler import Scheduler, Step
 from suite.errors import SuiteError
 
@@ -36,6 +36,7 @@ PREFIX_BLOCK = 16
 """How many tokens are kept together: a request reads again what is behind its last whole block."""
 ADAPTER_SHARES = 0.1, 0.1
 """How much of a machine's memory, or of what is free on a GPU, may hold adapters."""
+NOT_FINITE = "the model gave numbers that are not finite (NaN or infinity) for this request"
 
 
 class Engine:
@@ -266,6 +267,8 @@ class Engine:
         for generation in step.rows:
             generation.started = generation.started or time.monotonic()
         logits = self._forward.run(step, self.scheduler.running)
+        if rows := spoilt(logits, step.counts):
+            logits = self._leave_out(rows, step, logits)
         self._observe(step, logits)
         ready = set(map(id, self.scheduler.advance(step)))
         rows = [i for i, generation in enumerate(step.rows) if id(generation) in ready]
@@ -273,6 +276,22 @@ class Engine:
             last = [step.counts[i] - 1 if logits.shape[1] > 1 else 0 for i in rows]
             everyone = len(rows) == len(logits) and logits.shape[1] == 1
             self._sample([step.rows[i] for i in rows], logits[:, 0] if everyone else logits[rows, last])
+
+    def _leave_out(self, rows: list[int], step: Step, logits: torch.Tensor) -> torch.Tensor:
+        """End what has numbers that are not finite, and wipe it out: masked or not, they would spoil who comes next.
+
+        Returns the logits of the rows that `step` has afterwards.
+        """
+        for row in rows:
+            log.warning("a request gave numbers that are not finite")
+            self._forward.cache.wipe(step.first + row)
+            self.scheduler.remove(step.rows[row], keep=False)
+            self._end(step.rows[row], "error", NOT_FINITE)
+        left = [row for row in range(len(step.rows)) if row not in rows]
+        step.rows, step.counts = [step.rows[row] for row in left], [step.counts[row] for row in left]
+        if self._forward.hidden is not None:
+            self._forward.hidden = self._forward.hidden[left]
+        return logits[left]
 
     def _observe(self, step: Step, logits: torch.Tensor) -> None:
         """Score or pool what was read of prompts, but not what a preempted generation reads a second time."""

@@ -62,6 +62,14 @@ def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Scored]
     return [Scored(t, o, list(zip(i, v, strict=True))) for t, o, i, v in zip(tokens, own, ids, values, strict=True)]
 
 
+def spoilt(logits: torch.Tensor, counts: Sequence[int]) -> list[int]:
+    """The rows of `logits` (B, Q, V) that have NaN or infinity at a place that counts: the first `counts` of each."""
+    if math.isfinite(logits.sum(dtype=torch.float32)):
+        return []  # nearly always, and quickly known
+    largest = logits.amax(-1).isfinite()  # (B, Q): -inf, which nobody draws, may be among them
+    return [row for row, count in enumerate(counts) if not largest[row, :count].all()]
+
+
 class _Memory:
     """What the rules of one generation need of its past: random numbers, and the tokens that count for penalties."""
 

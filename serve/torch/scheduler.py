@@ -98,10 +98,13 @@ class Scheduler:
         """Queue a generation behind the others."""
         self.waiting.append(generation)
 
-    def remove(self, generation: Generation) -> None:
-        """Forget a generation, finished or not; its row is free at once."""
+    def remove(self, generation: Generation, *, keep: bool = True) -> None:
+        """Forget a generation, finished or not; its row is free at once, its blocks kept for others with `keep`."""
         if generation in self.running:
-            self._free(self.running.index(generation))
+            row = self.running.index(generation)
+            if keep:
+                self._keep(generation)
+            self._free(row)
         else:
             self.waiting.remove(generation)
 
@@ -194,7 +197,10 @@ class Scheduler:
         known = generation.cached // size
         copies = [Copy(row, block, place) for block, place in enumerate(places[known:], known)]
         if copies:
-            self.found += len(places) * size - generation.cached
+            found = len(places) * size - generation.cached
+            self.found += found
+            if generation.count == 0:
+                generation.reused = found + (generation.reused if generation.cached else 0)
             generation.cached = len(places) * size
         start = len(places) * size
         if start + size > last or start != generation.cached or len(places) == self.prefixes.blocks:
@@ -224,6 +230,7 @@ class Scheduler:
     def _preempt(self) -> None:
         row = max(range(len(self.running)), key=lambda i: self.running[i].arrival)
         generation = self.running[row]
+        self._keep(generation)
         self._free(row)
         generation.cached, generation.row = 0, None
         self.waiting.appendleft(generation)
@@ -235,7 +242,6 @@ class Scheduler:
 
     def _free(self, row: int) -> None:
         """Close the gap with the last row of each side that `row` leaves."""
-        self._keep(self.running[row])
         if row < self.decoding:
             self.decoding -= 1
             self.running[row] = self.running[self.decoding]

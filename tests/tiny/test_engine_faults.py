@@ -116,6 +116,54 @@ def test_what_does_not_fit_alone_fails_alone(engine: Engine) -> None:
     assert engine.stats().failures == 1
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_fail_alone_and_spoil_nothing(
+    tmp_path: Path, folders: dict[str, Path], value: float
+) -> None:
+    base = tiny_model(tmp_path / "untied", tie_word_embeddings=False)
+    engine = Engine(base, {"a": folders["a"]}, max_batch=8)
+    engine.scheduler.chunk = 32
+    plain = [Request(prompt, ("", "a")[i % 2], NEW) for i, prompt in enumerate(prompts(6))]
+    wanted = [generation.new for generation in engine.generate(plain)]
+    with torch.no_grad():
+        engine.model.base_model.embed_tokens.weight[POISON] = value
+    begin = prompts(1, longest=400, seed=2)[0] + [3] * 80
+    spoilt = [[*begin, POISON, 4, 5], [*begin, POISON] + [5] * 80, [POISON] * 40]
+    for _ in range(2):  # the second time in rows that the first spoilt
+        given = engine.generate([*plain[:3], *[Request(prompt, "", NEW) for prompt in spoilt], *plain[3:]])
+        assert [generation.finish for generation in given[3:6]] == ["error"] * 3
+        assert all("not finite" in generation.error for generation in given[3:6])
+        assert [generation.new for generation in given[:3] + given[6:]] == wanted
+    embedded, scored = engine.generate([Request([POISON, 4], embed="mean"), Request([POISON], prompt_logprobs=1)])
+    assert (embedded.finish, scored.finish) == ("error", "error")
+    again = engine.generate([Request(prompt, "", NEW) for prompt in spoilt])
+    assert [generation.finish for generation in again] == ["error"] * 3
+    assert all(generation.reused <= len(begin) for generation in again), "what was spoilt was kept for others"
+    assert [generation.new for generation in engine.generate(plain)] == wanted
+    assert engine.stats().failures == 0
+    assert_nothing_is_left(engine)
+    engine.close()
+
+
+def test_nothing_is_kept_of_a_row_that_was_wiped_out(engine: Engine) -> None:
+    norm, seen = engine.model.base_model.norm, []
+    gain = norm._gain
+
+    def spoil(token: int) -> bool:
+        seen.append(token)
+        if len(seen) == 45:
+            norm._gain = gain * float("nan")
+        return False
+
+    spoilt = engine.generate([Request([3, 4, 5], "", 100, stop=spoil)])[0]
+    norm._gain = gain
+    assert (spoilt.finish, spoilt.new) == ("error", seen)
+    first, again = (engine.generate([Request(spoilt.tokens[:40], "", NEW)])[0] for _ in range(2))
+    assert first.new == again.new
+    assert first.new[:8] == spoilt.tokens[40:]
+    assert (first.reused, again.reused) == (0, 32)
+
+
 def test_a_deadline_ends_what_runs_and_what_waits(engine: Engine) -> None:
     soon = time.monotonic() + 0.3
     running = [engine.submit(Request([3, 4], "", 2000, deadline=soon)) for _ in range(8)]

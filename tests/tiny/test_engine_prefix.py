@@ -64,6 +64,7 @@ def test_a_shared_beginning_is_read_once_for_each_adapter(engine: Engine, plain:
     assert engine.stats().prefix_hits == 0
     rest, found = hits(engine, requests[3:])
     assert found == 9 * 10 * PREFIX_BLOCK
+    assert [generation.reused for generation in rest] == [10 * PREFIX_BLOCK] * 9
     assert [*first, *[generation.new for generation in rest]] == wanted
 
 
