@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from evalsets.extract import letter
+from evalsets.extract import letter, named
 from evalsets.sets import LETTERS, Generation
 from evalsets.statistics import mean_interval
 from suite import envs, processes
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 HARNESSES = ("evalscope", "lmeval")
 NAME = re.compile(rf"({'|'.join(HARNESSES)}):([^=]*)(?:=(.*))?", re.DOTALL)
+OPTION = re.compile(rf"^\(?([{LETTERS}])[).．、:：]\s*(.*\S)", re.MULTILINE)
 ROUNDED = 1e-3
 """The programs round what they report."""
 
@@ -174,19 +175,18 @@ def _row(row: Row) -> Row:
     row = {**row, "digest": hashlib.sha256(whole.encode()).hexdigest()[:16]}
     if row["error"]:
         row["score"] = 0.0
-    if letters := _letters(row):
-        second = letter(row["reply"], letters)
+    if options := _options(row):
+        second = letter(row["reply"], "".join(options)) or named(row["reply"], options)
         row |= {"second": second, "second_score": float(second == row["expected"])}
     return row
 
 
-def _letters(row: Row) -> str:
-    """The letters of a question's options, as its prompt lists them; empty where the answer is none of them."""
+def _options(row: Row) -> dict[str, str]:
+    """A question's options by letter, as its prompt lists them; empty where the answer is none of their letters."""
     prompt = row["prompt"]
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
-    listed = re.findall(rf"^\(?([{LETTERS}])[).．、:：]", asked, re.MULTILINE)
-    letters = LETTERS[: len(set(listed))]
-    return letters if row["expected"] in set(letters) and set(letters) == set(listed) else ""
+    listed = dict(sorted(OPTION.findall(asked)))
+    return listed if row["expected"] in listed and LETTERS.startswith("".join(listed)) else {}
 
 
 def figures(found: Found, rows: list[Row]) -> dict[str, Any]:

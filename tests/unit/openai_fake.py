@@ -69,7 +69,7 @@ def chat(text: str, finish: str = "stop") -> bytes:
     message = {"role": "assistant", "content": text}
     usage = {"prompt_tokens": 9, "completion_tokens": len(text.split()), "total_tokens": 9 + len(text.split())}
     choice = {"index": 0, "message": message, "finish_reason": finish}
-    return json.dumps({"object": "chat.completion", "choices": [choice], "usage": usage}).encode()
+    return json.dumps({"object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}).encode()
 
 
 @contextlib.contextmanager
