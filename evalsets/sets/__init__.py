@@ -4,6 +4,7 @@
     settings.py  the keys of a set.toml, and the prompts where it has none
     layouts.py   which files hold what: C-Eval, CMMLU, MMLU, GSM8K, the folders of ms-swift and EvalScope
     tables.py    rows of csv, tsv, jsonl and parquet
+    record.py    one row, read field by field
     readers.py   from a row to a question, for each kind
     subjects.py  categories of published subjects
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from evalsets.sets import tables
 from evalsets.sets.layouts import Layout, Part
 from evalsets.sets.question import Question
-from evalsets.sets.readers import READERS, Messages, Source, solved
+from evalsets.sets.readers import READERS, Source, solved
+from evalsets.sets.record import Messages
 from evalsets.sets.settings import Kind, SetFile
 from evalsets.sets.subjects import categories
 from suite.errors import SuiteError
@@ -64,8 +65,8 @@ class EvalSet:
 
     def _part(self, part: Part) -> Iterator[Question]:
         source, read = Source(self.file, part.subset, self._solved(part)), READERS[self.kind]
-        for where, row in tables.rows(part.path, texts=self._texts):
-            yield read(source, row, where)
+        for row in tables.rows(part.path, texts=self._texts):
+            yield read(source, row)
 
     def _solved(self, part: Part) -> Messages:
         """The solved examples of a subset as finished turns."""
@@ -80,7 +81,7 @@ class EvalSet:
                 f"shots = {shots}, but {has} {len(rows)} rows", where=str(self.where),
                 hint="lower shots, or add solved examples",
             )  # fmt: skip
-        return tuple(turn for where, row in rows for turn in solved(source, row, where))
+        return tuple(turn for row in rows for turn in solved(source, row))
 
     @property
     def _texts(self) -> bool:

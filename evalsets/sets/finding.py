@@ -79,7 +79,7 @@ def _usual(folder: Path, layout: Layout) -> SetFile:
 
 def _several(path: Path) -> bool:
     """Whether a row of a choice file has more than one right letter."""
-    answers = (row.get("answer") or "" for _, row in tables.rows(path, texts=True))
+    answers = (row.get("answer") or "" for row in tables.rows(path, texts=True))
     return any(len([c for c in "".join(map(str, answer)) if c.isalpha()]) > 1 for answer in answers)
 
 

@@ -12,7 +12,6 @@ SUFFIX is csv, tsv, jsonl or parquet. Solved examples come from the dev or train
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +117,12 @@ def _same_subset(one: Path, other: Path, *_: Path) -> SuiteError:
 
 def _told_by_rows(parts: tuple[Part, ...]) -> Layout:
     first = parts[0].path
-    row = next((row for _, row in islice(tables.rows(first), 1)), None)
+    row = next(tables.rows(first), None)
     if row is None:
         raise SuiteError("the file has no rows", where=str(first))
-    known = kind_of(row)
+    known = kind_of(row.values)
     if known is None:
-        raise SuiteError(f"rows have {', '.join(row)}: no kind of question", where=f"{first}:1", hint=EXPECTED)
+        raise row.error(f"rows have {', '.join(row.values)}: no kind of question", EXPECTED)
     kind, name = known
     return Layout(name, kind, parts)
 

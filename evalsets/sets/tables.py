@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evalsets.sets.record import Record
 from suite.errors import SuiteError
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 HEADERLESS = ("question", "A", "B", "C", "D", "answer")
 """The columns of MMLU's files, which do not name them."""
 
-Row = dict[str, Any]
 
-
-def rows(path: Path, *, texts: bool = False) -> Iterator[tuple[str, Row]]:
-    """Each row with its place, `file:line`. With `texts` the numbers of JSON stay as they are written: 1.10 is "1.10".
+def rows(path: Path, *, texts: bool = False) -> Iterator[Record]:
+    """Each row with its place. With `texts` the numbers of JSON stay as they are written: 1.10 is "1.10".
 
     Raises SuiteError with the place of whatever cannot be read.
     """
@@ -39,7 +38,7 @@ def _delimiter(path: Path) -> str:
     return "\t" if path.suffix == ".tsv" else ","
 
 
-def _table(path: Path) -> Iterator[tuple[str, Row]]:
+def _table(path: Path) -> Iterator[Record]:
     """Rows of a csv or tsv file with the line on which each ends."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True, delimiter=_delimiter(path))
@@ -48,7 +47,7 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
             header = _names(first)
             if header is None:
                 header = list(HEADERLESS)
-                yield f"{path}:{reader.line_num}", dict(zip(header, first, strict=True))
+                yield Record(dict(zip(header, first, strict=True)), f"{path}:{reader.line_num}")
             if len(set(header)) < len(header):
                 raise SuiteError("two columns have one name", where=f"{path}:1")
             for values in reader:
@@ -56,7 +55,7 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
                     what = f"{len(values)} values in a table of {len(header)} columns"
                     raise SuiteError(what, where=f"{path}:{reader.line_num}", hint="quote values that contain commas")
                 if values:
-                    yield f"{path}:{reader.line_num}", dict(zip(header, values, strict=True))
+                    yield Record(dict(zip(header, values, strict=True)), f"{path}:{reader.line_num}")
         except csv.Error as error:
             raise SuiteError(f"not valid CSV: {error}", where=f"{path}:{reader.line_num}") from None
         except UnicodeDecodeError as error:
@@ -71,7 +70,7 @@ def _names(first: list[str]) -> list[str] | None:
     return [known.get(name.strip(), name.strip()) for name in first]
 
 
-def _jsonl(path: Path, texts: bool) -> Iterator[tuple[str, Row]]:
+def _jsonl(path: Path, texts: bool) -> Iterator[Record]:
     try:
         lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -89,10 +88,10 @@ def _jsonl(path: Path, texts: bool) -> Iterator[tuple[str, Row]]:
             raise SuiteError("JSON is nested too deeply", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
             raise SuiteError("expected an object {...} on each line", where=f"{path}:{number}")
-        yield f"{path}:{number}", row
+        yield Record(row, f"{path}:{number}")
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Iterator[Record]:
     """Rows of a parquet file, by number; a cell without a value is not in its row."""
     import pyarrow
     import pyarrow.parquet
@@ -105,4 +104,4 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
         plain = {
             name: value if isinstance(value, str | list | dict | bool) else str(value) for name, value in row.items()
         }
-        yield f"{path}:{number}", {name: plain[name] for name in row if row[name] is not None}
+        yield Record({name: plain[name] for name in row if row[name] is not None}, f"{path}:{number}")

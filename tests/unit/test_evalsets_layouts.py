@@ -296,7 +296,7 @@ def test_solved_examples_alone_are_nothing_to_ask(tmp_path: Path) -> None:
         ({"question": "q", "A": "1", "B": {"x": 1}, "answer": "A"}, "'B' must be a text"),
         ({"question": "q", "A": "1", "B": "2", "answer": {"x": 1}}, "answer is"),
         ({"query": "q", "response": "r", "history": [["a"]]}, "'history' must be pairs"),
-        ({"messages": [3], "response": "r"}, "a message needs a role"),
+        ({"messages": [3], "response": "r"}, "'messages' must be a list of messages"),
         ({"messages": [{"role": "user", "content": "q"}]}, "no 'response'"),
         ({"text": ""}, "'text' must be a text that is not empty"),
     ],
@@ -360,4 +360,4 @@ def test_a_table_comes_back_as_it_was_written(
         pyarrow.parquet.write_table(pyarrow.table({n: [r[i] for r in rows] for i, n in enumerate(names)}), path)
     else:
         table(path, names, *map(list, rows))
-    assert [tuple(row[name] for name in names) for _, row in tables.rows(path)] == rows
+    assert [tuple(row.cell(name) for name in names) for row in tables.rows(path)] == rows
