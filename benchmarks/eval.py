@@ -3,6 +3,9 @@
 The ideal is n x 20 ms / concurrency. "ask" is the client alone, "evaluate" a whole evaluation: reading the set, asking,
 extracting, scoring, intervals, report. The best of a few turns; the server is a process of its own.
 
+Where EvalScope is installed (suite env install evalscope), it is given the same 500 questions, and turns are taken:
+whole commands from start to end, and without start and imports, our evaluation beside its run_task.
+
     python benchmarks/eval.py [--quick] [--json]
 """
 
@@ -12,6 +15,8 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,11 +30,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from evalsets.ask import Client, Journal, Request
 from evalsets.evaluation import evaluate
 from evalsets.sets import load
+from suite import envs
+from suite.processes import foreign
 
+ROOT = Path(__file__).parents[1]
 LATENCY = 0.02
 GOAL = 1.25
 ROUNDS = 50
 """Replies that each of the concurrent askers waits for: the ideal is ROUNDS x LATENCY = 1 s at any concurrency."""
+
+EVALSCOPE_QUESTIONS = 500
+EVALSCOPE_GOAL = 1 / 3
+RUN_TASK = """
+import json, sys, time
+from evalscope import TaskConfig, run_task
+task = TaskConfig(**json.load(open(sys.argv[1])))
+began = time.perf_counter()
+run_task(task)
+print(time.perf_counter() - began)
+"""
 
 REPLY = {
     "id": "r", "object": "chat.completion", "created": 0, "model": "m",
@@ -87,15 +106,19 @@ def prompt(i: int) -> list[dict[str, str]]:
 def whole(url: str, n: int, concurrency: int, folder: Path) -> None:
     """A whole evaluation of a choice set."""
     work = folder / str(time.monotonic_ns())
-    (work / "set" / "val").mkdir(parents=True)
-    about = 'kind = "choice"\ntitle = "t"\nlanguages = ["en"]\nlicense = "CC0-1.0"\nsource = "made up"\n'
-    (work / "set" / "set.toml").write_text(about, "utf-8")
-    rows = [f"{i},Which is number {i}?,one,two,three,four,B" for i in range(n)]
-    (work / "set" / "val" / "made_val.csv").write_text("\n".join(["id,question,A,B,C,D,answer", *rows]), "utf-8")
-    found = evaluate(
-        Client(url, concurrency=concurrency), "m", [load(str(work / "set"))], work / "out", work / "journal"
-    )
+    asked = load(str(made(work / "set", n)))
+    found = evaluate(Client(url, concurrency=concurrency), "m", [asked], work / "out", work / "journal")
     assert found.metrics["set"]["acc"] == 1
+
+
+def made(folder: Path, n: int) -> Path:
+    """A choice set of n questions."""
+    (folder / "val").mkdir(parents=True)
+    about = 'kind = "choice"\ntitle = "t"\nlanguages = ["en"]\nlicense = "CC0-1.0"\nsource = "made up"\n'
+    (folder / "set.toml").write_text(about, "utf-8")
+    rows = [f"{i},Which is number {i}?,one,two,three,four,B" for i in range(n)]
+    (folder / "val" / "made_val.csv").write_text("\n".join(["id,question,A,B,C,D,answer", *rows]), "utf-8")
+    return folder
 
 
 def openai_loop(url: str, n: int, concurrency: int, folder: Path) -> None:
@@ -134,7 +157,7 @@ def row(measure: str, ours: float, theirs: float, goal: float) -> dict[str, Any]
     ratio = round(ours / theirs, 3)
     return {
         "measure": measure, "ours": round(ours, 3), "theirs": round(theirs, 3), "unit": "s",
-        "ratio": ratio, "goal": goal, "met": ratio <= goal,
+        "ratio": ratio, "goal": round(goal, 3), "met": ratio <= goal,
     }  # fmt: skip
 
 
@@ -155,10 +178,57 @@ def rows(url: str, times: int, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def command(url: str, work: Path) -> float:
+    """Seconds of our whole command."""
+    asked = made(work / "set", EVALSCOPE_QUESTIONS)
+    told = ["eval", "--url", url, "--model", "m", "--sets", str(asked), "--out", str(work / "out"), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "suite.cli", *told], env=environment, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def evalscope(url: str, work: Path, python: Path) -> tuple[float, float]:
+    """Seconds of the same by EvalScope: the process, and run_task in it."""
+    work.mkdir()
+    row = {"question": "", "A": "one", "B": "two", "C": "three", "D": "four", "answer": "B"}
+    rows = (json.dumps(row | {"question": f"Which is number {i}?"}) for i in range(EVALSCOPE_QUESTIONS))
+    (work / "all_val.jsonl").write_text("\n".join(rows), "utf-8")
+    task = {
+        "model": "m", "api_url": url + "/v1", "api_key": "none", "eval_type": "openai_api", "datasets": ["general_mcq"],
+        "dataset_args": {"general_mcq": {"local_path": str(work), "subset_list": ["all"]}}, "eval_batch_size": 16,
+        "generation_config": {"max_tokens": 16}, "work_dir": str(work / "out"), "no_timestamp": True,
+    }  # fmt: skip
+    (work / "job.json").write_text(json.dumps(task), "utf-8")
+    began = time.perf_counter()
+    told = [str(python), "-I", "-c", RUN_TASK, str(work / "job.json")]
+    ran = subprocess.run(told, env=foreign(), check=True, capture_output=True, text=True)
+    return time.perf_counter() - began, float(ran.stdout.split()[-1])
+
+
+def beside_evalscope(url: str, times: int, folder: Path) -> list[dict[str, Any]]:
+    """Both measures, in turns; none where it is not installed."""
+    environment = envs.get("evalscope")
+    if not environment.installed:
+        print(f"not measured: {environment.name}, see suite env install", file=sys.stderr)
+        return []
+    ours, inside, theirs = [], [], []
+    for turn in range(times):
+        ours.append(command(url, folder / f"ours-{turn}"))
+        inside.append(best(whole, 1, url, EVALSCOPE_QUESTIONS, 16, folder))
+        theirs.append(evalscope(url, folder / f"theirs-{turn}", environment.python))
+    process, run_task = (min(seconds) for seconds in zip(*theirs, strict=True))
+    name = f"{EVALSCOPE_QUESTIONS} at 16, EvalScope"
+    return [
+        row(f"command, {name}", min(ours), process, EVALSCOPE_GOAL),
+        row(f"evaluate, {name}'s run_task", min(inside), run_task, EVALSCOPE_GOAL),
+    ]
+
+
 def main() -> None:
     """Measure and print one row a measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 50 s")
+    parser.add_argument("--quick", action="store_true", help="about a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
@@ -166,10 +236,12 @@ def main() -> None:
     server = context.Process(target=serve, args=(sending,), daemon=True)
     server.start()
     with tempfile.TemporaryDirectory() as folder:
-        measured = rows(f"http://127.0.0.1:{receiving.recv()}", 3 if arguments.quick else 7, Path(folder))
+        url = f"http://127.0.0.1:{receiving.recv()}"
+        measured = rows(url, 3 if arguments.quick else 7, Path(folder))
+        measured += beside_evalscope(url, 2 if arguments.quick else 4, Path(folder))
     server.kill()
     for line in measured:
-        text = "{measure:36} ours {ours:6} theirs {theirs:6} {unit}  ratio {ratio:6} goal {goal} met {met}"
+        text = "{measure:44} ours {ours:6} theirs {theirs:6} {unit}  ratio {ratio:6} goal {goal} met {met}"
         print(json.dumps(line) if arguments.json else text.format(**line))
 
 
