@@ -183,10 +183,15 @@ def _joins(layer: nn.Module, names: Sequence[str], last: str) -> bool:
     """Whether plain linear layers of these names, on one device, hold all that `layer` has learnt."""
     linear: list[Any] = [getattr(layer, name, None) for name in (*names, last)]
     return (
-        all(type(part) is nn.Linear for part in linear)
+        all(_is_plain(part) for part in linear)
         and len({(part.weight.device, part.weight.dtype, part.bias is None) for part in linear[:-1]}) == 1
         and not list(layer.parameters(recurse=False))
     )
+
+
+def _is_plain(part: Any) -> bool:
+    """Whether it is a linear layer whose weights are not packed."""
+    return type(part) is nn.Linear and {"weight"} <= {n for n, _ in part.named_parameters()} <= {"weight", "bias"}
 
 
 def _children(layer: nn.Module) -> set[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from serve.torch import fused
 from serve.torch.attention import register
 from serve.torch.cache import SlotCache
 from serve.torch.fused import fuse
@@ -146,3 +147,11 @@ def test_norms_of_any_size(dtype: torch.dtype, size: float) -> None:
     x = (torch.randn(3, 5, 96) * size).to(dtype)
     made = FusedNorm(theirs.weight, theirs.variance_epsilon)
     torch.testing.assert_close(made(x), theirs(x), atol=1e-5, rtol=3 * torch.finfo(dtype).eps)
+
+
+def test_layers_whose_weights_are_packed_stay() -> None:
+    packed, scaled = nn.Linear(4, 4), nn.Linear(4, 4)
+    del packed.weight
+    packed.register_parameter("weight_packed", nn.Parameter(torch.zeros(4, 1, dtype=torch.int32), requires_grad=False))
+    scaled.register_parameter("weight_scale", nn.Parameter(torch.ones(4, 1)))
+    assert [fused._is_plain(layer) for layer in (nn.Linear(4, 4), packed, scaled)] == [True, False, False]
