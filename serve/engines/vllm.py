@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from serve.engines import packed
 from serve.engines.kind import chat_template, flags, gpus, marked
 from serve.engines.process import Launch
 from serve.engines.translation import JoinedText, Translation
@@ -48,7 +49,8 @@ class Vllm:
         return JoinedText()
 
     def check(self, settings: Settings) -> None:
-        """It has options for everything."""
+        """It has options for everything, and kernels for some quantized weights."""
+        packed.check(settings)
 
     def precision(self, settings: Settings) -> str:
         """Left to vLLM on a GPU; on a CPU float32, as in our engine, but for packed weights: it has no such kernels."""

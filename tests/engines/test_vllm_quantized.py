@@ -21,9 +21,12 @@ import torch
 
 from export.quantizers import calibration
 from export.quantizers.recipe import METHODS, Blocks, Recipe
+from serve.backends import endpoint
+from serve.settings import Settings
 from suite import processes, quantized
 from suite.chat import Chat
 from suite.envs import Environment
+from suite.errors import SuiteError
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
 CHATS = NANO.parents[1] / "data" / "calibration.jsonl"
@@ -59,6 +62,8 @@ def make(
     def quantize(name: str, recipe: Recipe) -> Path:
         python = installed(environment).python if (environment := METHODS[recipe.method].environment) else None
         folder = root / name / "out"
+        if folder.is_dir():
+            return folder
         folder.mkdir(parents=True)
         replace(recipe, python=python).make(NANO, folder, blocks, lambda *_: None)
         return folder
@@ -135,6 +140,33 @@ def test_vllm_answers_as_transformers_does(
         there = answers_there(url)
     assert there == answers_here(folder)
     assert "Paris" in there[0]
+
+
+@pytest.mark.timeout(900)
+def test_the_gateway_serves_them_and_its_probe_has_nothing_against_them(
+    vllm: Path, make: Callable[[str, Recipe], Path]
+) -> None:
+    options: dict[str, Any] = {
+        "backend": "vllm", "env_python": str(vllm.with_name("python")), "max_length": 512, "cache_memory": 2**30,
+    }  # fmt: skip
+    other = Settings(model=make("w8a8", SERVED["w8a8"]), name="w8a8", **options)
+    with (
+        endpoint(make("gptq", SERVED["gptq"]), name="gptq", beside=(other,), **options) as running,
+        httpx.Client(base_url=f"{running.url}/v1", timeout=300) as http,
+    ):
+        for name in ("gptq", "w8a8"):
+            body = {"model": name, "messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 0}
+            answer = http.post("/chat/completions", json=body).raise_for_status().json()
+            assert "Paris" in answer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vllm_would_refuse_is_refused_before_it_is_started(
+    name: str, make: Callable[[str, Recipe], Path], vllm: Path
+) -> None:
+    settings = Settings(model=make(name, REFUSED[name][0]), backend="vllm", env_python=str(vllm.with_name("python")))
+    with pytest.raises(SuiteError, match="vLLM cannot serve"):
+        settings.check()
 
 
 @pytest.mark.timeout(600)
