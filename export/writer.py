@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import struct
 import threading
@@ -35,7 +36,10 @@ Blocks = Callable[[Tensor], Iterator[Block]]
 
 
 class Source:
-    """Reads tensors where they lie, each file opened once; safe to use from several threads. Close it at the end."""
+    """Shows tensors where they lie, each file opened once; safe to use from several threads. Close it at the end.
+
+    Bytes are not read but mapped: whoever looks at them finds them in the kernel's memory.
+    """
 
     def __init__(self) -> None:
         self.files: dict[Path, int] = {}
@@ -48,15 +52,19 @@ class Source:
         for descriptor in self.files.values():
             os.close(descriptor)
 
-    def read(self, tensor: Tensor, offset: int, into: memoryview) -> None:
-        """Fill `into` with bytes of `tensor` from `offset`; raises SuiteError where the file ends early."""
+    def show(self, tensor: Tensor, offset: int, size: int) -> memoryview:
+        """`size` bytes of `tensor` from `offset`, as long as they are held; they count as memory of this process.
+
+        Raises SuiteError where the file ends early; one that is made shorter later kills the process.
+        """
         file = self.files.get(tensor.file) or self._open(tensor.file)
-        position = tensor.start + offset
-        while into:
-            count = os.preadv(file, [into], position)
-            if not count:
-                raise SuiteError(f"'{tensor.name}' ends early: the file is cut off", where=str(tensor.file))
-            into, position = into[count:], position + count
+        start = tensor.start + offset
+        before = start % mmap.ALLOCATIONGRANULARITY
+        try:
+            pages = mmap.mmap(file, before + size, mmap.MAP_PRIVATE, offset=start - before)
+        except ValueError:
+            raise SuiteError(f"'{tensor.name}' ends early: the file is cut off", where=str(tensor.file)) from None
+        return memoryview(pages)[before:]
 
     def _open(self, file: Path) -> int:
         with self.lock:

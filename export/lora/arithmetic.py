@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -11,7 +10,7 @@ import torch
 
 from export.lora.adapter import Lora, Patch
 from export.lora.fit import Edit
-from export.tensors import Tensor
+from export.tensors import ITEM, Tensor
 from export.writer import Source
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -20,8 +19,6 @@ TILE_SIZE = 1 << 17
 FEWEST_ROWS = 8
 """Rows changed at once, at least: a product of one row is summed in another order than one of several."""
 Load = Callable[[Tensor], torch.Tensor]
-FUSED_RANKS = range(2, 257)
-"""Ranks for which BLAS sums a product and adds it to the weight with the same bits in one call as in two."""
 
 
 class LowRank:
@@ -34,8 +31,6 @@ class LowRank:
         a, b = factors(lora, load)
         self.left, self.right = (a.T, b.T.contiguous()) if lora.transposed else (b, a)
         self.scale = lora.scale
-        # multiplying by a power of two rounds nothing, so one call does it all
-        self.fused = math.frexp(lora.scale)[0] == 0.5 and len(self.right) in FUSED_RANKS
         self.magnitude = load(lora.magnitude).reshape(-1, 1) if lora.magnitude else None
         self.column_factor: torch.Tensor | None = None
         if self.magnitude is not None and lora.transposed:
@@ -46,8 +41,6 @@ class LowRank:
 
     def add(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         """`weight` (n, columns) plus the change, in place."""
-        if self.fused:
-            return weight.addmm_(self.left[first : first + len(weight)], self.right, alpha=self.scale)
         return weight.add_(self.change(first, len(weight)))
 
     def change(self, first: int, count: int) -> torch.Tensor:
@@ -70,10 +63,11 @@ class Change:
     def __init__(self, patch: Patch, weight: Tensor, source: Source, load: Load) -> None:
         self.whole, self.source = patch.whole, source
         self.low_rank = LowRank(patch.lora, patch.whole or weight, source, load) if patch.lora else None
-        self.bias = load(patch.bias[0]).mul_(patch.bias[1]).reshape(-1, 1) if patch.bias else None
+        self.bias = load(patch.bias[0]).mul(patch.bias[1]).reshape(-1, 1) if patch.bias else None
         self.tokens = torch.tensor(patch.tokens.indices) if patch.tokens else None
         self.values = load(patch.tokens.values) if patch.tokens else torch.empty(0)
-        self.only_low_rank = patch == Patch(lora=patch.lora)
+        alone = patch.lora and patch == Patch(lora=patch.lora) and not patch.lora.magnitude
+        self.plain = self.low_rank if alone else None
 
     def __call__(self, weight: torch.Tensor, first: int) -> None:
         """Change `weight` (n, columns), float32, in place; its rows are `first` and those after it."""
@@ -89,8 +83,8 @@ class Change:
 
     def delta(self, weight: torch.Tensor, first: int) -> torch.Tensor:
         """What is added to `weight` (n, columns); it stays as it is."""
-        if self.low_rank and self.only_low_rank and self.low_rank.magnitude is None:
-            return self.low_rank.change(first, len(weight))
+        if self.plain:
+            return self.plain.change(first, len(weight))
         changed = weight.clone()
         self(changed, first)
         return changed.sub_(weight)
@@ -121,11 +115,17 @@ def read_rows(tensor: Tensor, source: Source) -> Iterator[tuple[int, torch.Tenso
         yield first, rows_of(tensor, first, last - first, source)
 
 
+def shown(tensor: Tensor, first: int, count: int, source: Source) -> torch.Tensor:
+    """`count` rows of a tensor from `first` where they lie: (count, columns), in its own type; not to be changed."""
+    columns = matrix(tensor.shape)[1]
+    row = columns * ITEM[tensor.dtype]
+    data = source.show(tensor, first * row, count * row)
+    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).view(count, columns)
+
+
 def load(tensor: Tensor, source: Source) -> torch.Tensor:
-    """The whole of a (small) tensor, as float32."""
-    values = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-    source.read(tensor, 0, as_bytes(values))
-    return values.float()
+    """The whole of a (small) tensor, as float32; not to be changed: it may be where it lies."""
+    return shown(tensor, 0, matrix(tensor.shape)[0], source).float().view(tensor.shape)
 
 
 def factors(lora: Lora, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,10 +146,7 @@ def is_zero(edits: Sequence[Edit], source: Source) -> bool:
 
 def rows_of(tensor: Tensor, first: int, count: int, source: Source) -> torch.Tensor:
     """`count` rows of a tensor from `first`: (count, columns), float32."""
-    columns = matrix(tensor.shape)[1]
-    rows = torch.empty(count, columns, dtype=DTYPES[tensor.dtype])
-    source.read(tensor, first * columns * rows.element_size(), as_bytes(rows))
-    return rows.float()
+    return shown(tensor, first, count, source).to(torch.float32, copy=True)
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, int]:

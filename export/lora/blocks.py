@@ -9,66 +9,76 @@ from typing import NamedTuple
 
 import torch
 
-from export.lora.arithmetic import DTYPES, TILE_SIZE, Change, as_bytes, load, matrix, spans
+from export.lora.arithmetic import DTYPES, TILE_SIZE, Change, as_bytes, load, matrix, shown, spans
 from export.lora.combine import Combined
 from export.lora.fit import Combination, Edit
+from export.lora.kernel import Fused, takes
 from export.tensors import ITEM, Tensor
 from export.writer import Block, Source
 
 RowChange = Callable[[torch.Tensor, int], None]
 """Changes rows of a weight (n, columns), float32, in place; the number is that of the first."""
 BLOCK_SIZE = 1 << 19
-"""Elements read and written at once."""
-COPY_SIZE = 1 << 18
-"""Bytes copied at once."""
+"""Elements computed and written at once."""
+WINDOW_SIZE = 1 << 22
+"""Elements mapped at once: the kernel maps many pages with one entry of its tables, where they are side by side."""
+COPY_SIZE, COPY_WINDOW = 1 << 20, 1 << 23
+"""Bytes copied at once, and mapped at once for that."""
 
 
-class Tile(NamedTuple):
-    """Some rows of a block: what was read, float32 to work on, what is written; (rows, columns), partly one memory."""
+class Room(NamedTuple):
+    """One block's memory: what is written (n, columns), its bytes, and the tiles to compute it in, by their rows."""
 
-    first: int
-    given: torch.Tensor
-    work: torch.Tensor
     result: torch.Tensor
-
-
-class Views(NamedTuple):
-    """One block's memory, as bytes to read and to write, and as the tiles that it is computed in."""
-
-    read: memoryview
-    tiles: list[Tile]
-    write: memoryview
+    data: memoryview
+    tiles: list[tuple[slice, torch.Tensor]]
 
 
 class Lane(threading.local):
     """The memory of one thread, the same for every block; a block of a form seen before costs nothing more."""
 
     def __init__(self) -> None:
-        self.views: dict[tuple[int, int, str, str], Views] = {}
-        self.read = self.work = self.write = torch.empty(0)
-        self.bytes = memoryview(bytearray(COPY_SIZE))
+        self.rooms: dict[tuple[int, int, str], Room] = {}
+        self.work = self.result = torch.empty(0)
 
-    def get(self, rows: int, columns: int, source: str, target: str) -> Views:
-        """Views for a block; what needs no other type is worked on where it was read, and written from there."""
-        key = rows, columns, source, target
-        if key not in self.views:
-            if rows * columns > len(self.read):
-                self.views.clear()
-                self.read, self.work, self.write = (torch.empty(rows * columns, dtype=torch.float64) for _ in range(3))
-            given = _carve(self.read, rows, columns, source)
-            result = given if target == source else _carve(self.write, rows, columns, target)
+    def get(self, rows: int, columns: int, dtype: str) -> Room:
+        """Room for a block; what is written as float32 is worked on where it is written from."""
+        key = rows, columns, dtype
+        if key not in self.rooms:
+            if rows * columns > len(self.result):
+                self.rooms.clear()
+                self.work, self.result = (torch.empty(rows * columns, dtype=torch.float64) for _ in range(2))
+            result = _carve(self.result, rows, columns, dtype)
             tiles = []
             for first, last in spans((rows, columns), TILE_SIZE):
-                part, end = given[first:last], result[first:last]
-                own = part if source == "F32" else end if target == "F32" else None
-                work = _carve(self.work, last - first, columns, "F32") if own is None else own
-                tiles.append(Tile(first, part, work, end))
-            self.views[key] = Views(as_bytes(given), tiles, as_bytes(result))
-        return self.views[key]
+                work = result[first:last] if dtype == "F32" else _carve(self.work, last - first, columns, "F32")
+                tiles.append((slice(first, last), work))
+            self.rooms[key] = Room(result, as_bytes(result), tiles)
+        return self.rooms[key]
 
 
 def _carve(memory: torch.Tensor, rows: int, columns: int, dtype: str) -> torch.Tensor:
     return memory.view(DTYPES[dtype])[: rows * columns].view(rows, columns)
+
+
+Compute = Callable[[torch.Tensor, int, Room], None]
+"""Computes a block's result from rows of the source (n, columns), in its type; the number is that of the first."""
+
+
+class Tiled:
+    """Makes any change with PyTorch, in float32; none where a tensor only gets another type."""
+
+    def __init__(self, change: RowChange | None) -> None:
+        self.change = change
+
+    def __call__(self, given: torch.Tensor, first: int, room: Room) -> None:
+        """Compute a block."""
+        for rows, work in room.tiles:
+            work.copy_(given[rows])
+            if self.change:
+                self.change(work, first + rows.start)
+            if work.dtype != room.result.dtype:
+                room.result[rows].copy_(work)
 
 
 class Merger:
@@ -85,39 +95,39 @@ class Merger:
         """The bytes of `target` in order."""
         edit = self.edits[target.name]
         if edit.copied:
-            for offset in range(0, target.size, COPY_SIZE):
-                size = min(COPY_SIZE, target.size - offset)
-                yield Block(size, partial(self._copy, edit.source, offset, size))
+            yield from self._copies(edit.source)
             return
-        change = self._change(edit)
+        compute = self._compute(edit)
         columns = matrix(target.shape)[1]
         row = columns * ITEM[target.dtype]
-        for first, last in spans(target.shape, BLOCK_SIZE):
-            yield Block((last - first) * row, partial(self._compute, edit, change, columns, first, last))
+        for top, bottom in spans(target.shape, WINDOW_SIZE):
+            window = shown(edit.source, top, bottom - top, self.source)
+            for first, last in spans((bottom - top, columns), BLOCK_SIZE):
+                make = partial(self._make, compute, window[first:last], top + first, target.dtype)
+                yield Block((last - first) * row, make)
 
-    def _change(self, edit: Edit) -> RowChange | None:
+    def _copies(self, tensor: Tensor) -> Iterator[Block]:
+        for offset in range(0, tensor.size, COPY_WINDOW):
+            window = self.source.show(tensor, offset, min(COPY_WINDOW, tensor.size - offset))
+            for start in range(0, len(window), COPY_SIZE):
+                part = window[start : start + COPY_SIZE]
+                yield Block(len(part), part.toreadonly)
+
+    def _compute(self, edit: Edit) -> Compute:
         if not edit.patches:
-            return None
+            return Tiled(None)
         changes = [(i, Change(patch, edit.source, self.source, self.load)) for i, patch in edit.patches]
         if not self.how.single:
-            return Combined(edit.source, changes, self.how, self.source)
+            return Tiled(Combined(edit.source, changes, self.how, self.source))
         change = changes[0][1]
-        return change.low_rank if change.only_low_rank else change
+        types = edit.source.dtype, edit.target.dtype
+        if (plain := change.plain) and takes(matrix(edit.target.shape), *types):
+            add = Fused(plain.left, plain.right, plain.scale, *types)
+            return lambda given, first, room: add(given, first, room.result)
+        return Tiled(change)
 
-    def _copy(self, tensor: Tensor, offset: int, size: int) -> memoryview:
-        data = self.lane.bytes[:size]
-        self.source.read(tensor, offset, data)
-        return data
-
-    def _compute(self, edit: Edit, change: RowChange | None, columns: int, first: int, last: int) -> memoryview:
-        source = edit.source
-        view = self.lane.get(last - first, columns, source.dtype, edit.target.dtype)
-        self.source.read(source, first * columns * ITEM[source.dtype], view.read)
-        for row, given, work, result in view.tiles:
-            if work is not given:
-                work.copy_(given)
-            if change:
-                change(work, first + row)
-            if result is not work:
-                result.copy_(work)
-        return view.write
+    def _make(self, compute: Compute, given: torch.Tensor, first: int, dtype: str) -> memoryview:
+        rows, columns = given.shape
+        room = self.lane.get(rows, columns, dtype)
+        compute(given, first, room)
+        return room.data

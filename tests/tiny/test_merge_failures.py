@@ -119,7 +119,7 @@ def test_a_file_that_ends_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(bytes(10))
     with Source() as source, pytest.raises(SuiteError, match="'w' ends early"):
-        source.read(Tensor("w", "U8", (20,), file, 0), 0, memoryview(bytearray(20)))
+        source.show(Tensor("w", "U8", (20,), file, 0), 0, 20)
 
 
 def test_a_full_disk_leaves_nothing_of_a_model(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -30,15 +30,10 @@ def copying(size: int = 1 << 20) -> Iterator[Callable[[Tensor], Iterator[Block]]
     """Blocks of at most `size` bytes that are a tensor's own."""
     with Source() as source:
 
-        def read(tensor: Tensor, first: int, count: int) -> memoryview:
-            data = memoryview(bytearray(count))
-            source.read(tensor, first, data)
-            return data
-
         def blocks(tensor: Tensor) -> Iterator[Block]:
             for first in range(0, tensor.size, size):
                 count = min(size, tensor.size - first)
-                yield Block(count, partial(read, tensor, first, count))
+                yield Block(count, partial(source.show, tensor, first, count))
 
         yield blocks
 
