@@ -183,7 +183,7 @@ class Client:
         """All replies by request id. Answers in `journal` to the same requests are used; failures are asked again."""
         wanted = list(requests)
         kept = {reply.digest: reply for reply in journal.read() if not reply.error}
-        replies = {r.id: replace(kept[r.digest], id=r.id) for r in wanted if r.digest in kept}
+        replies = {r.id: replace(kept[r.digest], id=r.id) for r in wanted if r.digest in kept} if kept else {}
         for reply in replies.values():
             if progress:
                 progress(reply, False)
@@ -233,36 +233,35 @@ class _Run:
     async def one(self, session: aiohttp.ClientSession, request: Request) -> Reply:
         """One request until it is answered, or given up."""
         url = f"{self.client.root}/{request.path}"
-        failed = Reply(request.id, request.digest)
+        attempt, error = 0, ""
         for attempt in range(1, self.client.attempts + 1):
-            failed = replace(failed, attempts=attempt)
             began, wait = time.perf_counter(), self.client.pause * 2 ** (attempt - 1)
             try:
                 async with session.post(url, data=request.content) as response:
                     content = await response.read()
             except TimeoutError:
-                failed = replace(failed, error=f"no answer within {self.client.timeout:g} s")
+                error = f"no answer within {self.client.timeout:g} s"
                 break
             except aiohttp.ClientError as failure:  # whose own text would have the port
-                failed = replace(failed, error=f"no connection ({type(failure).__name__})")
+                error = f"no connection ({type(failure).__name__})"
             else:
                 self.lost = 0
                 if response.status != 429 and response.status < 500:
                     reply = parse(request, response.status, content)
                     return replace(reply, attempts=attempt, latency=time.perf_counter() - began)
-                failed = replace(failed, error=http_error(response.status, content))
+                error = http_error(response.status, content)
                 wait = max(wait, _seconds(response.headers.get("Retry-After")))
             if attempt < self.client.attempts:
                 await asyncio.sleep(min(wait, LONGEST_PAUSE))
-        self.lost += not failed.error.startswith("HTTP")
-        return failed
+        self.lost += not error.startswith("HTTP")
+        return Reply(request.id, request.digest, attempts=attempt, error=error)
 
 
 def parse(request: Request, status: int, content: bytes) -> Reply:
     """The reply in the body of an answer; one with an error where the body is not what the OpenAI API promises."""
-    failed = Reply(request.id, request.digest)
+    name, digest = request.id, request.digest
     if status >= 400:
-        return replace(failed, error=http_error(status, content), refused=status != 408)
+        return Reply(name, digest, error=http_error(status, content), refused=status != 408)
     try:
         body = json.loads(content)
         choice = body["choices"][0]
@@ -272,14 +271,14 @@ def parse(request: Request, status: int, content: bytes) -> Reply:
         if not isinstance(text, str | None):
             raise TypeError("content is no text")
     except (ValueError, LookupError, TypeError, AttributeError):
-        return replace(failed, error=f"not an OpenAI reply: {_excerpt(content)}")
+        return Reply(name, digest, error=f"not an OpenAI reply: {_excerpt(content)}")
     if not request.body.get("echo"):
-        return replace(failed, text=_clean(text or ""), finish=str(finish), tokens=tokens)
+        return Reply(name, digest, _clean(text or ""), str(finish), tokens)
     try:
         logprobs = _prompt_logprobs(choice, usage, text or "", str(request.body["prompt"]))
     except (LookupError, TypeError, ValueError) as error:
-        return replace(failed, error=f"no log-probabilities of the prompt: {error}", refused=True)
-    return replace(failed, logprobs=logprobs)
+        return Reply(name, digest, error=f"no log-probabilities of the prompt: {error}", refused=True)
+    return Reply(name, digest, logprobs=logprobs)
 
 
 def said(message: Mapping[str, Any]) -> str | None:
