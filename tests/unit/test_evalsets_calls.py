@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalsets.ask import said
 from evalsets.metrics import calls, toolbench
+
+quick = settings(deadline=None, max_examples=50)
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
@@ -26,6 +28,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_si
 some_calls = st.lists(st.builds(lambda n, a: {"name": n, "arguments": a}, st.text(max_size=5), st.dictionaries(st.text(max_size=3), values, max_size=3)), max_size=3)  # fmt: skip
 
 
+@quick
 @given(st.sampled_from(["", "I call them now.", "two\nlines"]), some_calls)
 def test_the_calls_of_a_message_are_found_in_its_text(content: str, made: list[dict[str, Any]]) -> None:
     assert calls.said(message(content, *made)) == made
@@ -101,6 +104,7 @@ def test_steps_of_toolbench(reply: str, target: str, expected: dict[str, float])
     assert {name: value for name, value in found.items() if value is not None} == pytest.approx(expected)
 
 
+@quick
 @given(st.text(max_size=60), st.sampled_from([ADD, ANSWER, GIVE_UP, "Action: now"]))
 def test_any_text_is_a_step(reply: str, target: str) -> None:
     found = toolbench.figures("en", reply, target, TOOLS)

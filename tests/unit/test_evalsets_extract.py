@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalsets.extract import letter, letters, named
@@ -68,6 +68,7 @@ def test_several_letters(reply: str, chosen: str | None) -> None:
     assert letters(reply) == chosen
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.sets(st.sampled_from("ABCDEFGHIJ"), min_size=1),
     st.sampled_from([", ", "、", "", " and ", "和", "; ", "\n"]),
@@ -80,6 +81,7 @@ def test_several_letters_in_every_form(chosen: set[str], between: str, form: str
     assert letters(form.format(between.join(right)), "ABCDEFGHIJ") == right
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text())
 def test_any_reply_gives_some_options_or_nothing(reply: str) -> None:
     found = letters(reply)

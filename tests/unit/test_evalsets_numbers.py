@@ -6,10 +6,12 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalsets.extract import number, same
+
+quick = settings(deadline=None, max_examples=50)
 
 HARD = {
     # bare, signs, separators, units
@@ -42,6 +44,7 @@ def test_hard_replies(reply: str, found: str | None) -> None:
 FORMS = ("{}", "{}.", "${}", "= {}", "#### {}", "\\boxed{{{}}}", "The answer is {}.", "答案：{}", "答案是{}元。", "**{}**", "({})")  # fmt: skip
 
 
+@quick
 @given(st.sampled_from(FORMS), st.integers(-(10**9), 10**9), st.booleans())
 def test_every_whole_number_in_every_form(form: str, value: int, separated: bool) -> None:
     found = number(form.format(f"{value:,}" if separated else value))
@@ -49,6 +52,7 @@ def test_every_whole_number_in_every_form(form: str, value: int, separated: bool
     assert same(found, str(value))
 
 
+@quick
 @given(st.sampled_from(FORMS), st.decimals(-(10**6), 10**6, places=2))
 def test_decimals_stay_as_they_are_written(form: str, value: Decimal) -> None:
     found = number(form.format(f"{value:.2f}"))
@@ -57,12 +61,14 @@ def test_decimals_stay_as_they_are_written(form: str, value: Decimal) -> None:
     assert same(found, str(value))
 
 
+@quick
 @given(st.text(max_size=60))
 def test_any_reply_gives_a_number_or_nothing(reply: str) -> None:
     found = number(reply)
     assert found is None or isinstance(Fraction(found), Fraction)
 
 
+@quick
 @given(st.text("0123456789.,/-+eE万亿½ $%{}\\frac#", max_size=30))
 def test_what_looks_like_a_number_is_one_or_is_none(reply: str) -> None:
     found = number(reply)

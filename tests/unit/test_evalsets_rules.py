@@ -6,11 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evalsets import sets
 from evalsets.metrics import refusals, rules
+
+quick = settings(deadline=None, max_examples=50)
 
 KEPT = [
     ("words", {"most": 3}, ["one two three", "it's well-known", "三个字", "3.5"], ["one two three four", "四个字了", ""]),
@@ -42,12 +44,14 @@ def test_every_rule_is_tested() -> None:
     assert {rule for rule, *_ in KEPT} == set(rules.RULES)
 
 
+@quick
 @given(st.text(max_size=80))
 def test_any_reply_keeps_a_rule_or_breaks_it(reply: str) -> None:
     checks = [{"rule": rule, **keys} for rule, keys, _, _ in KEPT]
     assert all(kept in (True, False) for kept in rules.kept(reply, checks))
 
 
+@quick
 @given(
     st.lists(st.text("abcxyz", min_size=1, max_size=5), min_size=1, max_size=8),
     st.sampled_from([" ", ", ", "\n", "; "]),
@@ -56,6 +60,7 @@ def test_words_are_counted(words: list[str], between: str) -> None:
     assert rules.kept(between.join(words), [{"rule": "words", "least": len(words), "most": len(words)}]) == [True]
 
 
+@quick
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(),
