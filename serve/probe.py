@@ -126,7 +126,7 @@ def _evidence(told: Heard, ours: Known) -> str:
 
 
 def _hint(name: str, why: str) -> str:
-    return f"{why + '; ' if why else ''}--no-probe serves '{name}' all the same"
+    return f"{why + '; ' if why else ''}--probe=false serves '{name}' all the same"
 
 
 class ParityProbe:
@@ -169,7 +169,7 @@ async def _ask(ask: Ask, name: str, known: Known) -> Heard:
 async def _said(ask: Ask, path: str, body: Mapping[str, Any]) -> Any:
     status, said = await ask.post(path, body)
     if status != 200:
-        raise SuiteError(f"the engine answers the probe with {status}: {said}", hint="--no-probe serves without it")
+        raise SuiteError(f"the engine answers the probe with {status}: {said}", hint="--probe=false serves without it")
     return said
 
 
@@ -215,7 +215,7 @@ def _compute(model: Path, adapters: Mapping[str, Path]) -> dict[str, Any]:
     if ran.returncode:
         said = "\n".join(ran.stderr.strip().splitlines()[-8:])
         raise SuiteError(
-            f"our own engine has no reference answers for the probe:\n{said}", hint="--no-probe serves without them"
+            f"our own engine has no reference answers for the probe:\n{said}", hint="--probe=false serves without them"
         )
     found: dict[str, Any] = json.loads(ran.stdout)
     return found

@@ -68,7 +68,7 @@ class Tokenized(Family):
 
     def __init__(self, settings: Settings, register: Register, forget: Forget) -> None:
         super().__init__(settings, register, forget)
-        base = served(self.base, self.model, self.model)
+        base = _served(self.base, self.model, self.model)
         self._found[self.base] = base
         # equal tokenizers exist once
         self._by_tokenizer = {"": base, _tokenizer_digest(self.model): base}
@@ -77,25 +77,30 @@ class Tokenized(Family):
         folder = self.folders[name]
         digest = _tokenizer_digest(folder)
         if digest not in self._by_tokenizer:
-            own, base = served(self.base, folder, self.model), self._by_tokenizer[""]
+            own, base = _served(self.base, folder, self.model), self._by_tokenizer[""]
             self._by_tokenizer[digest] = replace(
                 own, chat=own.chat or base.chat, no_chat=base.no_chat, stops=own.stops | base.stops
             )
         return replace(self._by_tokenizer[digest], name=name, adapter=name)
 
 
-def served(base: str, folder: Path, model: Path) -> Served:
-    """The model in a folder under the name `base`, or as an adapter's folder says it: `model` has the settings."""
+def _served(base: str, folder: Path, model: Path) -> Served:
     tokenizer = load_tokenizer(folder)
     settings = _generation_config(model)
     ends = settings.get("eos_token_id")
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    sampling = {k: settings[k] for k in DEFAULTS if settings.get("do_sample") and settings.get(k) is not None}
     try:
         chat, no_chat = Chat(tokenizer, stops), ""
     except SuiteError as error:
         chat, no_chat = None, error.message
-    return Served(base, base, "", tokenizer, chat, no_chat, frozenset(stops), {**DEFAULTS, **sampling})
+    return Served(base, base, "", tokenizer, chat, no_chat, frozenset(stops), sampling(model))
+
+
+def sampling(model: Path) -> dict[str, float]:
+    """How tokens are picked where a request does not say it: OpenAI's way, or as generation_config.json asks."""
+    settings = _generation_config(model)
+    asked = {k: settings[k] for k in DEFAULTS if settings.get("do_sample") and settings.get(k) is not None}
+    return {**DEFAULTS, **asked}
 
 
 @lru_cache(maxsize=64)  # hundreds of adapters share one tokenizer, and a vocabulary is long

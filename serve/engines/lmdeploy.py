@@ -9,7 +9,6 @@ from serve.engines.kind import chat_template, flags, gpus, marked
 from serve.engines.lmdeploy_api import LmdeployApi
 from serve.engines.process import Launch
 from serve.engines.translation import Translation
-from serve.served import served
 from serve.settings import Settings
 from suite import envs, quantized
 from suite.chat import Chat
@@ -18,11 +17,19 @@ from suite.errors import SuiteError
 
 KEY = "SUITE_ENGINE_KEY"
 RUN = f"""
-import os, runpy, sys
+import os, runpy, sys, traceback
 sys.argv = [*sys.argv[1:], "--api-keys", os.environ.pop("{KEY}")]
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except Exception:
+    traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
 """
-"""Runs its command with the key at the end, which other users of the machine could read from a command line."""
+"""Runs its command with the key at the end, which other users of the machine could read from a command line.
+
+Where that fails it ends at once: libraries would tell of what they leak, in more lines than the reason has.
+"""
 
 PARSERS = {
     "<function=": "qwen3coder",
@@ -53,7 +60,7 @@ class Lmdeploy:
 
     def translation(self, settings: Settings) -> Translation:
         """Much."""
-        return LmdeployApi(served(settings.name, settings.model, settings.model), settings.max_length)
+        return LmdeployApi(settings.model, settings.max_length)
 
     def check(self, settings: Settings) -> None:
         """Raise SuiteError for what it has no option for, or no engine."""
@@ -116,7 +123,7 @@ def _template(model: Path, *, reasoning: bool) -> list[str]:
     calls = marked(file, PARSERS)
     chosen = ["--chat-template", "hf", *(["--tool-call-parser", calls] if calls else [])]
     # its parser takes an answer without marks for reasoning from beginning to end
-    if reasoning and _opens_reasoning(model):
+    if reasoning and THINK[0] in file.read_text("utf-8") and _opens_reasoning(model):
         chosen += ["--reasoning-parser", "default"]
     return chosen
 

@@ -12,17 +12,21 @@ import bisect
 import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
-from serve import prompts
+from tokenizers import Tokenizer
+
 from serve.bodies import checked
 from serve.engines.stopping import Ending
 from serve.engines.translation import AsIs, events, openai_error
 from serve.forms import encoded, event, new_id
+from serve.prompts import overflow
 from serve.protocol import ApiError, Body, ChatBody, CompletionBody, StructuredOutputs
-from serve.served import Served
+from serve.served import sampling
 from serve.text import BROKEN
+from suite.chat import load_tokenizer
 
 OWN = frozenset({
     "stop", "min_tokens", "structured_outputs", "presence_penalty", "frequency_penalty",
@@ -38,12 +42,39 @@ COLDEST = 1e-3
 """A temperature below is none: divided by it, numbers of 16 bits are no numbers."""
 
 
+class Vocabulary:
+    """The tokenizer of a model, without transformers, which would bring torch with it."""
+
+    def __init__(self, model: Path) -> None:
+        file = model / "tokenizer.json"
+        self._tokenizer: Any = (
+            Tokenizer.from_file(str(file)) if file.is_file() else load_tokenizer(model).backend_tokenizer
+        )
+
+    @cached_property
+    def longest(self) -> int:
+        """No token stands for more characters."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def ids(self, text: str) -> list[int]:
+        """What a text is read as."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def text(self, ids: Sequence[int], *, special: bool = True) -> str:
+        """What token ids say, with the special ones among them or without."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not special))
+
+    def number(self, piece: str) -> int:
+        """The id of a piece, as tokenizers write tokens."""
+        return self._tokenizer.token_to_id(piece) or 0
+
+
 class LmdeployApi(AsIs):
     """Both ways, for chats and texts with one model; its other routes are as they are."""
 
-    def __init__(self, model: Served, limit: int | None) -> None:
+    def __init__(self, model: Path, limit: int | None) -> None:
         """`limit` is the longest context, in tokens, where that is known."""
-        self._model, self._limit = model, limit
+        self._vocabulary, self._sampling, self._limit = Vocabulary(model), sampling(model), limit
 
     def inside(self, adapter: str) -> str:
         """Another one: for an adapter that is named as one of its chat templates it takes that template."""
@@ -60,8 +91,8 @@ class LmdeployApi(AsIs):
     def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
         """The request in its words. Raises ApiError 400 for what it would ignore, or fail on."""
         if path == "/v1/chat/completions":
-            return _chat(fields, self._model, self._limit)
-        return _text(fields, self._model, self._limit) if path == "/v1/completions" else fields
+            return self._chat(fields)
+        return self._text(fields) if path == "/v1/completions" else fields
 
     def error(self, status: int, body: bytes) -> tuple[int, bytes]:
         """In OpenAI's form, with OpenAI's code in place of the status where there is one."""
@@ -77,14 +108,14 @@ class LmdeployApi(AsIs):
         if "choices" not in said:
             return body
         for choice in said["choices"]:
-            ids = _choice(choice, fields, self._model)
+            ids = _choice(choice, fields, self._vocabulary)
             text = _text_of(choice)
             ending = Ending(_stops(fields))
             kept = ending.push(text or "") + ending.finish()
             if ending.stopped:
                 choice["finish_reason"] = "stop"
                 _set_text(choice, kept)
-                _cut_logprobs(choice, ids, kept, self._model)
+                _cut_logprobs(choice, ids, kept, self._vocabulary)
         if said.get("id") == "-1":
             said["id"] = new_id("cmpl")
         return encoded(said)
@@ -95,21 +126,19 @@ class LmdeployApi(AsIs):
         endings = [Ending(_stops(fields)) for _ in range(fields.get("n") or 1)]
         text_id = new_id("cmpl")
         async for raw in events(chunks):
+            if not raw.startswith(b"data: {"):  # the end, or an event of another route
+                yield raw + b"\n\n"
+                continue
             try:
-                said = json.loads(raw)
-            except ValueError:
-                if raw == b"[DONE]":
-                    yield b"data: [DONE]\n\n"
-                continue  # half an event: the connection broke, and an error follows
-            if "error" in said:
-                yield b"data: %b\n\n" % self.error(500, raw)[1]
+                said = json.loads(raw.removeprefix(b"data: "))
+            except ValueError:  # half of one: the connection broke, and an error follows
                 continue
             if not said.get("choices"):
-                yield event(said)
+                yield b"data: %b\n\n" % self.error(500, encoded(said))[1] if "error" in said else event(said)
                 continue
             said["choices"] = [c for c in said["choices"] if not endings[c["index"]].stopped]
             for choice in said["choices"]:
-                _choice(choice, fields, self._model)
+                _choice(choice, fields, self._vocabulary)
                 _end(choice, endings[choice["index"]])
             if said["choices"]:
                 yield event({**said, "id": text_id} if said.get("id") == "-1" else said)
@@ -117,67 +146,67 @@ class LmdeployApi(AsIs):
                 yield b"data: [DONE]\n\n"
                 return
 
+    def _chat(self, fields: dict[str, Any]) -> dict[str, Any]:
+        body = checked(partial(ChatBody.model_validate_json, json.dumps(fields)))
+        _refuse(body, NEVER)
+        if body.stops and body.min_tokens:
+            raise ApiError(400, "LMDeploy cannot hold back stop strings for min_tokens", param="min_tokens")
+        if "chat_template" in (body.chat_template_kwargs or {}):
+            raise ApiError(400, "'chat_template' is no variable of a chat template", param="chat_template_kwargs")
+        messages = [message.plain() for message in body.messages]
+        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+        asked = {**self._shared(fields, body), "messages": messages}
+        if not body.usable_tools:
+            asked = {k: v for k, v in asked.items() if k not in ("tools", "tool_choice")}
+        if body.min_tokens:
+            asked["min_new_tokens"] = body.min_tokens
+        if body.structured_outputs:
+            asked["response_format"] = _format(body.structured_outputs)
+        return asked
 
-# requests
+    def _text(self, fields: dict[str, Any]) -> dict[str, Any]:
+        body = checked(partial(CompletionBody.model_validate_json, json.dumps(fields)))
+        _refuse(body, NEVER_OF_TEXT)
+        if body.samples > 1:
+            raise ApiError(400, "LMDeploy gives one answer to a text", param="n")
+        if body.response_format and body.response_format.type != "text":
+            raise ApiError(400, "LMDeploy goes on with a text in any form", param="response_format")
+        texts = [given if isinstance(given, str) else self._read(given) for given in body.prompts]
+        for text in texts:
+            self._check_length(len(text), "prompt")
+        if body.stream and len(texts) > 1:
+            raise ApiError(400, "LMDeploy streams the answer to one text only", param="prompt")
+        asked = {**self._shared(fields, body), "prompt": texts if len(texts) > 1 else texts[0]}
+        if body.max_tokens is not None:
+            asked["max_tokens"] = min(body.max_tokens, MOST_TOKENS)
+        return asked
 
+    def _shared(self, fields: Mapping[str, Any], body: Body) -> dict[str, Any]:
+        """What chats and texts have. Its defaults for sampling (0.8, top 50) are neither OpenAI's nor the model's."""
+        asked = {name: value for name, value in fields.items() if name not in OWN} | self._sampling
+        asked |= {name: getattr(body, name) for name in self._sampling if getattr(body, name) is not None}
+        asked["top_k"] = max(0, int(asked["top_k"]))
+        if asked["temperature"] < COLDEST:
+            asked["temperature"] = 0
+        if body.seed is not None:
+            asked["seed"] = body.seed % 2**63
+        for name in ("max_tokens", "max_completion_tokens"):
+            if fields.get(name) is not None:
+                asked[name] = min(fields[name], MOST_TOKENS)
+        return asked
 
-def _chat(fields: dict[str, Any], served: Served, limit: int | None) -> dict[str, Any]:
-    body = checked(partial(ChatBody.model_validate_json, json.dumps(fields)))
-    _refuse(body, NEVER)
-    if body.stops and body.min_tokens:
-        raise ApiError(400, "LMDeploy cannot hold back stop strings for min_tokens", param="min_tokens")
-    tools = body.usable_tools
-    # what the template cannot render, or reads otherwise than it is meant, is an error here and not there
-    prompt = prompts.rendered(served, body.messages, tools, dict(body.chat_template_kwargs or {}))
-    _check_length(prompt, served, limit, "messages")
-    asked = {**_shared(fields, body, served), "messages": [message.plain() for message in body.messages]}
-    if not tools:
-        asked = {k: v for k, v in asked.items() if k not in ("tools", "tool_choice")}
-    if body.min_tokens:
-        asked["min_new_tokens"] = body.min_tokens
-    if body.structured_outputs:
-        asked["response_format"] = _format(body.structured_outputs)
-    return asked
+    def _check_length(self, characters: int, param: str) -> None:
+        """Raise ApiError for what is surely too long: nobody else is answered while it splits a text into tokens."""
+        least = characters // self._vocabulary.longest
+        if self._limit is not None and least > self._limit:
+            raise overflow(f"at least {least}", self._limit, param)
 
-
-def _text(fields: dict[str, Any], served: Served, limit: int | None) -> dict[str, Any]:
-    body = checked(partial(CompletionBody.model_validate_json, json.dumps(fields)))
-    _refuse(body, NEVER_OF_TEXT)
-    if body.samples > 1:
-        raise ApiError(400, "LMDeploy gives one answer to a text", param="n")
-    if body.response_format and body.response_format.type != "text":
-        raise ApiError(400, "LMDeploy goes on with a text in any form", param="response_format")
-    texts = [given if isinstance(given, str) else _read(given, served) for given in body.prompts]
-    for text in texts:
-        _check_length(text, served, limit, "prompt")
-    if body.stream and len(texts) > 1:
-        raise ApiError(400, "LMDeploy streams the answer to one text only", param="prompt")
-    asked = {**_shared(fields, body, served), "prompt": texts if len(texts) > 1 else texts[0]}
-    if body.max_tokens is not None:
-        asked["max_tokens"] = min(body.max_tokens, MOST_TOKENS)
-    return asked
-
-
-def _shared(fields: Mapping[str, Any], body: Body, served: Served) -> dict[str, Any]:
-    """What chats and texts have: its own defaults for sampling (0.8, top 50) are neither OpenAI's nor the model's."""
-    asked = {name: value for name, value in fields.items() if name not in OWN}
-    given = {name: getattr(body, name) for name in served.sampling if getattr(body, name) is not None}
-    asked |= {**served.sampling, **given}
-    asked["top_k"] = max(0, int(asked["top_k"]))
-    if asked["temperature"] < COLDEST:
-        asked["temperature"] = 0
-    if body.seed is not None:
-        asked["seed"] = body.seed % 2**63
-    for name in ("max_tokens", "max_completion_tokens"):
-        if fields.get(name) is not None:
-            asked[name] = min(fields[name], MOST_TOKENS)
-    return asked
-
-
-def _check_length(text: str, served: Served, limit: int | None, param: str) -> None:
-    """Raise ApiError for what is surely too long: nobody else is answered while it splits a text into tokens."""
-    if limit is not None and len(text) > limit * served.longest_token:
-        raise prompts.overflow(f"at least {len(text) // served.longest_token}", limit, param)
+    def _read(self, ids: list[int]) -> str:
+        """The text that is read as these token ids: it takes no others."""
+        text = self._vocabulary.text(ids)
+        if self._vocabulary.ids(text) != ids:
+            raise ApiError(400, "LMDeploy takes texts, and none is read as these token ids", param="prompt")
+        return text
 
 
 def _refuse(body: Body, names: Sequence[str]) -> None:
@@ -185,14 +214,6 @@ def _refuse(body: Body, names: Sequence[str]) -> None:
         value = getattr(body, name)
         if value is not None and value not in ([], {}) and (value is not False) and (value != 0 or name == "logprobs"):
             raise ApiError(400, f"LMDeploy does not heed '{name}' here", param=name)
-
-
-def _read(ids: list[int], served: Served) -> str:
-    """The text that is read as these token ids: it takes no others."""
-    text = prompts.decoded(ids, served, "prompt")
-    if served.encode(text, True) != ids:
-        raise ApiError(400, "LMDeploy takes texts, and none is read as these token ids", param="prompt")
-    return text
 
 
 def _format(wanted: StructuredOutputs) -> dict[str, Any]:
@@ -205,9 +226,6 @@ def _format(wanted: StructuredOutputs) -> dict[str, Any]:
         return {"type": "json_object"}
     regex = wanted.regex or "|".join(f"({re.escape(choice)})" for choice in wanted.choice or ())
     return {"type": "regex_schema", "regex_schema": regex}
-
-
-# answers
 
 
 def _stops(fields: Mapping[str, Any]) -> list[str]:
@@ -242,7 +260,7 @@ def _end(choice: dict[str, Any], ending: Ending) -> None:
         _set_text(choice, text)
 
 
-def _choice(choice: dict[str, Any], fields: Mapping[str, Any], served: Served) -> list[int]:
+def _choice(choice: dict[str, Any], fields: Mapping[str, Any], words: Vocabulary) -> list[int]:
     """Make a choice OpenAI's, token ids as vLLM's; the ids of its log probabilities are returned."""
     choice.setdefault("finish_reason", None)
     if choice.get("output_ids") is not None:
@@ -251,31 +269,31 @@ def _choice(choice: dict[str, Any], fields: Mapping[str, Any], served: Served) -
     if not scored:
         return []
     most = fields.get("top_logprobs") or 0
-    ids = [served.tokenizer.convert_tokens_to_ids(entry["token"]) for entry in scored]
-    choice["logprobs"] = {"content": [_scored(entry, most, served) for entry in scored], "refusal": None}
+    ids = [words.number(entry["token"]) for entry in scored]
+    choice["logprobs"] = {"content": [_scored(entry, most, words) for entry in scored], "refusal": None}
     return ids
 
 
-def _scored(entry: Mapping[str, Any], most: int, served: Served) -> dict[str, Any]:
+def _scored(entry: Mapping[str, Any], most: int, words: Vocabulary) -> dict[str, Any]:
     """A token and the likeliest, among which it leaves out the one that was taken."""
     top = sorted([entry, *entry["top_logprobs"]], key=lambda one: -one["logprob"])[:most]
-    return {**_token(entry, served), "top_logprobs": [_token(one, served) for one in top]}
+    return {**_token(entry, words), "top_logprobs": [_token(one, words) for one in top]}
 
 
-def _token(entry: Mapping[str, Any], served: Served) -> dict[str, Any]:
-    text = served.tokenizer.decode([served.tokenizer.convert_tokens_to_ids(entry["token"])])
+def _token(entry: Mapping[str, Any], words: Vocabulary) -> dict[str, Any]:
+    text = words.text([words.number(entry["token"])])
     # a token that is a part of a character has no text of its own
     whole = list(text.encode()) if BROKEN not in text else None
     return {"token": text, "logprob": entry["logprob"], "bytes": whole}
 
 
-def _cut_logprobs(choice: dict[str, Any], ids: Sequence[int], text: str, served: Served) -> None:
+def _cut_logprobs(choice: dict[str, Any], ids: Sequence[int], text: str, words: Vocabulary) -> None:
     """Keep the log probabilities of as many tokens as it takes to say `text`."""
     if not ids:
         return
 
     def said(tokens: int) -> int:
-        return len(served.tokenizer.decode(ids[:tokens], skip_special_tokens=True))
+        return len(words.text(ids[:tokens], special=False))
 
     tokens = bisect.bisect_left(range(len(ids) + 1), len(text), key=said)
     choice["logprobs"]["content"] = choice["logprobs"]["content"][:tokens]

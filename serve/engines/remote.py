@@ -39,11 +39,11 @@ def check(settings: Settings) -> None:
         Elsewhere(settings)
         return
     kind, where = KINDS[settings.backend], environment(settings)
+    kind.check(settings)
     where.require()
     if settings.max_prompt is not None and settings.backend not in OURS:
         hint = "limit prompt and answer together with --max-length"
         raise SuiteError(f"{kind.name} has no limit of the prompt alone", where="max_prompt", hint=hint)
-    kind.check(settings)
     check_extra(kind, where, flags(settings.extra))
 
 

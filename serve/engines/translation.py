@@ -94,13 +94,12 @@ def _joinable(message: Any) -> bool:
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The data of server-sent events, wherever the chunks are cut."""
+    """Server-sent events, each without the empty line at its end, wherever the chunks are cut."""
     kept = b""
     async for chunk in chunks:
         *whole, kept = (kept + chunk).split(b"\n\n")
-        for each in whole:
-            if each.startswith(b"data: "):
-                yield each.removeprefix(b"data: ")
+        for each in filter(None, whole):
+            yield each
 
 
 def openai_error(status: int, body: bytes) -> tuple[int, bytes]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from serve.engines.lmdeploy_api import LmdeployApi
+from serve.engines.lmdeploy_api import LmdeployApi, Vocabulary
 from serve.protocol import ApiError
-from serve.served import served
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -22,7 +22,7 @@ MESSAGES = [{"role": "user", "content": "Who are you?"}]
 
 @pytest.fixture(scope="module")
 def api() -> LmdeployApi:
-    return LmdeployApi(served("nano", NANO, NANO), limit=512)
+    return LmdeployApi(NANO, limit=512)
 
 
 def chat(api: LmdeployApi, **more: Any) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_texts_that_it_would_get_wrong_are_refused(api: LmdeployApi, more: dict[
 
 
 def test_token_ids_are_asked_as_the_text_that_is_read_as_them(api: LmdeployApi) -> None:
-    ids = served("nano", NANO, NANO).encode("Who are you?", True)
+    ids = Vocabulary(NANO).ids("Who are you?")
     assert text(api, prompt=ids)["prompt"] == "Who are you?"
     assert text(api, prompt=[ids, ids])["prompt"] == ["Who are you?"] * 2
     assert text(api)["max_tokens"] == 16
@@ -135,9 +135,9 @@ def whole(api: LmdeployApi, fields: dict[str, Any], **choice: Any) -> dict[str, 
 
 
 def test_a_whole_answer_is_cut_with_its_log_probabilities(api: LmdeployApi) -> None:
-    pieces = served("nano", NANO, NANO).tokenizer.convert_ids_to_tokens(
-        served("nano", NANO, NANO).encode("Who are you", False)
-    )
+    pieces = [
+        Tokenizer.from_file(str(NANO / "tokenizer.json")).id_to_token(i) for i in Vocabulary(NANO).ids("Who are you")
+    ]
     got = whole(
         api, {"stop": " you", "top_logprobs": 1, "logprobs": True}, finish_reason="length", logprobs=scored(*pieces)
     )
@@ -213,4 +213,14 @@ def test_an_error_in_a_stream_and_half_an_event_before_it(api: LmdeployApi) -> N
     stream.raw += b'data: {"id": \n\n' + f"data: {json.dumps({'error': flat})}\n\ndata: [DONE]\n\n".encode()
     got = stream.through(api, {})
     assert got[1]["error"] == {"message": "out of memory", "type": "server_error", "param": None, "code": None}
-    assert len(got) == 3
+    assert got[2] == "data: [DONE]"
+
+
+def test_events_of_other_routes_stay_as_they_are(api: LmdeployApi) -> None:
+    stream = Stream([])
+    stream.raw = b'event: response.created\ndata: {"response": {"model": "a"}}\n\ndata: [DONE]\n\n'
+
+    async def gather() -> bytes:
+        return b"".join([chunk async for chunk in api.stream({}, stream.chunks(5))])
+
+    assert asyncio.run(gather()) == stream.raw
