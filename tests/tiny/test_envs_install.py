@@ -100,6 +100,18 @@ def test_what_pip_cannot_find_is_an_error_with_its_last_lines(wheels: Path) -> N
     assert not missing.folder.exists()
 
 
+def test_without_a_network_it_ends_with_a_reason_and_leaves_nothing(suite_home: Path, pipeline_file: Path) -> None:
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
+    kept = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
+    ran = subprocess.run(
+        command(pipeline_file), cwd=ROOT, env={**kept, **nowhere}, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 2
+    assert "hint: no network: pip could not reach its index" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not [path for path in (suite_home / "envs").iterdir() if path.is_dir()]
+
+
 def test_a_killed_install_leaves_nothing_that_is_used(wheels: Path, suite_home: Path, pipeline_file: Path) -> None:
     def folders() -> list[Path]:
         return [p for p in (suite_home / "envs").glob("tiny-*") if p.is_dir()]
