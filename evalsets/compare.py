@@ -106,6 +106,11 @@ class Difference:
         return found | {"subjects": self.subjects(), "left_out": self.left_out, "p_corrected": self.p_corrected}
 
 
+def counts(kind: str, row: Row) -> bool:
+    """Whether a row can be compared: it was answered, and what measures it gave a number."""
+    return not row["error"] and row["nll" if kind == "perplexity" else "score"] is not None
+
+
 def score(kind: str, row: Row) -> float:
     """What one question counts: its score, or the bits that a text took."""
     return float(row["nll"] / LN2 if kind == "perplexity" else row["score"])
@@ -118,7 +123,7 @@ def difference(before: Report, after: Report, name: str, confidence: float = 0.9
     """
     kind = str(after.sets[name]["kind"])
     old, new = before.rows(name), after.rows(name)
-    pairs = [(old[d], row) for d, row in new.items() if d in old and not row["error"] and not old[d]["error"]]
+    pairs = [(old[d], row) for d, row in new.items() if d in old and counts(kind, row) and counts(kind, old[d])]
     left_out = len(old.keys() | new.keys()) - len(pairs)
     if not pairs:
         return Difference(kind, pairs, left_out, None)

@@ -32,6 +32,8 @@ class ReportEvidence(Evidence):
         if against is not None:
             return _beside(self._difference(against, name, confidence), confidence)
         kind, rows = self.report.sets[name]["kind"], self.report.answers(name)
+        if "not_available" in (total := self.report.sets[name]["total"]):
+            raise Unmeasured(f"'{path}' is not available: {total['not_available']}")
         if not rows:
             raise Unmeasured(f"'{name}' has no answers to single questions, so '{path}' has no interval")
         if kind == "perplexity":

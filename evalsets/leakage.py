@@ -167,13 +167,14 @@ def annotate(
 def _question(row: Row) -> str:
     """What is asked, without examples, system texts and options."""
     prompt = row["prompt"]
-    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "") if prompt else ""
     return OPTION.sub("", text) or text
 
 
 def _score(kind: str, found: Sequence[Row]) -> float | None:
     if kind != "perplexity":
-        return fmean(row["score"] for row in found) if found else None
+        scores = [row["score"] for row in found if row["score"] is not None]
+        return fmean(scores) if scores else None
     answered = [row for row in found if not row["error"]]
     return math.exp(math.fsum(r["nll"] for r in answered) / sum(r["tokens"] for r in answered)) if answered else None
 

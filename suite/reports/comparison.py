@@ -253,7 +253,7 @@ def changed(pair: Pair, name: str) -> Table:
 def asked(row: Row) -> str:
     """The question's own words: the last message, without solved examples."""
     prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else _text(prompt[-1].get("content"))
+    return prompt if isinstance(prompt, str) else _text(prompt[-1].get("content")) if prompt else ""
 
 
 def _said(row: Row) -> str:

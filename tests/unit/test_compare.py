@@ -219,6 +219,17 @@ def test_other_tokenizers_are_compared_by_their_bytes(tmp_path: Path) -> None:
         Report.read(tmp_path)
 
 
+def test_what_was_not_graded_is_left_out_and_counted(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        evaluations.write(tmp_path / name, "m", RIGHT)
+    path = tmp_path / "b/answers/quiz.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines[0]["score"], lines[1]["error"] = None, "HTTP 500"
+    path.write_text("\n".join(map(json.dumps, lines[:-1])), "utf-8")
+    found = compare(tmp_path / "a", tmp_path / "b")["quiz"]
+    assert (found["n"], found["left_out"], found["verdict"]) == (97, 3, "cannot tell")
+
+
 def test_lineage_leads_to_the_training_data(made: Made, tmp_path: Path) -> None:
     assert list(parents(made.artifacts["small"])) == [
         made.artifacts[name].digest for name in ("merged", "tuned", "base")

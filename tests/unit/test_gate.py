@@ -165,7 +165,7 @@ def test_only_scores_of_questions_are_more_or_less_sure(tmp_path: Path) -> None:
     own = evaluation(tmp_path / "a", [1.0])
     for text, said in (
         ("quiz.n > 0 at 95 %", "'quiz.acc' has one"), ("speed.tokens_per_s > 0 at 95 %", "with one are: quiz.acc, texts.ppl"),
-        ("none.acc > 0 at 95 %", "no answers to single questions"), ("none.acc > @before.none.acc at 95 %", "answered on both"),
+        ("none.acc > 0 at 95 %", "not available: no logprobs"), ("none.acc > @before.none.acc at 95 %", "answered on both"),
     ):  # fmt: skip
         assert said in judged(text, own, own).reason
         assert not judged(text, own, own).held
