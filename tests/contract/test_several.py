@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -139,7 +141,22 @@ def test_the_end_of_the_gateway_is_the_end_of_its_engines(folder: Path) -> None:
         running.process.kill()
         running.process.wait()
         until(lambda: not any(map(alive, engines)))
+
+
+def test_a_replica_of_our_own_engine_is_killed_under_load(folder: Path) -> None:
     with suite_serve(folder, "--model", folder / "base", "--replicas", "2") as running:
+        engines = children(running.process.pid)
+
+        async def ask() -> list[int]:
+            body = {"model": "base", "prompt": "The", "max_tokens": 60, "ignore_eos": True}
+            async with httpx.AsyncClient(base_url=running.http.base_url, timeout=60) as client:
+                asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(24)]
+                await asyncio.sleep(0.1)
+                victim = next(pid for pid in engines if "-m\0serve\0" in command_line(pid))
+                os.kill(victim, signal.SIGKILL)
+                return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+        assert asyncio.run(ask()) == [200] * 24
         engines = children(running.process.pid)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(20) == 0
@@ -157,6 +174,13 @@ def _children(task: Path) -> list[str]:
         return (task / "children").read_text().split()
     except OSError:
         return []
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def alive(pid: int) -> bool:
