@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,18 +110,21 @@ def of_run(run_dir: Path) -> Iterator[Subject]:
 
 
 def write(out: Path, found: Comparison) -> None:
-    """Leave the comparison as Markdown, JSON and HTML, and its plots as PNG."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Leave the comparison as Markdown, JSON and HTML, and its plots as PNG; all of it or nothing."""
     images = list(plots(found.subjects))
-    for image in images:
-        (out / f"{image.name}.png").write_bytes(image.png)
     document = comparison.document(found)
     whole = Document(document.title, [*document.parts, *_pictures(images), *comparison.questions(found)])
-    (out / "comparison.json").write_text(
-        json.dumps(comparison.plain(found), indent=2, ensure_ascii=False) + "\n", "utf-8"
-    )
-    (out / "comparison.md").write_text(markdown(whole), "utf-8")
-    (out / "comparison.html").write_text(html(whole), "utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}") as scratch:
+        folder = Path(scratch) / "out"
+        folder.mkdir()
+        for image in images:
+            (folder / f"{image.name}.png").write_bytes(image.png)
+        plain = json.dumps(comparison.plain(found), indent=2, ensure_ascii=False) + "\n"
+        (folder / "comparison.json").write_text(plain, "utf-8")
+        (folder / "comparison.md").write_text(markdown(whole), "utf-8")
+        (folder / "comparison.html").write_text(html(whole), "utf-8")
+        folder.replace(out)
 
 
 def _pictures(images: list[Image]) -> list[Heading | Image]:

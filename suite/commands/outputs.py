@@ -38,8 +38,10 @@ def deliver(given: argparse.Namespace, folder: Path, name: str, metrics: Mapping
     """Copy the reports in `folder` to where they are wanted, and log `metrics` as the run `name`."""
     for flag, source in COPIES.items():
         if file := getattr(given, flag):
+            part = file.with_name(f"{file.name}.part")
             try:
-                shutil.copyfile(folder / source, file)
+                shutil.copyfile(folder / source, part)
+                part.replace(file)
             except OSError as error:
                 raise disk_error(error, file) from None
     if given.log:

@@ -105,7 +105,10 @@ def document(found: Comparison) -> Document:
     """The comparison for people; plots are added by who has them."""
     shown = Document(" · ".join(subject.name for subject in found.subjects))
     shown.add(Heading("Quality"), quality(found.subjects), Heading("Cost"), cost(found.subjects))
-    if found.pairs:
+    missing = [f"{s.name} was not evaluated: suite eval" for s in found.subjects if not s.report]
+    if missing:
+        shown.add(Bullets(missing))
+    if found.tests:
         shown.add(Heading("Differences"), explanation(found), differences(found))
         shown.add(*forgetting(found.pairs))
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def _figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:
 
 def _image(figure: Any, name: str, about: str) -> Image:
     # without the version of the library, the same numbers give the same bytes
-    with io.BytesIO() as png:
+    with io.BytesIO() as png, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a font without the letters of some name
         figure.savefig(png, format="png", metadata={"Software": None})
         return Image(name, about, png.getvalue())
 

@@ -43,9 +43,9 @@ class Made:
     run_dir: Path
 
 
-@pytest.fixture
-def made(suite_home: Path) -> Made:
-    store = Store(suite_home)
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    store = Store(tmp_path_factory.mktemp("store"))
     base = stored(store, "a1", "base", "model")
     tuned = stored(store, "a2", "tuned", "adapter", {"base": base})
     merged = stored(store, "a3", "merged", "model", {"adapter": tuned}, parity=PARITY)
@@ -65,6 +65,13 @@ def made(suite_home: Path) -> Made:
     stages = [{"name": name} for name, _ in everything]
     (run_dir / "report.json").write_text(json.dumps({"stages": stages}), "utf-8")
     return Made(store, artifacts, reports, run_dir)
+
+
+@pytest.fixture
+def made(once: Made, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """The same store for every test; what a test adds to it, it adds to artifacts of its own."""
+    monkeypatch.setenv("SUITE_HOME", str(once.store.root))
+    return once
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -110,13 +117,15 @@ def test_each_against_what_it_came_from(made: Made, capsys: pytest.CaptureFixtur
 
 def test_artifacts_are_named_in_every_way(made: Made, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """By stage, key, folder, report and a copy of an endpoint's report; the newest evaluation behind each backend."""
-    evaluated(made.store, "r5", made.artifacts["small"], RIGHT, backend="vllm")
+    twice = stored(made.store, "d1", "twice", "model")
+    for key, backend in (("r5", "torch"), ("r6", "vllm")):
+        evaluated(made.store, key, twice, RIGHT, backend=backend)
     evaluations.write(tmp_path / "remote", "gpt", RIGHT)
-    found = said(capsys, "@merged", "a4", str(made.artifacts["base"].path), "@score[tuned]", str(tmp_path / "remote"))
+    found = said(capsys, "@merged", "d1", str(made.artifacts["base"].path), "@score[tuned]", str(tmp_path / "remote"))
     names = [s["name"] for s in found["subjects"]]
-    assert names == ["merged", "small (torch)", "small (vllm)", "base", "tuned", "remote"]
+    assert names == ["merged", "twice (torch)", "twice (vllm)", "base", "tuned", "remote"]
     assert [c["against"] for c in found["comparisons"]] == ["merged"] * 5
-    assert verdicts(found)["small (vllm)", "merged"] == {"quiz": "better"}
+    assert verdicts(found)["twice (vllm)", "merged"] == {"quiz": "better"}
     found = said(capsys, "@merged", "@base", "--against", "base")
     assert list(verdicts(found)) == [("merged", "base")]
     other = stored(made.store, "b7", "merged", "model")
@@ -151,8 +160,9 @@ def test_mistakes_are_said(made: Made, arguments: list[str], message: str, capsy
 
 
 def test_a_run_that_was_interrupted_is_no_traceback(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    (made.run_dir / "report.json").unlink()
-    assert main(["compare", "job"]) == 2
+    stopped = new_run(made.store, "stopped", "", [])
+    assert main(["compare", "stopped"]) == 2
+    stopped.rename(stopped.parent.parent.parent / "gone")
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -344,11 +354,12 @@ def test_ci_sees_each_stage_gate_and_set(made: Made, tmp_path: Path) -> None:
 
 
 def test_backends_of_one_artifact_have_names_of_their_own(made: Made) -> None:
-    other = evaluated(made.store, "r9", made.artifacts["base"], RIGHT, backend="vllm")
-    subjects = unique([of_evaluation(made.reports["base"]), of_evaluation(other), of_evaluation(other)])
-    assert [s.name for s in subjects] == ["base (torch)", "base (vllm)"]
-    child = of_evaluation(evaluated(made.store, "r8", made.artifacts["tuned"], RIGHT, backend="vllm"))
-    parent = comparison.nearest(child, subjects)
+    base = stored(made.store, "e1", "root", "model")
+    child = stored(made.store, "e2", "leaf", "adapter", {"base": base})
+    both = [evaluated(made.store, key, base, RIGHT, backend=b) for key, b in (("r7", "torch"), ("r8", "vllm"))]
+    subjects = unique([*map(of_evaluation, both), of_evaluation(both[1])])
+    assert [s.name for s in subjects] == ["root (torch)", "root (vllm)"]
+    parent = comparison.nearest(of_evaluation(evaluated(made.store, "r9", child, RIGHT, backend="vllm")), subjects)
     assert parent
-    assert parent.name == "base (vllm)"
-    assert [s.backend for s in of_artifact(made.artifacts["base"], made.store)] == ["torch", "vllm"]
+    assert parent.name == "root (vllm)"
+    assert [s.backend for s in of_artifact(base, made.store)] == ["torch", "vllm"]

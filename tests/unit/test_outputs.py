@@ -8,8 +8,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from openai_fake import Say, serve
 
 from suite.cli import main
@@ -86,17 +84,9 @@ def test_a_tracker_that_is_not_there_is_named_with_its_cure(monkeypatch: pytest.
         tracking.check("mlfow")
 
 
-@given(
-    st.recursive(
-        st.floats(allow_nan=False) | st.booleans() | st.none() | st.text(),
-        lambda inner: st.dictionaries(st.text("ab"), inner),
-    )
-)
-def test_every_number_is_found_once(value: Any) -> None:
-    def count(node: Any) -> int:
-        return sum(map(count, node.values())) if isinstance(node, dict) else isinstance(node, float)
-
-    assert len(list(flat({"x": value}))) == count(value)
+def test_numbers_have_their_path_and_nothing_else_has() -> None:
+    metrics = {"a[1]": {"quiz": {"acc": 0.5, "n": 4, "ok": True, "why": "x", "none": None}, "ids": [1]}, "memory": 7}
+    assert dict(flat(metrics)) == {"a[1].quiz.acc": 0.5, "a[1].quiz.n": 4.0, "memory": 7.0}
 
 
 @pytest.fixture
