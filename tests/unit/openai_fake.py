@@ -73,14 +73,20 @@ def chat(text: str, finish: str = "stop") -> bytes:
 
 
 @contextlib.contextmanager
-def serve(rule: Callable[[dict[str, Any]], Say | dict[str, Any]], models: list[str] | None = None) -> Iterator[Fake]:
-    """Serve `rule` on a free port until the block ends; `models` are listed, one named m when left out."""
+def serve(
+    rule: Callable[[dict[str, Any]], Say | dict[str, Any]], models: list[str] | None = None, fingerprint: str = ""
+) -> Iterator[Fake]:
+    """Serve `rule` on a free port until the block ends; `models` are listed, one named m when left out.
+
+    A `fingerprint` is listed with each of them, as our own server does.
+    """
     fake = Fake(rule, models if models is not None else ["m"])
     app = FastAPI()
     app.post("/v1/chat/completions")(fake.answer)
     app.post("/v1/completions")(fake.answer)
+    about = {"fingerprint": fingerprint} if fingerprint else {}
     if fake.models:
-        app.get("/v1/models")(lambda: {"data": [{"id": name} for name in fake.models or []]})
+        app.get("/v1/models")(lambda: {"data": [{"id": name, **about} for name in fake.models or []]})
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
     fake.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=1)

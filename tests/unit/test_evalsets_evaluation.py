@@ -13,7 +13,7 @@ from openai_fake import Say, serve
 from evalsets import named
 from evalsets.ask import Client
 from evalsets.compare import compare
-from evalsets.evaluation import Evaluation, evaluate
+from evalsets.evaluation import Evaluation, Judge, evaluate
 from evalsets.report import table
 from evalsets.statistics import wilson
 from suite.errors import SuiteError
@@ -238,6 +238,65 @@ def test_an_unfinished_evaluation_continues_and_a_finished_one_starts_anew(tmp_p
         with serve(good) as fake:
             assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
             assert len(fake.asked) == expected
+
+
+def test_answers_of_a_server_that_says_what_it_serves_are_used_while_it_serves_that(tmp_path: Path) -> None:
+    wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
+    for fingerprint, asked in (("one", 40), ("one", 0), ("two", 40), ("one", 0)):
+        with serve(good, fingerprint=fingerprint) as fake:
+            assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
+            assert len(fake.asked) == asked
+
+
+def test_likelihoods_of_options_stand_beside_what_was_generated(tmp_path: Path) -> None:
+    (choice,) = make_sets(tmp_path)[:1]
+    with (Path(choice) / "set.toml").open("r+", encoding="utf-8") as file:
+        text = file.read()
+        file.seek(0)
+        file.write("likelihood = true\n" + text)
+
+    def rule(body: dict[str, Any]) -> Say | dict[str, Any]:
+        if "prompt" not in body:
+            return Say("A")
+        key = body["prompt"].split("(key ")[1][0]
+        return scored(body, 1.0 if body["prompt"].endswith(key) else 1.1)
+
+    total = run(rule, [choice], tmp_path / "out").metrics["choice"]
+    assert (total["acc"], total["likelihood"]["acc"], total["likelihood"]["failed"]) == (0.25, 1.0, 0)
+    with serve(lambda b: Say(status=400, body=b'{"error": "no echo"}') if "prompt" in b else good(b)) as fake:
+        found = evaluate(Client(fake.url), "m", named.load([choice]), tmp_path / "two", tmp_path / "two/journal")
+    assert found.metrics["choice"]["likelihood"] == {"not_available": "HTTP 400: no echo"}
+    assert sum("prompt" in body for body in fake.asked) == 1  # one was enough to know
+
+
+def test_a_judge_grades_what_was_answered(tmp_path: Path) -> None:
+    folder = tmp_path / "essays"
+    folder.mkdir()
+    (folder / "set.toml").write_text(f'kind = "qa"\n{ABOUT}metrics = ["judge", "exact"]\n', "utf-8")
+    rows = [{"query": f"question {i}", "response": f"reference {i}"} for i in range(4)]
+    (folder / "default.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    verdicts = {0: "Grade: [[10]]", 1: "Grade: [[1]]", 2: "I like it."}
+
+    def answering(body: dict[str, Any]) -> Say:
+        return Say(status=500) if number(body) == 3 else Say(f"reply {number(body)}")
+
+    def judging(body: dict[str, Any]) -> Say:
+        text = body["messages"][0]["content"]
+        (i,) = (i for i in verdicts if f"reply {i}" in text and f"reference {i}" in text)
+        return Say(verdicts[i])
+
+    with serve(answering) as fake, serve(judging, models=["j"]) as court:
+        client = Client(fake.url, pause=0.001, attempts=2)
+        sets, out = named.load([str(folder)]), tmp_path / "out"
+        judge = Judge(Client(court.url), "j")
+        for _ in range(2):  # what was graded is not graded again
+            total = evaluate(client, "m", sets, out, out / "journal", judge=judge).metrics["essays"]
+            assert len(court.asked) == 3
+        with pytest.raises(SuiteError, match="no model 'k'"):
+            evaluate(client, "m", sets, out, out / "journal", judge=Judge(Client(court.url), "k"))
+    assert (total["n"], total["failed"], total["exact"]) == (4, 2, 0.0)
+    with pytest.raises(SuiteError, match="a judge grades the replies to 'essays', and there is none"):
+        evaluate_url(court.url, "j", [str(folder)])
 
 
 def test_a_stage_knows_its_mistakes_before_anything_runs() -> None:

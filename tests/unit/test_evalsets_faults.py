@@ -78,10 +78,13 @@ class Faulty:
         return sum(i % 12 in rests for i in range(len(self.questions)))
 
 
+QUESTIONS = 36
+
+
 def run(rule: Any, asked: EvalSet, out: Path) -> Evaluation:
     with serve(rule) as fake:
         client = Client(fake.url, concurrency=8, attempts=3, pause=0.001, timeout=30)
-        return evaluate(client, "m", [asked], out, out / "journal")
+        return evaluate(client, "m", [asked], out, out / "journal", limit=QUESTIONS)
 
 
 SHIPPED = [name for name in sets.names() if name != "perplexity"]
@@ -90,7 +93,7 @@ SHIPPED = [name for name in sets.names() if name != "perplexity"]
 @pytest.mark.parametrize("name", [*SHIPPED, "ceval", "mcq", "qa"])
 def test_nothing_is_dropped_and_nothing_is_scored_as_something_else(name: str, tmp_path: Path) -> None:
     asked = sets.load(str(published(tmp_path / "published").get(name, name)))
-    questions = asked.questions()
+    questions = asked.questions(QUESTIONS)
     rule = Faulty(questions, asked.kind)
     total = run(rule, asked, tmp_path / "out").metrics[asked.name]
     assert (total["n"], total["failed"], total["truncated"]) == (len(questions), rule.count(0, 1, 4), rule.count(7))
@@ -114,7 +117,7 @@ def test_nothing_is_dropped_and_nothing_is_scored_as_something_else(name: str, t
 @pytest.mark.parametrize("name", ["arithmetic", "qa"])
 def test_an_endpoint_that_dies_half_way_is_asked_for_the_rest_only(name: str, tmp_path: Path) -> None:
     asked = sets.load(str(published(tmp_path / "published").get(name, name)))
-    questions = asked.questions()
+    questions = asked.questions(QUESTIONS)
     by_text = {key(q.messages, q.tools): q for q in questions}
     answered: list[str] = []
 
