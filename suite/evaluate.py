@@ -158,7 +158,7 @@ class Evaluate(Stage):
                 judge=self.judge.client(self.concurrency, self.timeout) if self.judge else None,
             )  # fmt: skip
             memory = processes.peak_memory(child.pid for child in psutil.Process().children(recursive=True))
-        _find_leaks(job, name, found.sets)
+        find_leaks(job, name, found.sets)
         for asked_name, set_found in found.sets.items():
             for text in _doubts(asked_name, set_found["total"]):
                 job.warn(text)
@@ -172,8 +172,8 @@ class Evaluate(Stage):
         return found.metrics | ({"memory": memory} if memory else {})
 
 
-def _find_leaks(job: Job, name: str, sets: dict[str, dict[str, Any]]) -> None:
-    """Look for the questions in what the model learnt from, and write the report again with what was found."""
+def find_leaks(job: Job, name: str, sets: dict[str, dict[str, Any]]) -> None:
+    """Look for the questions in what the model learnt from; the report in `job.out` and `sets` get what was found."""
     known = training_data(job.input("model"))
     answers = {asked: Report.read(job.out).answers(asked) for asked in sets}
     leakage.annotate(sets, answers, known.files, known.unknown, job.progress)

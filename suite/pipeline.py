@@ -41,7 +41,9 @@ class Wiring(Config):
     needs: list[str] = Field(default_factory=list)
     """Stages that must have passed before this one starts."""
     gate: list[str] = Field(default_factory=list)
-    """Conditions on what this stage measures; if one fails, what depends on it does not run."""
+    """Conditions on what is measured, e.g. `ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %`, `bytes < 4e9`,
+    `forgotten(@before) <= 3`, `ceval-mini.leakage.share < 0.05`; if one fails, what depends on this stage does not
+    run."""
 
 
 def read(path: Path, overrides: list[str] | None = None) -> Plan:

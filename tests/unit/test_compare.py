@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from evalsets.compare import Report, compare, corrected, differences
 from suite import pipeline
 from suite.cli import main
 from suite.errors import StageFailed, SuiteError
+from suite.evaluate import find_leaks
 from suite.gate import Verdict
 from suite.lineage import parents, training_data
 from suite.reports import comparison
@@ -22,7 +24,7 @@ from suite.reports import run as report
 from suite.reports.subjects import of_artifact, of_evaluation, unique
 from suite.runner import Outcome
 from suite.runs import link_artifacts, new_run
-from suite.stages import Artifact
+from suite.stages import Artifact, Job
 from suite.store import Store
 from tests.unit import evaluations
 from tests.unit.evaluations import evaluated, stored
@@ -264,6 +266,29 @@ def test_lineage_leads_to_the_training_data(made: Made, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     assert training_data(Artifact(foreign, "model")).unknown == ["foreign was not made here"]
+
+
+def test_an_evaluation_says_what_leaked_from_its_lineage(made: Made, tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(
+        json.dumps(
+            [{"conversations": [{"from": "human", "value": "Dear Sir, 7 stones lie before the gate of keeper 7."}]}]
+        ),
+        "utf-8",
+    )
+    digest = made.store.digest(data)
+    inputs = {"data": Artifact(data, "dataset", digest), "base": made.artifacts["base"]}
+    learnt = stored(made.store, "f1", "pupil", "adapter", inputs)
+    merged = stored(made.store, "f2", "graduate", "model", {"adapter": learnt})
+    evaluations.write(tmp_path / "out", "m", [1.0] * 10)
+    path = tmp_path / "out/answers/quiz.jsonl"
+    asked = re.sub(r"Question (\d+)", r"\1 stones lie before the gate of keeper \1", path.read_text("utf-8"))
+    path.write_text(asked, "utf-8")
+    sets = Report.read(tmp_path / "out").sets
+    find_leaks(Job("score", {"model": [merged]}, tmp_path / "out", tmp_path), "m", sets)
+    assert sets["quiz"]["total"]["leakage"] == {"n": 1, "share": 0.1, "clean": 1.0}
+    assert Report.read(tmp_path / "out").sets["quiz"]["leakage"]["ids"] == ["law/007"]
+    assert "1 questions (10.0 %) overlap" in (tmp_path / "out/report.md").read_text("utf-8")
 
 
 PIPELINE = """
