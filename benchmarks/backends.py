@@ -13,10 +13,12 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,49 +56,42 @@ class Side:
 
 def serve_relay(kind: str, pause: float) -> None:
     """In a process of its own: the gateway before an engine; says where both are, and serves until its input ends."""
-    import threading
-
-    import uvicorn
-
     from serve.engines import remote
     from serve.engines.process import Launch
     from serve.engines.vllm import Vllm
-    from serve.gateway import create_app
-    from serve.server import listen
+    from serve.server import listen, run
     from serve.settings import Settings
     from suite.envs import Environment
 
-    class Instant(Vllm):
-        """A program that answers after `pause` seconds."""
+    launched: list[tuple[int, str]] = []
+
+    class Noted(Vllm):
+        """vLLM, or a program in its place that answers after `pause` seconds."""
 
         def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
-            del settings, environment, replica
+            launched.append((port, key))
+            if kind == "vllm":
+                return super().launch(settings, environment, port, key, replica)
             return Launch(
                 [sys.executable, str(UPSTREAM), str(port), json.dumps({"pause": pause})], {"UPSTREAM_KEY": key}
             )
 
+    remote.KINDS["vllm"] = Noted()
     options: dict[str, Any] = {"max_length": 1024} if kind == "vllm" else {"env_python": sys.executable}
-    if kind != "vllm":
-        remote.KINDS["vllm"] = Instant()
     settings = Settings(model=NANO, name="nano", backend="vllm", probe=False, log="off", **options)
 
-    def ready(error: Any) -> None:
-        if error:
-            raise error
-        fleet = app.state.serving.upstreams["nano"]
-        print(json.dumps([url, fleet.replicas.members[0].url, fleet.key]), flush=True)
-
-    app = create_app(settings, loaded=ready)
-    sock = listen("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, loop="uvloop", http="httptools"))
+    def ready() -> None:
+        (port, key) = launched[-1]
+        print(json.dumps([url, f"http://127.0.0.1:{port}", key]), flush=True)
+        threading.Thread(target=end, daemon=True).start()
 
     def end() -> None:
         sys.stdin.read()
-        server.should_exit = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=end, daemon=True).start()
-    server.run(sockets=[sock])
+    with listen("127.0.0.1", 0) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        run(settings, sock, ready)
 
 
 @contextlib.contextmanager

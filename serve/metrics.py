@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +12,8 @@ from prometheus_client.registry import Collector
 
 from serve.generation import Stats
 from serve.traffic import Exchange
+
+M = TypeVar("M", Counter, Histogram)
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -59,17 +63,19 @@ class Metrics:
         self._total = self._histogram("request_seconds", "From a request's arrival to its end", SLOW, ["route"])
         ProcessCollector(registry=self.registry)
         self.registry.register(_OfEngine(stats))
+        self._child = cache(_child)
 
     def __call__(self, exchange: Exchange) -> None:
         """Count a request that has ended."""
-        self._requests.labels(exchange.route, exchange.model, str(exchange.status)).inc()
-        self._total.labels(exchange.route).observe(exchange.ended - exchange.started)
+        child = self._child
+        child(self._requests, exchange.route, exchange.model, str(exchange.status)).inc()
+        child(self._total, exchange.route).observe(exchange.ended - exchange.started)
         if exchange.alias and exchange.model:
-            self._aliased.labels(exchange.alias, exchange.model).inc()
+            child(self._aliased, exchange.alias, exchange.model).inc()
         for answer in exchange.answers:
-            self._prompt.labels(exchange.model).inc(answer.prompt_tokens)
-            self._new.labels(exchange.model).inc(answer.new_tokens)
-            self._finished.labels(answer.finish).inc()
+            child(self._prompt, exchange.model).inc(answer.prompt_tokens)
+            child(self._new, exchange.model).inc(answer.new_tokens)
+            child(self._finished, answer.finish).inc()
             if answer.queued is not None:
                 self._queued.observe(answer.queued)
             if answer.first_token is not None:
@@ -81,6 +87,7 @@ class Metrics:
         """A model is gone, and what was counted of it: adapters that come and go leave nothing behind."""
         for counter in (self._requests, self._aliased, self._prompt, self._new):
             counter.remove_by_labels({"model": model})
+        self._child.cache_clear()
 
     def text(self) -> bytes:
         """The page, in Prometheus' text format."""
@@ -93,6 +100,10 @@ class Metrics:
         self, name: str, about: str, bounds: tuple[float, ...], labels: list[str] | None = None
     ) -> Histogram:
         return Histogram(f"suite_{name}", about, labels or [], buckets=bounds, registry=self.registry)
+
+
+def _child(metric: M, *labels: str) -> M:
+    return metric.labels(*labels)
 
 
 class _OfEngine(Collector):

@@ -35,9 +35,10 @@ class BodyLimit:
 
         async def counted() -> Message:
             nonlocal read, whole, refused
+            if whole:  # what comes now is the disconnect, which may take its time
+                return await receive()
             try:
-                # what comes after the whole body is the disconnect, which may take its time
-                async with asyncio.timeout(None if whole else self.seconds):
+                async with asyncio.timeout(self.seconds):
                     message = await receive()
             except TimeoutError:
                 refused = ApiError(408, f"nothing more of the body came for {self.seconds:.0f} s")

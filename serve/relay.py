@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,9 @@ LIVES = 3
 """Replicas, or lives of one, that a request is tried on."""
 
 OWN_HEADERS = {
-    "host", "authorization", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "trailer",
-    "upgrade", "proxy-authorization", "proxy-connection", "expect", "accept-encoding", "cookie", "origin",
+    b"host", b"authorization", b"content-length", b"connection", b"keep-alive", b"transfer-encoding", b"te",
+    b"trailer", b"upgrade", b"proxy-authorization", b"proxy-connection", b"expect", b"accept-encoding", b"cookie",
+    b"origin",
 }  # fmt: skip
 """Of a request: what belongs to the connection, or is for us."""
 TOLD_HEADERS = ("content-type", "cache-control", "retry-after")
@@ -85,28 +86,31 @@ class Relay:
             begun = True
             await send(message)
 
-        relaying = asyncio.ensure_future(self._relay(request, body, sent))
-        leaving = asyncio.ensure_future(_gone(receive))
-        self._server.groups.add(relaying)
+        ending = _Ending()
+        leaving = asyncio.create_task(_gone(receive, ending.stop))
+        late = self._late(request, ending)
+        self._server.groups.add(ending)
         try:
-            await asyncio.wait({relaying, leaving}, timeout=self._left(request), return_when=asyncio.FIRST_COMPLETED)
-            if relaying.cancelled():
-                await _end(ApiError(503, "the server is shutting down", kind="server_error"), begun, send)
-            elif relaying.done():
-                relaying.result()
-            elif not leaving.done():
-                relaying.cancel()
-                error = ApiError(504, "the request took longer than this server allows", kind="server_error")
-                await _end(error, begun, send)
+            await self._relay(request, body, sent)
+        except asyncio.CancelledError:
+            if not ending.stopped:
+                raise
+            ending.task.uncancel()
+            if ending.error:
+                await _end(ending.error, begun, send)
         finally:
-            self._server.groups.discard(relaying)
-            for task in (relaying, leaving):
-                task.cancel()
-            await asyncio.gather(relaying, leaving, return_exceptions=True)
+            self._server.groups.discard(ending)
+            leaving.cancel()
+            if late:
+                late.cancel()
 
-    def _left(self, request: Request) -> float | None:
+    def _late(self, request: Request, ending: _Ending) -> asyncio.TimerHandle | None:
         limit = self._server.settings.timeout
-        return None if limit is None else max(0.0, Exchange.of(request).started + limit - time.monotonic())
+        if limit is None:
+            return None
+        error = ApiError(504, "the request took longer than this server allows", kind="server_error")
+        left = Exchange.of(request).started + limit - time.monotonic()
+        return asyncio.get_running_loop().call_later(max(0.0, left), ending.stop, error)
 
     async def _relay(self, request: Request, body: bytes, send: Send) -> None:
         asked = await self._asked(request, body)
@@ -130,14 +134,17 @@ class Relay:
     async def _asked(self, request: Request, body: bytes) -> Asked:
         fields = read_body(request, body)
         served, upstream = await self._server.behind(request, fields["model"], _user(fields))
-        inside = upstream.inside(served.adapter)
-        wanted = _limited(request.url.path, upstream.translation.ask(request.url.path, fields), self._most)
+        inside, path = upstream.inside(served.adapter), str(request.scope["path"])
+        wanted = _limited(path, upstream.translation.ask(path, fields), self._most)
         if inside != fields["model"] or wanted is not fields:
             body = json.dumps({**wanted, "model": inside}).encode()
-        names = tuple(f'"model":{json.dumps(name)}'.encode() for name in (inside, served.name))
-        path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        headers = {k: v for k, v in request.headers.items() if k not in OWN_HEADERS}
-        renamed = (names[0], names[1]) if inside != served.name else None
+        renamed = None
+        if inside != served.name:
+            renamed = f'"model":{json.dumps(inside)}'.encode(), f'"model":{json.dumps(served.name)}'.encode()
+        if query := request.scope["query_string"]:
+            path += f"?{query.decode('latin-1')}"
+        told = [(name, value) for name, value in request.scope["headers"] if name not in OWN_HEADERS]
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in told}
         return Asked(path, headers, body, fields, renamed, Exchange.of(request), upstream)
 
     async def _on(self, replica: Replica, asked: Asked, send: Send) -> None:
@@ -173,6 +180,27 @@ class Relay:
         raw = [(k.encode(), v.encode("latin-1")) for k, v in {**told, "content-length": str(len(body))}.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": body})
+
+
+class _Ending:
+    """Ends this task early, and says why: with an error, or with none where the client has left."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        assert task
+        self.task = task
+        self.stopped = False
+        self.error: ApiError | None = None
+
+    def stop(self, error: ApiError | None = None) -> None:
+        """The first reason counts."""
+        if not self.stopped:
+            self.stopped, self.error = True, error
+            self.task.cancel()
+
+    def cancel(self) -> None:
+        """The server's time is over."""
+        self.stop(ApiError(503, "the server is shutting down", kind="server_error"))
 
 
 class Tally:
@@ -254,9 +282,10 @@ def _user(fields: Mapping[str, Any]) -> str | None:
     return user if isinstance(user, str) else None
 
 
-async def _gone(receive: Receive) -> None:
+async def _gone(receive: Receive, stop: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    stop()
 
 
 async def _unbroken(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -78,6 +78,7 @@ def run(
             app,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # nothing here asks where a client is
             loop="uvloop",
             http=Protocol,
             ws="none",

@@ -42,6 +42,7 @@ class Upstream(ABC):
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
                 auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),  # one client's are no other's
                 skip_auto_headers=("User-Agent", "Accept-Encoding"),
                 read_bufsize=2**20,
             )

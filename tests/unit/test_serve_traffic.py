@@ -48,7 +48,7 @@ class Server:
     """The middleware around `ask`, in the gateway's order."""
 
     def __init__(self, keys: list[Key] | None = None, body_limit: int = 1000, body_seconds: float = 5) -> None:
-        self.traffic, self.metrics, self.lines = Traffic(), Metrics(lambda: None), io.StringIO()
+        self.traffic, self.metrics, self.lines = Traffic(), Metrics(dict), io.StringIO()
         app = Starlette(routes=[Route("/v1/ask", ask, methods=["POST"]), Route("/health", health)])
         app.add_middleware(BodyLimit, limit=body_limit, seconds=body_seconds)
         if keys:
