@@ -33,7 +33,11 @@ PARTS = {
     "eval": ("aiohttp", "rouge-score", "rouge-chinese", "sacrebleu"),
 }
 # environments of their own, and what they are for
-APART = {"llmcompressor": "quantize w4a16, w8a8, fp8", "vllm": "environment vllm"}
+APART = {
+    "llmcompressor": "quantize w4a16, w8a8, fp8",
+    "vllm": "serve --backend vllm",
+    "lmdeploy": "serve --backend lmdeploy",
+}
 LEAST_MEMORY_GB = 4
 LEAST_DISK_GB = 5
 
@@ -52,7 +56,7 @@ def command(verb: str, arguments: list[str]) -> int:
     parser = Parser(f"suite {verb}", "Check this machine: python, devices, memory, disk, libraries, backends.")
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     given = parser.read(arguments)
-    findings = [*machine(), *devices(), *parts(), *environments(), *backends()]
+    findings = [*machine(), *devices(), *parts(), *environments(), *tools()]
     if given.json:
         for finding in findings:
             print(json.dumps(asdict(finding)))
@@ -124,14 +128,14 @@ def environments() -> Iterator[Finding]:
     for name, purpose in APART.items():
         environment = envs.get(name)
         detail = f"{environment.python}" if environment.installed else f"suite env install {name}  ({environment.cost})"
+        if name == "lmdeploy" and envs.device() == "cpu":
+            yield Finding(purpose, "not yet", "needs a GPU: without one, tests run its server alone")
+            continue
         yield Finding(purpose, "ok" if environment.installed else "not yet", detail)
 
 
-def backends() -> Iterator[Finding]:
-    """Engines and tools that the suite does not start itself."""
-    how = "not started by the suite yet: where {} is installed, its own command serves an exported hf folder"
-    yield Finding("serve --backend vllm", "not yet", how.format("the environment vllm"))
-    yield Finding("serve --backend lmdeploy", "not yet", how.format("lmdeploy==0.18.0"))
+def tools() -> Iterator[Finding]:
+    """Programs that the suite does not bring."""
     ollama = shutil.which("ollama")
     detail = str(Path(ollama)) if ollama else "not found: packages are made without it; get it to run them"
     yield Finding("ollama", "ok" if ollama else "warning", detail)
