@@ -126,18 +126,22 @@ class SlotCache(Cache):  # type: ignore[misc]
     def _copy(self, copies: Sequence[Copy], keep: bool) -> None:
         if not copies:
             return
-        row, number, place = torch.tensor(copies).T  # each (N,)
+        row, number, place = torch.tensor(copies).T[..., None]  # each (N, 1)
         for layer, keys in self.keys.items():
             values = self.values[layer]
             if layer not in self._kept:
                 self._kept[layer] = self._empty_blocks(keys), self._empty_blocks(values)
+            heads, length = keys.shape[1:3]
+            head = torch.arange(heads)
+            # each block of a head is one piece of memory: copied by numbers, several times as fast as indexed
+            there = ((row * heads + head) * (length // self._size) + number).flatten().to(keys.device)
+            here = (place * heads + head).flatten().to(keys.device)
             for tensor, kept in zip((keys, values), self._kept[layer], strict=True):
-                rows, heads, _, dim = tensor.shape
-                blocks = tensor.view(rows, heads, -1, self._size, dim)
+                blocks, places = (t.view(-1, self._size * t.shape[3]) for t in (tensor, kept))
                 if keep:
-                    kept[place] = blocks[row, :, number]
+                    places.index_copy_(0, here, blocks.index_select(0, there))
                 else:
-                    blocks[row, :, number] = kept[place]
+                    blocks.index_copy_(0, there, places.index_select(0, here))
 
     def _empty_blocks(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(self._blocks, like.shape[1], self._size, like.shape[3])
