@@ -43,6 +43,8 @@ def command(verb: str, arguments: list[str]) -> int:
     if given.out:
         check_out(given.out)
     subjects = unique(subject for text in given.what for subject in _named(text))
+    if not subjects:
+        raise SuiteError("nothing was evaluated there", hint='add a stage with use = "eval" to the pipeline')
     found = comparison.compare(subjects, given.against)
     if given.diff:
         known = list(dict.fromkeys(name for subject in subjects for name in subject.sets))

@@ -62,22 +62,22 @@ def nearest(subject: Subject, others: Sequence[Subject]) -> Subject | None:
     """The one of `others` that `subject` was made from, the nearest of them behind the same backend if possible."""
     for digest in subject.parents():
         made = [other for other in others if other.digest == digest and other.report]
-        for other in (*(o for o in made if o.backend == subject.backend), *made):
-            return other
+        if made:
+            return min(made, key=lambda other: other.backend != subject.backend)
     return None
 
 
 def decided(subjects: Sequence[Subject], pairs: Sequence[tuple[Subject, Subject]]) -> Comparison:
     """Compare these pairs on every set that both sides have."""
-    found = [
-        (subject, reference, name, difference(reference.report, subject.report, name))
-        for subject, reference in pairs if subject.report and reference.report
+    family = {
+        (i, name): difference(reference.report, subject.report, name)
+        for i, (subject, reference) in enumerate(pairs) if subject.report and reference.report
         for name in subject.sets if name in reference.sets
-    ]  # fmt: skip
-    by_pair: dict[tuple[str, str], dict[str, Difference]] = {(s.name, r.name): {} for s, r in pairs}
-    for (subject, reference, name, _), change in zip(found, corrected([f for *_, f in found]), strict=True):
-        by_pair[subject.name, reference.name][name] = change
-    return Comparison(list(subjects), [Pair(s, r, by_pair[s.name, r.name]) for s, r in pairs])
+    }  # fmt: skip
+    found: list[dict[str, Difference]] = [{} for _ in pairs]
+    for (i, name), one in zip(family, corrected(list(family.values())), strict=True):
+        found[i][name] = one
+    return Comparison(list(subjects), [Pair(*pair, by_set) for pair, by_set in zip(pairs, found, strict=True)])
 
 
 def plain(found: Comparison) -> dict[str, Any]:

@@ -164,8 +164,11 @@ def test_mistakes_are_said(made: Made, arguments: list[str], message: str, capsy
 def test_a_run_that_was_interrupted_is_no_traceback(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     stopped = new_run(made.store, "stopped", "", [])
     assert main(["compare", "stopped"]) == 2
-    stopped.rename(stopped.parent.parent.parent / "gone")
     assert "interrupted" in capsys.readouterr().err
+    (stopped / "report.json").write_text('{"stages": []}', "utf-8")
+    assert main(["compare", "stopped"]) == 2
+    assert "nothing was evaluated" in capsys.readouterr().err
+    stopped.rename(stopped.parent.parent.parent / "gone")
 
 
 def test_changed_questions_stand_side_by_side(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
