@@ -64,7 +64,9 @@ class Lmdeploy:
 
     def check(self, settings: Settings) -> None:
         """Raise SuiteError for what it has no option for, or no engine."""
-        if envs.device() != "cuda" and not settings.env_python:
+        # an interpreter of the user's own may have one for other devices
+        ours = not settings.env_python or Path(settings.env_python) == envs.get(self.name).python
+        if ours and envs.device() != "cuda":
             hint = "backend 'torch' or 'vllm' serves the same model and adapters here"
             raise SuiteError("LMDeploy needs a GPU: it has no engine for processors", where="backend", hint=hint)
         if settings.dtype == "float32":
