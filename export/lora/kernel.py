@@ -9,18 +9,15 @@ ranks are summed.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from llvmlite import binding, ir
+from llvmlite import binding
 
-HALF, FLOAT = ir.HalfType(), ir.FloatType()
-SHORT, INT, LONG = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-STORED = {"BF16": SHORT, "F16": HALF, "F32": FLOAT}
+STORED = {"BF16": "i16", "F16": "half", "F32": "float"}
 """How weights lie in memory. LLVM has a bfloat16 too: processors take its smallest numbers for zero."""
-NOT_A_NUMBER = 0x7FC0
 
 
 class Tile(NamedTuple):
@@ -100,124 +97,133 @@ def compiled(source: str, target: str, tile: Tile) -> Code:
     machine = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, jit=True
     )
-    module = binding.parse_assembly(str(Emitter(source, target, tile).module))
+    module = binding.parse_assembly(function(source, target, tile))
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4, ctypes.c_float)
     return Code(prototype(engine.get_function_address("add")), engine)
 
 
-class Loop:
-    """`for index in range(0, stop, step)`; `values` are what the round before set as `following`."""
-
-    def __init__(self, build: ir.IRBuilder, stop: ir.Value, step: int, start: Sequence[ir.Value] = ()) -> None:
-        self.build, self.step, self.following = build, step, list(start)
-        before = build.block
-        head, self.body, self.end = (build.append_basic_block() for _ in range(3))
-        self.head = head
-        build.branch(head)
-        build.position_at_end(head)
-        self.index = build.phi(LONG)
-        self.index.add_incoming(LONG(0), before)
-        self.values = [build.phi(value.type) for value in start]
-        for phi, value in zip(self.values, start, strict=True):
-            phi.add_incoming(value, before)
-        build.cbranch(build.icmp_signed("<", self.index, stop), self.body, self.end)
-
-    def __enter__(self) -> Loop:
-        self.build.position_at_end(self.body)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        build = self.build
-        self.index.add_incoming(build.add(self.index, LONG(self.step)), build.block)
-        for phi, value in zip(self.values, self.following, strict=True):
-            phi.add_incoming(value, build.block)
-        build.branch(self.head)
-        build.position_at_end(self.end)
+def function(source: str, target: str, tile: Tile) -> str:
+    """The function in LLVM's language: three loops, each of at least one round, and a tile written out in full."""
+    rows, vectors = range(tile.rows), range(tile.vectors)
+    cells = [{"n": tile.lanes, "c": i * tile.vectors + j, "i": i, "j": j} for i in rows for j in vectors]
+    return FUNCTION.format(
+        n=tile.lanes,
+        rows=tile.rows,
+        width=tile.width,
+        sums="".join(SUM.format(**cell) for cell in cells),
+        inputs="".join(INPUT.format(n=tile.lanes, j=j, skipped=j * tile.lanes) for j in vectors),
+        outputs="".join(OUTPUT.format(n=tile.lanes, i=i) for i in rows),
+        products="".join(PRODUCT.format(**cell) for cell in cells),
+        merged="".join(
+            (PLACE + WIDEN[source] + MERGE + ROUND[target] + STORE).format(
+                **cell, skipped=cell["j"] * tile.lanes, source=STORED[source], target=STORED[target]
+            )
+            for cell in cells
+        ),
+    )
 
 
-class Emitter:
-    """Writes the function in LLVM's language, as `module`."""
+FUNCTION = """
+declare i64 @llvm.smin.i64(i64, i64)
+declare <{n} x float> @llvm.fma.v{n}f32(<{n} x float>, <{n} x float>, <{n} x float>)
 
-    def __init__(self, source: str, target: str, tile: Tile) -> None:
-        self.source, self.target, self.tile = source, target, tile
-        self.floats, self.ints = ir.VectorType(FLOAT, tile.lanes), ir.VectorType(INT, tile.lanes)
-        self.module = ir.Module()
-        self.module.triple = binding.get_process_triple()
-        three = ir.FunctionType(self.floats, [self.floats] * 3)
-        self.fma = ir.Function(self.module, three, f"llvm.fma.v{tile.lanes}f32")
-        types = [ir.PointerType()] * 4 + [LONG] * 4 + [FLOAT]
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), types), "add")
-        for pointer in function.args[:4]:
-            pointer.add_attribute("noalias")
-        self.build = ir.IRBuilder(function.append_basic_block())
-        self._add(*function.args)
-
-    def _add(self, *arguments: ir.Value) -> None:
-        given, result, left, panels, rows, columns, rank, height, scale = arguments
-        build, tile = self.build, self.tile
-        last_row, last_column = build.sub(rows, LONG(tile.rows)), build.sub(columns, LONG(tile.width))
-        factor = self._spread(scale)
-        with Loop(build, rows, tile.rows) as down:
-            row = self._smaller(down.index, last_row)
-            with Loop(build, columns, tile.width) as across:
-                column = self._smaller(across.index, last_column)
-                panel = self._at(panels, FLOAT, build.mul(across.index, rank))
-                product = self._product(self._at(left, FLOAT, row), height, panel, rank)
-                for i, change in enumerate(product):
-                    start = build.add(build.mul(build.add(row, LONG(i // tile.vectors)), columns), column)
-                    place = build.add(start, LONG(i % tile.vectors * tile.lanes))
-                    weight = self._widen(self._load(given, STORED[self.source], place))
-                    weight = build.fadd(weight, build.fmul(change, factor))
-                    build.store(self._round(weight), self._at(result, STORED[self.target], place), align=1)
-        build.ret_void()
-
-    def _product(self, left: ir.Value, height: ir.Value, panel: ir.Value, rank: ir.Value) -> list[ir.Value]:
-        """The vectors of one tile, row by row."""
-        build, tile = self.build, self.tile
-        zero = ir.Constant(self.floats, None)
-        with Loop(build, rank, 1, [zero] * (tile.rows * tile.vectors)) as ranks:
-            start = build.mul(ranks.index, LONG(tile.width))
-            inputs = [self._load(panel, FLOAT, build.add(start, LONG(i * tile.lanes))) for i in range(tile.vectors)]
-            start = build.mul(ranks.index, height)
-            for i in range(tile.rows):
-                output = build.load(self._at(left, FLOAT, build.add(start, LONG(i))), typ=FLOAT, align=4)
-                factor = self._spread(output)
-                for j, vector in enumerate(inputs, i * tile.vectors):
-                    ranks.following[j] = build.call(self.fma, [factor, vector, ranks.values[j]])
-        return ranks.values
-
-    def _widen(self, stored: ir.Value) -> ir.Value:
-        if self.source == "BF16":
-            return self.build.bitcast(self.build.shl(self.build.zext(stored, self.ints), self._all(16)), self.floats)
-        return self.build.fpext(stored, self.floats) if self.source == "F16" else stored
-
-    def _round(self, weight: ir.Value) -> ir.Value:
-        """To the nearest number of the type that is stored; of two as near, to the even one."""
-        build = self.build
-        if self.target == "BF16":
-            bits = build.bitcast(weight, self.ints)
-            odd = build.and_(build.lshr(bits, self._all(16)), self._all(1))
-            upper = build.lshr(build.add(bits, build.add(odd, self._all(0x7FFF))), self._all(16))
-            upper = build.select(build.fcmp_unordered("uno", weight, weight), self._all(NOT_A_NUMBER), upper)
-            return build.trunc(upper, ir.VectorType(SHORT, self.tile.lanes))
-        return build.fptrunc(weight, ir.VectorType(HALF, self.tile.lanes)) if self.target == "F16" else weight
-
-    def _all(self, number: int) -> ir.Constant:
-        return ir.Constant(self.ints, [number] * self.tile.lanes)
-
-    def _spread(self, number: ir.Value) -> ir.Value:
-        """A vector of one number."""
-        nothing = ir.Constant(self.floats, ir.Undefined)
-        one = self.build.insert_element(nothing, number, INT(0))
-        return self.build.shuffle_vector(one, nothing, ir.Constant(self.ints, None))
-
-    def _smaller(self, one: ir.Value, other: ir.Value) -> ir.Value:
-        return self.build.select(self.build.icmp_signed("<", one, other), one, other)
-
-    def _at(self, memory: ir.Value, kind: ir.Type, index: ir.Value) -> ir.Value:
-        return self.build.gep(memory, [index], source_etype=kind)
-
-    def _load(self, memory: ir.Value, kind: ir.Type, index: ir.Value) -> ir.Value:
-        return self.build.load(self._at(memory, kind, index), typ=ir.VectorType(kind, self.tile.lanes), align=1)
+define void @add(ptr noalias %given, ptr noalias %result, ptr noalias %left, ptr noalias %panels,
+                 i64 %rows, i64 %columns, i64 %rank, i64 %height, float %scale) {{
+entry:
+  %last.row = sub i64 %rows, {rows}
+  %last.column = sub i64 %columns, {width}
+  %one.scale = insertelement <{n} x float> poison, float %scale, i32 0
+  %factor = shufflevector <{n} x float> %one.scale, <{n} x float> poison, <{n} x i32> zeroinitializer
+  br label %down
+down:
+  %y = phi i64 [0, %entry], [%y.next, %down.end]
+  %row = call i64 @llvm.smin.i64(i64 %y, i64 %last.row)
+  %outputs = getelementptr float, ptr %left, i64 %row
+  br label %across
+across:
+  %x = phi i64 [0, %down], [%x.next, %across.end]
+  %column = call i64 @llvm.smin.i64(i64 %x, i64 %last.column)
+  %before = mul i64 %x, %rank
+  %panel = getelementptr float, ptr %panels, i64 %before
+  br label %ranks
+ranks:
+  %k = phi i64 [0, %across], [%k.next, %ranks]
+  {sums}
+  %k.in = mul i64 %k, {width}
+  %k.out = mul i64 %k, %height
+  {inputs}
+  {outputs}
+  {products}
+  %k.next = add i64 %k, 1
+  %k.more = icmp slt i64 %k.next, %rank
+  br i1 %k.more, label %ranks, label %across.end
+across.end:
+  {merged}
+  %x.next = add i64 %x, {width}
+  %x.more = icmp slt i64 %x.next, %columns
+  br i1 %x.more, label %across, label %down.end
+down.end:
+  %y.next = add i64 %y, {rows}
+  %y.more = icmp slt i64 %y.next, %rows
+  br i1 %y.more, label %down, label %end
+end:
+  ret void
+}}
+"""
+SUM = """
+  %sum{c} = phi <{n} x float> [zeroinitializer, %across], [%product{c}, %ranks]"""
+INPUT = """
+  %input.place{j} = add i64 %k.in, {skipped}
+  %input.from{j} = getelementptr float, ptr %panel, i64 %input.place{j}
+  %input{j} = load <{n} x float>, ptr %input.from{j}, align 4"""
+OUTPUT = """
+  %output.place{i} = add i64 %k.out, {i}
+  %output.from{i} = getelementptr float, ptr %outputs, i64 %output.place{i}
+  %one{i} = load float, ptr %output.from{i}, align 4
+  %first{i} = insertelement <{n} x float> poison, float %one{i}, i32 0
+  %output{i} = shufflevector <{n} x float> %first{i}, <{n} x float> poison, <{n} x i32> zeroinitializer"""
+PRODUCT = """
+  %product{c} = call <{n} x float> @llvm.fma.v{n}f32(
+    <{n} x float> %output{i}, <{n} x float> %input{j}, <{n} x float> %sum{c})"""
+PLACE = """
+  %line{c} = add i64 %row, {i}
+  %start{c} = mul i64 %line{c}, %columns
+  %tile{c} = add i64 %start{c}, %column
+  %place{c} = add i64 %tile{c}, {skipped}
+  %from{c} = getelementptr {source}, ptr %given, i64 %place{c}
+  %stored{c} = load <{n} x {source}>, ptr %from{c}, align 1"""
+WIDEN = {
+    "F32": """
+  %weight{c} = bitcast <{n} x float> %stored{c} to <{n} x float>""",
+    "F16": """
+  %weight{c} = fpext <{n} x half> %stored{c} to <{n} x float>""",
+    "BF16": """
+  %wide{c} = zext <{n} x i16> %stored{c} to <{n} x i32>
+  %upper{c} = shl <{n} x i32> %wide{c}, splat (i32 16)
+  %weight{c} = bitcast <{n} x i32> %upper{c} to <{n} x float>""",
+}
+MERGE = """
+  %change{c} = fmul <{n} x float> %product{c}, %factor
+  %merged{c} = fadd <{n} x float> %weight{c}, %change{c}"""
+ROUND = {
+    "F32": """
+  %rounded{c} = bitcast <{n} x float> %merged{c} to <{n} x float>""",
+    "F16": """
+  %rounded{c} = fptrunc <{n} x float> %merged{c} to <{n} x half>""",
+    # to the nearest number, of two as near to the even one; 0x7FC0 is not a number
+    "BF16": """
+  %bits{c} = bitcast <{n} x float> %merged{c} to <{n} x i32>
+  %kept{c} = lshr <{n} x i32> %bits{c}, splat (i32 16)
+  %odd{c} = and <{n} x i32> %kept{c}, splat (i32 1)
+  %half{c} = add <{n} x i32> %odd{c}, splat (i32 32767)
+  %raised{c} = add <{n} x i32> %bits{c}, %half{c}
+  %number{c} = lshr <{n} x i32> %raised{c}, splat (i32 16)
+  %none{c} = fcmp uno <{n} x float> %merged{c}, %merged{c}
+  %chosen{c} = select <{n} x i1> %none{c}, <{n} x i32> splat (i32 32704), <{n} x i32> %number{c}
+  %rounded{c} = trunc <{n} x i32> %chosen{c} to <{n} x i16>""",
+}
+STORE = """
+  %to{c} = getelementptr {target}, ptr %result, i64 %place{c}
+  store <{n} x {target}> %rounded{c}, ptr %to{c}, align 1"""
