@@ -106,9 +106,11 @@ class Difference:
         return found | {"subjects": self.subjects(), "left_out": self.left_out, "p_corrected": self.p_corrected}
 
 
-def counts(kind: str, row: Row) -> bool:
-    """Whether a row can be compared: it was answered, and what measures it gave a number."""
-    return not row["error"] and row["nll" if kind == "perplexity" else "score"] is not None
+def counts(kind: str, row: Row, failed: bool = False) -> bool:
+    """Whether a row can be compared: it has a number, and did not fail, unless those that `failed` count too."""
+    if row["error"] and (not failed or kind == "perplexity"):
+        return False
+    return row["nll" if kind == "perplexity" else "score"] is not None
 
 
 def score(kind: str, row: Row) -> float:
@@ -116,14 +118,15 @@ def score(kind: str, row: Row) -> float:
     return float(row["nll"] / LN2 if kind == "perplexity" else row["score"])
 
 
-def difference(before: Report, after: Report, name: str, confidence: float = 0.95) -> Difference:
-    """How a set differs between two reports.
+def difference(before: Report, after: Report, name: str, confidence: float = 0.95, failed: bool = False) -> Difference:
+    """How a set differs between two reports; questions that `failed` are left out, or count as they do in the score.
 
     Perplexity sets compare bits per byte, which different tokenizers share; all others the score of each question.
     """
     kind = str(after.sets[name]["kind"])
     old, new = before.rows(name), after.rows(name)
-    pairs = [(old[d], row) for d, row in new.items() if d in old and counts(kind, row) and counts(kind, old[d])]
+    both = ((old[digest], row) for digest, row in new.items() if digest in old)
+    pairs = [(a, b) for a, b in both if counts(kind, a, failed) and counts(kind, b, failed)]
     left_out = len(old.keys() | new.keys()) - len(pairs)
     if not pairs:
         return Difference(kind, pairs, left_out, None)

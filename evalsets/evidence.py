@@ -15,7 +15,10 @@ from suite.evidence import Bounds, Evidence, Unmeasured, size
 
 @dataclass(frozen=True)
 class ReportEvidence(Evidence):
-    """The evidence of an `eval` stage: its questions, and the size and parity of what was evaluated."""
+    """The evidence of an `eval` stage: its questions, and the size and parity of what was evaluated.
+
+    A question that failed counts as it does in the score: nobody passes a gate by not answering.
+    """
 
     @cached_property
     def metrics(self) -> Mapping[str, Any]:
@@ -66,7 +69,7 @@ class ReportEvidence(Evidence):
             if name not in side.report.sets:
                 known = ", ".join(side.report.sets)
                 raise Unmeasured(f"'{side.artifact.name}' was not asked '{name}'; it was: {known}")
-        found = difference(against.report, self.report, name, confidence)
+        found = difference(against.report, self.report, name, confidence, failed=True)
         if not found.change:
             raise Unmeasured(f"no question of '{name}' was answered on both sides")
         return found

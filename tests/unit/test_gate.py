@@ -146,6 +146,22 @@ def test_a_score_beside_another_is_compared_on_the_same_questions(tmp_path: Path
     assert judged("@before.quiz.acc > quiz.acc at 95 %", worse, before).held
 
 
+def test_nobody_passes_by_not_answering(tmp_path: Path) -> None:
+    before = evaluation(tmp_path / "a", [1.0] * 300)
+    after = evaluation(tmp_path / "b", [0.0] * 30 + [1.0] * 270)
+    path = tmp_path / "b/answers/quiz.jsonl"
+    path.write_text(
+        path.read_text("utf-8").replace('"error": "", "score": 0.0', '"error": "HTTP 500", "score": 0.0'), "utf-8"
+    )
+    for text in (
+        "quiz.acc >= @before.quiz.acc - 0.05 at 95 %",
+        "quiz.acc >= 0.95 at 95 %",
+        "forgotten(@before.quiz) < 30",
+    ):
+        assert not judged(text, after, before).held
+    assert judged("quiz.acc >= @before.quiz.acc - 0.15 at 95 %", after, before).held
+
+
 def test_few_questions_prove_little(tmp_path: Path) -> None:
     few = evaluation(tmp_path / "a", [1.0] * 8)
     assert judged("quiz.acc >= @before.quiz.acc - 0.02", few, few).held
