@@ -34,7 +34,7 @@ MARKED = re.compile(
 )
 NEAR = re.compile(r"[^\d\n.。!?]{0,40}?")
 """What may stand between an announcement and its number: a few words, a currency, emphasis."""
-RUN_ON = re.compile(r"\n\s*(?:Question|Q|Problem|Instruction|User|Human|问题|题目|用户)\s*\d*\s*:", re.IGNORECASE)
+RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Instruction|User|Human|问题|题目|用户)\s*\d*\s*:", re.IGNORECASE)
 TIMES = {"万": 10**4, "亿": 10**8}
 LONGEST = 60
 """Digits of a number that anybody means."""
@@ -50,7 +50,7 @@ def number(reply: str) -> str | None:
     """
     text = _plain(reply)
     for marked in MARKED.finditer(text):
-        found = NUMBER.search(text, marked.end())
+        found = NUMBER.search(text, marked.end(), marked.end() + 2 * LONGEST)
         if found and NEAR.fullmatch(text, marked.end(), found.start()) and (written := _written(found)):
             return written
     run_on = RUN_ON.search(text, 1)

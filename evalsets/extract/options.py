@@ -12,6 +12,9 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+NEAR = 80
+"""Characters around a letter in which it may be denied or doubted."""
+
 THINKING = re.compile(
     r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|\A(?:(?!<think).)*?</think(?:ing)?>",
     re.DOTALL | re.IGNORECASE,
@@ -19,8 +22,8 @@ THINKING = re.compile(
 """Reasoning, also where the prompt has its opening mark."""
 
 OPEN = (
-    r"[\s*_`'\"(\[{<“‘「『【《$]*(?:\\(?:boxed|text|mathrm|mathbf)\{\s*)*[\s*(]*"
-    r"(?:(?:option|choice)\s+|选项\s*|选\s*)?[*(“\"]*"
+    r"[\s*_`'\"(\[{<“‘「『【《$]*+(?:\\(?:boxed|text|mathrm|mathbf)\{\s*+){0,4}+[\s*(]*+"
+    r"(?:(?:option|choice)\s++|选项\s*+|选\s*+)?[*(“\"]*+"
 )
 """What may stand before the letter: quotes, brackets, emphasis, LaTeX, the word "option"."""
 
@@ -79,7 +82,7 @@ def letters(reply: str, options: str = "ABCD") -> str | None:
     group = re.compile(rf"\s*(?i:options?\s+|choices?\s+|选项)?(?:[{options}]{{2,}}|{one}(?:{AMONG}{one})*){END}")
     for start in (0, *(found.end() for found in ANNOUNCED.finditer(text))):
         found = group.match(text, start)
-        if found and not _a_word(found[0].strip(), text[found.end() :]) and not DENIED_AFTER.match(text[found.end() :]):
+        if found and not _a_word(found[0].strip(), _rest(text, found)) and not DENIED_AFTER.match(_rest(text, found)):
             if UNDECIDED.search(found[0]) or UNDECIDED.match(text, found.end()):
                 return None
             listed = re.findall(rf"^\s*([{options}])[.:)、]", text[start:], re.MULTILINE)
@@ -130,7 +133,7 @@ def _leading(text: str, one: re.Pattern[str]) -> str | None:
     found = one.match(text)
     if not found:
         return None
-    rest = text[found.end() :]
+    rest = _rest(text, found)
     maybe_word = found[1].islower() or found[1] in "AI"
     if _undecided(rest) or DENIED_AFTER.match(rest) or (maybe_word and _goes_on(rest)):
         return None
@@ -143,7 +146,7 @@ def _announced(text: str, one: re.Pattern[str]) -> str | None:
         found = one.match(text, announcement.end())
         if not found:
             continue
-        rest = text[found.end() :]
+        rest = _rest(text, found)
         if not (found[1] in "aAI" and _goes_on(rest)) and not DENIED_AFTER.match(rest) and not DOUBTED.match(rest):
             return None if _undecided(rest) else found[1].upper()
     return None
@@ -159,7 +162,7 @@ def _standing(text: str, letters: str) -> set[str]:
     """The capital letters that stand alone and are not denied."""
     named = set()
     for found in re.finditer(rf"(?<![A-Za-z0-9_'’.\-])[{letters}]{END}", text):
-        before, rest = text[: found.start()], text[found.end() :]
+        before, rest = text[max(0, found.start() - NEAR) : found.start()], _rest(text, found)
         if not (
             (found[0] in "AI" and _goes_on(rest))
             or DENIED_BEFORE.search(before)
@@ -168,6 +171,11 @@ def _standing(text: str, letters: str) -> set[str]:
         ):
             named.add(found[0])
     return named
+
+
+def _rest(text: str, found: re.Match[str]) -> str:
+    """What follows a letter, as far as it may say something of it."""
+    return text[found.end() : found.end() + NEAR]
 
 
 def _undecided(rest: str) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evalsets.extract import letter, letters, named
+from evalsets.extract import letter, letters, named, number
 
 HARD = {
     # bare letters, marks, cases, widths
@@ -86,6 +86,15 @@ def test_several_letters_in_every_form(chosen: set[str], between: str, form: str
 def test_any_reply_gives_some_options_or_nothing(reply: str) -> None:
     found = letters(reply)
     assert found is None or (found and set(found) <= set("ABCD") and list(found) == sorted(set(found)))
+
+
+@pytest.mark.parametrize(
+    "part", ["(", "*", "A, ", "answer: ", "答案是", "\\boxed{", "\n", "not B ", "<think>", "1,", "#### "]
+)
+def test_a_reply_that_repeats_itself_is_read_in_no_time(part: str) -> None:
+    """Models do end in loops: what is cubic in their length would never return."""
+    for read in (letter, letters, number):
+        read(part * 3000)
 
 
 def test_only_the_options_of_the_question_count() -> None:
