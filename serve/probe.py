@@ -163,7 +163,7 @@ async def _ask(ask: Ask, name: str, known: Known) -> Heard:
     ids = choice["token_ids"] if "token_ids" in choice else choice["output_ids"]
     prompt = said.get("prompt_token_ids", choice.get("prompt_token_ids"))
     answer = list(zip(ids, scores, strict=True))
-    return Heard(prompt, said["usage"]["prompt_tokens"], answer, ended=choice["finish_reason"] == "stop")
+    return Heard(prompt, said["usage"]["prompt_tokens"], answer, ended=choice["finish_reason"] != "length")
 
 
 async def _said(ask: Ask, path: str, body: Mapping[str, Any]) -> Any:

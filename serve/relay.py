@@ -140,7 +140,8 @@ class Relay:
             body = json.dumps({**wanted, "model": inside}).encode()
         renamed = None
         if inside != served.name:
-            renamed = f'"model":{json.dumps(inside)}'.encode(), f'"model":{json.dumps(served.name)}'.encode()
+            there, here = (json.dumps(name, ensure_ascii=False) for name in (inside, served.name))
+            renamed = f'"model":{there}'.encode(), f'"model":{here}'.encode()
         if query := request.scope["query_string"]:
             path += f"?{query.decode('latin-1')}"
         told = [(name, value) for name, value in request.scope["headers"] if name not in OWN_HEADERS]

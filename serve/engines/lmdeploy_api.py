@@ -212,7 +212,7 @@ class LmdeployApi(AsIs):
 def _refuse(body: Body, names: Sequence[str]) -> None:
     for name in names:
         value = getattr(body, name)
-        if value is not None and value not in ([], {}) and (value is not False) and (value != 0 or name == "logprobs"):
+        if value or (name == "logprobs" and value is not None):  # none but the token's own are asked for with 0
             raise ApiError(400, f"LMDeploy does not heed '{name}' here", param=name)
 
 

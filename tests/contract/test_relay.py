@@ -228,20 +228,20 @@ def test_adapters_come_and_go_while_the_engine_runs(folder: Path, tmp_path: Path
         def change(what: str, **body: Any) -> str:
             return running.http.post(f"/v1/{what}_lora_adapter", json=body).raise_for_status().text
 
-        change("load", lora_name="d", lora_path="c")
-        assert running.chat("x", "d").json()["model"] == "d"
-        change("load", lora_name="d", lora_path="b", load_inplace=True)
+        change("load", lora_name="dé", lora_path="c")
+        assert running.chat("x", "dé").json()["model"] == "dé"
+        change("load", lora_name="dé", lora_path="b", load_inplace=True)
         inside = json.loads(running.lines("/v1/load_lora_adapter")[-1].partition(" ")[2])["lora_name"]
-        assert inside != "d"  # what the engine cached for the old one is not taken for the new one's
-        answer = running.chat("x", "d").json()
-        assert (answer["model"], json.loads(answer["choices"][0]["message"]["content"])["model"]) == ("d", inside)
-        streamed = running.chat("x", "d", stream=True).text
-        assert streamed.count('"model":"d"') == 5
+        assert inside != "dé"  # what the engine cached for the old one is not taken for the new one's
+        answer = running.chat("x", "dé").json()
+        assert (answer["model"], json.loads(answer["choices"][0]["message"]["content"])["model"]) == ("dé", inside)
+        streamed = running.chat("x", "dé", stream=True).text
+        assert streamed.count('"model":"dé"') == 5
         assert inside not in streamed
         assert running.chat("die once").status_code == 200
         assert running.lines("launch")[-1] == f"launch 0 a {inside}"
-        change("unload", lora_name="d")
-        assert running.chat("x", "d").status_code == 404
+        change("unload", lora_name="dé")
+        assert running.chat("x", "dé").status_code == 404
         assert json.loads(running.lines("/v1/unload_lora_adapter")[-1].partition(" ")[2])["lora_name"] == inside
 
 
