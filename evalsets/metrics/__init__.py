@@ -29,6 +29,13 @@ SINGLE: dict[str, Callable[[str, str], float]] = {
 KNOWN = ("rouge", "bleu", *SINGLE, "judge")
 
 
+TAKEN = (
+    "id", "digest", "subset", "language", "prompt", "reply", "finish", "tokens", "error", "expected", "parsed", "score",
+    "grade", "verdict", "low", "high", "n", "failed", "truncated",
+)  # fmt: skip
+"""Names that rows and figures have for other things."""
+
+
 def check(names: list[str], where: str) -> None:
     """Raise SuiteError for a metric that nobody knows, or a first one that a single reply does not have."""
     for name in names:
@@ -36,6 +43,9 @@ def check(names: list[str], where: str) -> None:
             own.load(name, where)
         elif name not in KNOWN:
             raise SuiteError(f"unknown metric '{name}'", where=where, hint=f"{near(name, KNOWN)}, or module:function")
+    named = [name for metric in names for name in figures(metric) or (metric,)]
+    for name in (name for i, name in enumerate(named) if name in (*TAKEN, *named[:i])):
+        raise SuiteError(f"two figures would have the name '{name}'", where=where, hint="call the function otherwise")
     if names[0] == "bleu":
         hint = "bleu is a figure of the whole set, and intervals need one of each question"
         raise SuiteError("bleu cannot be the first metric", where=where, hint=hint)

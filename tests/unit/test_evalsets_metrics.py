@@ -111,7 +111,9 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "def longer(reply, expected): return float(len(reply) > len(expected))\n"
         "def odd(reply, expected): return 3\n"
         "def broken(reply, expected): return 1 / 0\n"
-        "number = 5\n", "utf-8",
+        "number = 5\n"
+        "def score(reply, expected): return 1\n"
+        "def exact(reply, expected): return 1\n", "utf-8",
     )  # fmt: skip
     (tmp_path / "broken_module_of_a_test.py").write_text("1 / 0\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -133,3 +135,6 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(SuiteError, match=message) as caught:
             metrics.check([name], "set.toml:3")
         assert caught.value.where == "set.toml:3"
+    for names in (["my_metrics_of_a_test:score"], ["exact", "my_metrics_of_a_test:exact"], ["rouge", "rouge"]):
+        with pytest.raises(SuiteError, match="two figures would have the name"):
+            metrics.check(names, "set.toml:3")
