@@ -31,6 +31,7 @@ BACKENDS: dict[str, str] = {
     "torch": "our own engine: any machine, base and adapters mixed in one batch",
     "vllm": "vLLM in an environment of its own: GPUs, and CPUs for tests",
     "lmdeploy": "LMDeploy in an environment of its own: GPUs; adapters are given to it when it starts",
+    "llamacpp": "llama.cpp, for GGUF files",
 }
 """What each backend is."""
 

@@ -110,5 +110,6 @@ def _stamp(folder: Path) -> str:
     """What tells the files of a folder from later ones, at no cost of reading them."""
     stats: list[tuple[str, os.stat_result]] = []
     with contextlib.suppress(OSError):  # it may be deleted while it is served
-        stats = sorted((file.name, file.stat()) for file in folder.iterdir())
+        files = folder.iterdir() if folder.is_dir() else [folder]
+        stats = sorted((file.name, file.stat()) for file in files)
     return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

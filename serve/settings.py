@@ -66,6 +66,8 @@ class Settings(Options):
         offered = offers(self.lora_dir, self.adapters)
         if self.name in self.adapters or self.name in offered:
             raise SuiteError(f"the base and an adapter are both named '{self.name}'", hint="name the base with --name")
+        if self.backend == "llamacpp":  # its files are no folders of ours, and it has no adapters
+            return [self.name]
         base = read_model(self.model)
         for path in self.adapters.values():
             check_fits(read_adapter(path), base)

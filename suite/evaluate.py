@@ -22,7 +22,7 @@ from evalsets.compare import Report, compare
 from evalsets.external import harness
 from evalsets.external.harness import External
 from evalsets.sets import EvalSet
-from suite import processes
+from suite import envs, processes
 from suite.config import ArtifactType, Config, Launch, ModelRef, Names, Takes
 from suite.errors import StageFailed, SuiteError
 from suite.lineage import training_data
@@ -106,9 +106,7 @@ class Evaluate(Stage):
 
     def environment(self) -> str:
         """The one of an engine that is another program's."""
-        from serve.backends import BACKENDS
-
-        return self.backend if self.backend != "torch" and BACKENDS.get(self.backend) else ""
+        return self.backend if self.backend in envs.BUILT_IN else ""
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         from serve.backends import check_backend

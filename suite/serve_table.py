@@ -16,7 +16,7 @@ Place = tuple[str, ...]
 """The keys that lead to something in the table."""
 C = TypeVar("C", bound=Config)
 
-MODEL, ADAPTER = Takes("model", "quantized"), Takes("adapter")
+MODEL, ADAPTER, PACKAGE = Takes("model", "quantized"), Takes("adapter"), Takes("package")
 
 
 class Model(Adapters, Others, Engine):
@@ -65,7 +65,7 @@ class Serve(Options, Shared):
         found: dict[Place, tuple[str, Takes]] = {}
         for place, _, model in self.each():
             if not model.url:
-                found[place_of(place)] = (model.model, MODEL)
+                found[place_of(place)] = (model.model, PACKAGE if model.backend == "llamacpp" else MODEL)
             found |= {(*place, "adapters", name): (text, ADAPTER) for name, text in model.adapters.items()}
         return found
 

@@ -38,7 +38,7 @@ class Engine(Config):
     """engine"""
 
     backend: str = "torch"
-    """Engine: torch, vllm or lmdeploy."""
+    """Engine: torch, vllm, lmdeploy, or llamacpp for GGUF files."""
     dtype: Precision = "auto"
     """Precision; auto is float32 on a CPU and what the model's files say on a GPU."""
     max_batch: int = Field(64, ge=1)

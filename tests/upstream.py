@@ -102,7 +102,7 @@ async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 
 async def main() -> None:
     if refuse := SETTINGS.get("refuse"):
-        os.kill(os.getpid(), signal.SIGKILL if refuse == "KILL" else 0)
+        os.kill(os.getpid(), {"KILL": signal.SIGKILL, "ILL": signal.SIGILL}.get(refuse, 0))
         sys.exit(refuse)
     if file := SETTINGS.get("child"):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

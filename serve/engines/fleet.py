@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from serve.engines.causes import brief
 from serve.engines.kind import Kind
 from serve.engines.process import EngineProcess, Launch, Patience
 from serve.engines.translation import Translation
@@ -239,7 +240,7 @@ class Fleet(Upstream):
         process.start()
         await self._settled(replica)
         if replica.failed:
-            raise SuiteError(replica.failed)
+            raise process.error or SuiteError(replica.failed)
 
     async def _settled(self, replica: Replica) -> None:
         await self.replicas.until(lambda: replica.ready or bool(replica.failed))
@@ -268,7 +269,7 @@ class Fleet(Upstream):
     def _changed(self, index: int) -> None:
         process, replica = self.processes[index], self.replicas.members[index]
         replica.url, replica.life = process.url, process.starts
-        replica.failed = str(process.error or "it failed") if process.state == "failed" else ""
+        replica.failed = brief(process.error) if process.error else ""
         if process.state == "ready":
             task = asyncio.create_task(self._admit(index, process.starts))
             self._watching.add(task)
@@ -277,8 +278,8 @@ class Fleet(Upstream):
             if process.state == "starting" and replica.ready:
                 self.deaths += 1
                 log.warning("%s died, and is started again; its log: %s", replica.name, process.log)
-            elif replica.failed:
-                self._note(replica)
+            elif process.error:
+                self._note(replica, process.error)
             replica.ready = False
         self.replicas.changed()
 
@@ -291,8 +292,8 @@ class Fleet(Upstream):
             except SuiteError as error:
                 if process.starts == life and process.state == "ready":
                     self._refusal = error
-                    replica.failed = str(error)
-                    self._note(replica)
+                    replica.failed = brief(error)
+                    self._note(replica, error)
                     self.replicas.changed()
                 return
             self._probed[index] = True
@@ -300,6 +301,6 @@ class Fleet(Upstream):
             replica.ready = True
             self.replicas.changed()
 
-    def _note(self, replica: Replica) -> None:
+    def _note(self, replica: Replica, error: SuiteError) -> None:
         if self._serving:
-            log.error("%s: %s", replica.name, replica.failed)
+            log.error("%s: %s", replica.name, error)

@@ -10,6 +10,7 @@ from pathlib import Path
 from serve.engines.elsewhere import Elsewhere
 from serve.engines.fleet import Fleet
 from serve.engines.kind import Kind, check_extra, flags
+from serve.engines.llamacpp import LlamaCpp
 from serve.engines.lmdeploy import Lmdeploy
 from serve.engines.own import Own
 from serve.engines.upstream import Upstream
@@ -20,9 +21,9 @@ from suite import envs, store
 from suite.envs import Environment
 from suite.errors import SuiteError
 
-KINDS: dict[str, Kind] = {"torch": Own(), "vllm": Vllm(), "lmdeploy": Lmdeploy()}
-OURS = ("torch",)
-"""Those that run in our own environment."""
+KINDS: dict[str, Kind] = {"torch": Own(), "vllm": Vllm(), "lmdeploy": Lmdeploy(), "llamacpp": LlamaCpp()}
+OURS = ("torch", "llamacpp")
+"""Those that run in our own environment, and are not probed: of one we are, and of a GGUF we have no other."""
 
 
 def environment(settings: Settings) -> Environment:
@@ -41,7 +42,7 @@ def check(settings: Settings) -> None:
     kind, where = KINDS[settings.backend], environment(settings)
     kind.check(settings)
     where.require()
-    if settings.max_prompt is not None and settings.backend not in OURS:
+    if settings.max_prompt is not None and settings.backend != "torch":
         hint = "limit prompt and answer together with --max-length"
         raise SuiteError(f"{kind.name} has no limit of the prompt alone", where="max_prompt", hint=hint)
     check_extra(kind, where, flags(settings.extra))
@@ -67,7 +68,7 @@ def fleet(settings: Settings, first: int = 0) -> Fleet:
     logs.mkdir(parents=True, exist_ok=True)
     kind = KINDS[settings.backend]
     exact = kind.precision(settings) == "float32"
-    probed = settings.probe and settings.backend != "torch"  # which would be compared with itself
+    probed = settings.probe and settings.backend not in OURS
     probe = ParityProbe(settings.model, settings.name, exact=exact) if probed else None
     return Fleet(kind, settings, environment(settings), logs, probe=probe, first=first)
 

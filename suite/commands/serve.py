@@ -13,14 +13,15 @@ from suite import envs
 from suite.commands import named
 from suite.commands.env import install
 from suite.commands.flags import Parser, add_settings, values_of
-from suite.config import Where
+from suite.config import Takes, Where
 from suite.errors import SuiteError
 from suite.pipeline import read_environments, read_serve
 from suite.plan import Plan
 from suite.references import External
 from suite.runs import link
-from suite.serve_table import MODEL, Serve, place_of, read
+from suite.serve_table import MODEL, PACKAGE, Serve, place_of, read
 from suite.serving import GROUPS, Options
+from suite.stages import Artifact
 
 if TYPE_CHECKING:
     from serve.settings import Settings
@@ -68,7 +69,7 @@ def command(verb: str, arguments: list[str]) -> int:
             raise SuiteError("--config says which models are served", hint="leave out --model, --lora and --name")
         table = read_serve(file, options)
         paths = {
-            place: named.artifact(reference, f"{file}: {'.'.join(place)}", *takes.types, folder=file.parent).path
+            place: _named(reference, f"{file}: {'.'.join(place)}", takes, file.parent).path
             for place, (reference, takes) in table.wanted().items()
         }
         return _serve(table, paths, file, given.yes)
@@ -80,8 +81,9 @@ def _from_flags(given: argparse.Namespace, options: Mapping[str, Any]) -> tuple[
 
     models = {}
     for name, path in parse_models(given.model or ["nano"]):
-        found = named.artifact(path, "--model", *MODEL.types)
-        models[name or given.name or found.name] = found.path
+        takes = PACKAGE if options.get("backend") == "llamacpp" else MODEL
+        found = _named(path, "--model", takes, Path.cwd())
+        models[name or given.name or found.name.removesuffix(".gguf")] = found.path
     loras = parse_loras(",".join(given.lora))
     if len(models) > 1 and (loras or given.name):
         flag = "--lora" if loras else "--name"
@@ -95,6 +97,14 @@ def _from_flags(given: argparse.Namespace, options: Mapping[str, Any]) -> tuple[
         tables[base].setdefault("adapters", {})[name] = str(adapter)
         paths["models", base, "adapters", name] = named.artifact(str(adapter), "--lora", "adapter").path
     return read({**options, "models": tables}, lambda *_: _Flag(), Path()), paths
+
+
+def _named(text: str, where: str, takes: Takes, folder: Path) -> Artifact:
+    """What a setting beside `folder` names; where a package is taken, also a GGUF file alone."""
+    file = folder / text
+    if takes == PACKAGE and file.suffix == ".gguf" and file.is_file():
+        return Artifact(file.resolve(), "package")
+    return named.artifact(text, where, *takes.types, folder=folder)
 
 
 def _serve(table: Serve, paths: Paths, file: Path | None, yes: bool) -> int:
@@ -127,6 +137,9 @@ def _installed(settings: Settings, pipeline: Path | None, yes: bool) -> Settings
     check_backend(settings.backend)
     if settings.backend not in envs.BUILT_IN or settings.env_python:
         return settings
+    from serve.engines.remote import KINDS
+
+    KINDS[settings.backend].check(settings)  # before anything is installed
     tables = read_environments(pipeline) if pipeline else {}
     environment = tables.get(settings.backend) or envs.get(settings.backend)
     if not environment.installed and not environment.interpreter:

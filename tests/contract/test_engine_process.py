@@ -138,6 +138,7 @@ def test_one_that_never_answers_is_given_up(tmp_path: Path) -> None:
         ("(Worker pid=7) ERROR 11-22 [x.py:1] ValueError: 9 GiB is less than requested memory for kv" + "\n#" * 20,
          "\n  ValueError: 9 GiB is less than requested memory for kv\nits log ends with:\n  #"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "hint: lower --memory or --cache-memory"),
+        ("ILL", "it was built for processors with instructions that this one lacks"),
         ("KILL", "it was killed, as the system does where memory runs out"),
     ],
 )  # fmt: skip
