@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,29 @@ def check(given: argparse.Namespace) -> None:
             raise SuiteError(f"--{flag} {file}: {what}", hint="name a file in a folder that exists")
 
 
-def deliver(given: argparse.Namespace, folder: Path, name: str, metrics: Mapping[str, Any]) -> None:
-    """Copy the reports in `folder` to where they are wanted, and log `metrics` as the run `name`."""
-    for flag, source in COPIES.items():
-        if file := getattr(given, flag):
-            part = file.with_name(f"{file.name}.part")
-            try:
-                shutil.copyfile(folder / source, part)
-                part.replace(file)
-            except OSError as error:
-                raise disk_error(error, file) from None
-    if given.log:
-        tracking.log(given.log, name, metrics, folder)
+def deliver(
+    given: argparse.Namespace, folder: Path, name: str, metrics: Mapping[str, Any], error: SuiteError | None = None
+) -> None:
+    """Copy the reports in `folder` to where they are wanted, and log `metrics` as the run `name`.
+
+    Raises SuiteError; what goes wrong here is only printed where the command ends with a worse `error` anyway.
+    """
+    try:
+        for flag, source in COPIES.items():
+            if file := getattr(given, flag):
+                _copy(folder / source, file)
+        if given.log:
+            tracking.log(given.log, name, metrics, folder)
+    except SuiteError as own:
+        if error is None:
+            raise
+        print(f"error: {own}", file=sys.stderr)
+
+
+def _copy(source: Path, file: Path) -> None:
+    part = file.with_name(f"{file.name}.part")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(file)
+    except OSError as error:
+        raise disk_error(error, file) from None

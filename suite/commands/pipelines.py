@@ -98,7 +98,7 @@ def run(verb: str, arguments: list[str]) -> int:
         return _show_plan(read, given.json)
     outputs.check(given)
     run_dir, error = execute(read, jobs=given.jobs, force=frozenset(given.force), as_json=given.json)
-    outputs.deliver(given, run_dir, f"{read.name}/{run_dir.name}", measured(run_dir))
+    outputs.deliver(given, run_dir, f"{read.name}/{run_dir.name}", measured(run_dir), error)
     if error:
         raise error
     if given.serve:

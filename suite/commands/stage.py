@@ -39,7 +39,7 @@ def command(verb: str, arguments: list[str]) -> int:
         outputs.check(given)
     run_dir, error = execute(pipeline.one_stage(verb, stage, here), as_json=given.json)
     if verb == REPORTS:
-        outputs.deliver(given, run_dir, f"{verb}/{run_dir.name}", measured(run_dir))
+        outputs.deliver(given, run_dir, f"{verb}/{run_dir.name}", measured(run_dir), error)
     if error:
         raise error
     made = link(run_dir, verb)

@@ -75,6 +75,21 @@ def test_a_run_leaves_junit_where_ci_looks(tmp_path: Path) -> None:
     assert case.attrib == {"classname": "job.a", "name": "quality.score > 0.9", "time": "0.000"}
 
 
+def test_a_gate_that_failed_is_the_error_also_where_a_tracker_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise SuiteError("no room")
+
+    monkeypatch.setattr(tracking, "check", lambda tracker: None)
+    monkeypatch.setattr(tracking, "log", refuse)
+    file = tmp_path / "job.toml"
+    for limit, code in (("0.9", 3), ("0.1", 2)):
+        file.write_text(f'[stage.a]\nuse = "tests.unit.kinds:Make"\ngate = ["quality.score > {limit}"]\n', "utf-8")
+        assert main(["run", str(file), "--log", "mlflow", "--json"]) == code
+        assert "no room" in capfd.readouterr().err
+
+
 def test_a_tracker_that_is_not_there_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(SuiteError, match="wandb is not installed") as raised:
