@@ -181,8 +181,9 @@ def _placed(stage: Stage, folder: Path) -> Stage:
 def _absolute(name: str, folder: Path) -> str:
     """A path, told by its slash, from `folder`; of `program:name=path` what follows the sign."""
     named = re.match(r"\w+:[\w.-]+=", name)
-    start = named.end() if named else 0
-    return name[:start] + str((folder / name[start:]).resolve()) if "/" in name[start:] else name
+    if not named:
+        return str((folder / name).resolve()) if "/" in name else name
+    return named[0] + str((folder / name[named.end() :]).resolve())
 
 
 def _kind(name: str, where: str) -> type[Stage]:
