@@ -53,6 +53,7 @@ class Gather:
         self._sources: dict[int, torch.Tensor] = {}
         self._targets: dict[int, torch.Tensor] = {}
         self._results: dict[tuple[int, int], torch.Tensor] = {}
+        self._on = {source.device: self}
 
     def source(self, parts: int) -> torch.Tensor:
         """The rows to compute, (blocks * parts * size,), each block once for every part."""
@@ -76,9 +77,9 @@ class Gather:
 
     def to(self, device: torch.device) -> Gather:
         """The same on a device."""
-        if self._source.device == device:
-            return self
-        return Gather(self._size, self._source.to(device), self._places.to(device))
+        if device not in self._on:
+            self._on[device] = Gather(self._size, self._source.to(device), self._places.to(device))
+        return self._on[device]
 
 
 @dataclass(frozen=True)
