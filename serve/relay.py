@@ -177,7 +177,7 @@ class Relay:
             body = translation.answer(asked.fields, body)
             tally.feed(body)
             asked.exchange.answers.append(tally.answered())
-        body = body.replace(*asked.renamed) if asked.renamed else body
+        body = _named(body, asked.renamed) if asked.renamed else body
         raw = [(k.encode(), v.encode("latin-1")) for k, v in {**told, "content-length": str(len(body))}.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": body})
@@ -310,11 +310,17 @@ async def _renamed(chunks: AsyncIterator[bytes], names: tuple[bytes, bytes] | No
     async for chunk in chunks:
         if names:
             whole, end, kept = (kept + chunk).rpartition(b"\n\n")
-            chunk = (whole + end).replace(*names)
+            chunk = _named(whole + end, names)
         if chunk:
             yield chunk
     if kept:
         yield kept
+
+
+def _named(answer: bytes, names: tuple[bytes, bytes]) -> bytes:
+    """With our name; some servers put a space before theirs."""
+    there, here = names
+    return answer.replace(there, here).replace(there.replace(b":", b": ", 1), here)
 
 
 async def _send_stream(chunks: AsyncIterator[bytes], headers: Mapping[str, str], send: Send) -> None:
