@@ -69,7 +69,10 @@ class External:
 
     @property
     def digest(self) -> str:
-        """Identity of the program with all it needs, the set's name and its local data."""
+        """Identity of the program with all it needs, the set's name and what is in `folder`.
+
+        What a task names elsewhere, on this machine or on a hub, is not part of it.
+        """
         whole = hashlib.sha256(f"{self.environment.digest} {self.name}".encode())
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()) if self.folder else ():
             content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -108,7 +111,6 @@ class Found:
     rows: list[Row]
     metric: str
     reported: float | None
-    metrics: dict[str, float] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
 

@@ -47,8 +47,7 @@ def found(work: Run) -> Found:
                 reply = content["replies"].get(f"{task}/{sample['doc_id']}", {})
                 found.rows.append(_row(task, sample, reply))
     reported = content["results"].get(work.asked.task, {})
-    first = next((name for name in reported if name.startswith(f"{found.metric},")), "")
-    found.reported = reported.get(first)
+    found.reported = next((value for name, value in reported.items() if name.startswith(f"{found.metric},")), None)
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from evalsets.ask import Client
 from evalsets.external import evalscope, harness, lmeval
 from evalsets.external.harness import External, Found, Run, Settings
 from evalsets.statistics import wilson
+from suite import pipeline, processes
 from suite.errors import SuiteError
 from suite.evaluate import Evaluate
 
@@ -206,3 +209,20 @@ def test_the_identity_of_a_set_is_that_of_its_data(tmp_path: Path) -> None:
     (tmp_path / "a_val.csv").write_text("two", "utf-8")
     assert stage.recipe()["sets"]["evalscope:general_mcq"] != before["sets"]["evalscope:general_mcq"]
     assert "external" not in Evaluate(model="x", sets=["ceval-mini"]).recipe()
+
+
+def test_folders_are_those_beside_the_pipeline_file(tmp_path: Path) -> None:
+    names = pipeline._absolute("evalscope:x=mcq", tmp_path), pipeline._absolute("lmeval:y=a=b/c", tmp_path)
+    assert names == (f"evalscope:x={tmp_path}/mcq", f"lmeval:y={tmp_path}/a=b/c")
+    assert pipeline._absolute("./own", tmp_path) == f"{tmp_path}/own"
+    assert pipeline._absolute("ceval-mini", tmp_path) == "ceval-mini"
+
+
+def test_a_key_reaches_a_script_and_no_file(tmp_path: Path) -> None:
+    script, out, log = tmp_path / "script.py", tmp_path / "out", tmp_path / "log"
+    script.write_text(f"import os\nopen({str(out)!r}, 'w').write(os.environ['OPENAI_API_KEY'])\n", "utf-8")
+    processes.run_script(Path(sys.executable), script, [], log, variables={"OPENAI_API_KEY": "secret-1"})
+    assert out.read_text("utf-8") == "secret-1"
+    assert "secret-1" not in log.read_text("utf-8")
+    assert 1e6 < processes.peak_memory([os.getpid()]) < 1e11
+    assert processes.peak_memory([2**22 + 1]) == 0
