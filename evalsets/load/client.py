@@ -112,7 +112,7 @@ def read(model: str, due: float, sent: float, events: Sequence[Event], error: st
     Tokens are counted by the endpoint's `usage`, or are as many as chunks with text where it sends none.
     """
     chunks: list[float] = []
-    usage: dict[str, Any] = {}
+    prompt_tokens = new_tokens = 0
     finished = False
     for came, line in events:
         if error or not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
@@ -125,15 +125,16 @@ def read(model: str, due: float, sent: float, events: Sequence[Event], error: st
                 finished = finished or bool(choice.get("finish_reason"))
                 if _says(choice["delta"]):
                     chunks.append(came)
-            usage = event.get("usage") or usage
+            if usage := event.get("usage"):
+                prompt_tokens = int(usage.get("prompt_tokens") or 0)
+                new_tokens = int(usage.get("completion_tokens") or 0)
         except (ValueError, LookupError, TypeError, AttributeError):
             error = "not a stream of chat completions"
     if not error and not (chunks and finished):
         error = "the answer breaks off" if chunks or not finished else "an empty answer"
     if error:
         return Timing(model, due, sent, error=error)
-    new_tokens = int(usage.get("completion_tokens") or len(chunks))
-    return Timing(model, due, sent, tuple(chunks), int(usage.get("prompt_tokens") or 0), new_tokens)
+    return Timing(model, due, sent, tuple(chunks), prompt_tokens, new_tokens or len(chunks))
 
 
 def _says(delta: dict[str, Any]) -> bool:

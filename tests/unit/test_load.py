@@ -50,6 +50,7 @@ def test_an_answer_is_timed_by_its_text() -> None:
         ([*ANSWER[:3], event(11, error={"message": "out of memory"})], "HTTP 200: out of memory"),
         ([(1.0, b"data: {torn\n")], "not a stream of chat completions"),
         ([event(1.0, choices=[7])], "not a stream of chat completions"),
+        ([*ANSWER[:6], event(11.4, choices=[], usage=["?"])], "not a stream of chat completions"),
     ],
 )  # fmt: skip
 def test_an_answer_that_is_none_is_a_failure(events: Any, error: str) -> None:
