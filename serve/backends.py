@@ -187,7 +187,8 @@ def _is_ready(port: int) -> bool:
         connection.close()
 
 
-def _tail(output: BinaryIO, lines: int = 15) -> str:
+def _tail(output: BinaryIO, lines: int = 24) -> str:
+    """Enough for the last words of a server that quotes those of its engine."""
     output.seek(0)
     text = output.read().decode("utf-8", "replace").splitlines()
     return "\n".join(f"  {line}" for line in text[-lines:]) or "  (nothing)"

@@ -203,6 +203,12 @@ def test_what_vllm_refuses_is_its_last_words(refused: Callable[..., str], tmp_pa
     assert "could not start" in said
 
 
+def test_memory_that_is_not_there_is_named_with_what_to_lower(refused: Callable[..., str]) -> None:
+    said = refused(cache_memory=9000 * 2**30, probe=False)
+    assert "requested memory for kv (9000.0 GiB)" in said
+    assert "hint: lower --memory or --cache-memory" in said
+
+
 def test_its_own_parser_refuses_unknown_options(refused: Callable[..., str]) -> None:
     said = refused(extra={"max-num-seqz": 4})
     assert "did you mean '--max-num-seqs'?" in said
