@@ -16,8 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from serve.bodies import checked
 from serve.engines.stopping import Ending
 from serve.engines.translation import AsIs, events, openai_error
@@ -46,6 +44,8 @@ class Vocabulary:
     """The tokenizer of a model, without transformers, which would bring torch with it."""
 
     def __init__(self, model: Path) -> None:
+        from tokenizers import Tokenizer
+
         file = model / "tokenizer.json"
         self._tokenizer: Any = (
             Tokenizer.from_file(str(file)) if file.is_file() else load_tokenizer(model).backend_tokenizer
