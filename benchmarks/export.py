@@ -46,7 +46,7 @@ measure(work)
 """
 GGUF = """
 from pathlib import Path
-import gguf as _
+import gguf as _, torch as _
 from export import gguf
 def work():
     Path(out).mkdir()

@@ -65,6 +65,8 @@ def write_tensors(writer: Any, out: Path, tensors: list[Entry], weights: Weights
     """Write the header of a GGUFWriter to `out`, then the bytes of `tensors`, block by block."""
     import gguf
 
+    from export.lora.arithmetic import one_thread
+
     for entry in tensors:
         kind = _kind(entry, weights)
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -75,7 +77,7 @@ def write_tensors(writer: Any, out: Path, tensors: list[Entry], weights: Weights
     writer.write_ti_data_to_file()
     writer.close()
     total, done = sum(math.prod(e.shape) for e in tensors), 0
-    with out.open("ab") as file:
+    with one_thread(), out.open("ab") as file:
         for entry in tensors:
             _align(file)
             for values in entry.blocks():
@@ -137,10 +139,20 @@ def _kind(entry: Entry, weights: Weights) -> Any:
 def _encode(values: Array, kind: Any, name: str) -> Array:
     import gguf
 
-    if kind.name == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-        raise SuiteError(f"'{name}' has values that float16 cannot hold", hint='weights = "bf16"')
-    encoded: Array = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+    values = np.ascontiguousarray(values)
+    encoded: Array = _half(values, name) if kind.name == "F16" else gguf.quants.quantize(values, kind)
     return np.ascontiguousarray(encoded)
+
+
+def _half(values: Array, name: str) -> Array:
+    """As float16, by PyTorch: NumPy takes 25 times as long to convert them, and gives the same bits."""
+    import torch
+
+    given = torch.from_numpy(values)
+    if max(map(abs, map(float, torch.aminmax(given)))) > torch.finfo(torch.float16).max:
+        raise SuiteError(f"'{name}' has values that float16 cannot hold", hint='weights = "bf16"')
+    half: Array = given.half().numpy()
+    return half
 
 
 def _align(file: IO[bytes]) -> None:

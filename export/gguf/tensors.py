@@ -55,8 +55,11 @@ class Rows:
             rows = min(step, self.first + self.count - first)
             start = tensor.start + first * columns * ITEM[tensor.dtype]
             raw = np.fromfile(tensor.file, NUMPY[tensor.dtype], rows * columns, offset=start)
-            values = (raw.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else raw
-            yield values.astype(np.float32).reshape(rows, columns)
+            if tensor.dtype == "BF16":
+                raw = raw.astype(np.uint32)
+                raw <<= 16
+                raw = raw.view(np.float32)
+            yield raw.astype(np.float32, copy=False).reshape(rows, columns)
 
 
 @dataclass(frozen=True)
