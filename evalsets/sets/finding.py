@@ -19,7 +19,7 @@ from suite.config import Where, parse
 from suite.errors import SuiteError, near
 
 SET_FILE = "set.toml"
-SHIPPED = Path(__file__).parents[1]
+SHIPPED = Path(__file__).parents[1] / "shipped"
 HAS_SHOTS = ("choice", "numeric")
 LANGUAGES: dict[str, list[Language]] = {"C-Eval": ["zh"], "CMMLU": ["zh"], "MMLU": ["en"]}
 

@@ -1,11 +1,11 @@
 """Write the shipped question sets and the quickstart's data: `python examples/nano/make_sets.py [ROOT]`.
 
-    evalsets/ceval-mini     four-choice questions in C-Eval's layout, held out from nano's training
-    evalsets/summaries      little stories and their summaries, held out too
-    evalsets/perplexity     short texts: held-out stories and sums, and facts in new combinations
-    evalsets/arithmetic     held-out sums, and word problems that nano never learnt
-    evalsets/tool-calls     held-out requests for one call, and for two or none, which nano never learnt either
-    evalsets/instructions   words to copy, held out; form.jsonl there is written by hand, as evalsets/refusals is
+    evalsets/shipped/ceval-mini     four-choice questions in C-Eval's layout, held out from nano's training
+    evalsets/shipped/summaries      little stories and their summaries, held out too
+    evalsets/shipped/perplexity     short texts: held-out stories and sums, and facts in new combinations
+    evalsets/shipped/arithmetic     held-out sums, and word problems that nano never learnt
+    evalsets/shipped/tool-calls     held-out requests for one call, and for two or none, which nano never learnt either
+    evalsets/shipped/instructions   words to copy, held out; form.jsonl there is written by hand, as evalsets/shipped/refusals is
     examples/data           identity, style and calibration rows for the quickstart, from the training side
 
 All of it comes from the world and the generators of nano's own data. The same seed gives the same bytes.
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    sets, data = args.root / "evalsets", args.root / "examples" / "data"
+    sets, data = args.root / "evalsets" / "shipped", args.root / "examples" / "data"
     names = ("summaries", "perplexity", "arithmetic", "tool-calls", "instructions")
     for folder in (*(sets / name for name in names), data):
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "examples" / "nano"
 SHIPPED = (
-    "evalsets/ceval-mini", "evalsets/summaries", "evalsets/perplexity", "evalsets/arithmetic", "evalsets/tool-calls",
-    "evalsets/instructions", "examples/data",
+    *(f"evalsets/shipped/{n}" for n in ("ceval-mini", "summaries", "perplexity", "arithmetic", "tool-calls", "instructions")),
+    "examples/data",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_shipped_files_are_what_the_script_writes(tmp_path: Path) -> None:
 
 def test_choice_set_is_balanced_and_no_question_has_two_right_answers() -> None:
     letters: Counter[str] = Counter()
-    files = sorted((ROOT / "evalsets" / "ceval-mini" / "val").glob("*.csv"))
+    files = sorted((ROOT / "evalsets" / "shipped" / "ceval-mini" / "val").glob("*.csv"))
     for file in files:
         for row in csv.DictReader(file.read_text("utf-8").splitlines()):
             assert len({row[letter] for letter in "ABCD"}) == 4, row
@@ -91,7 +91,7 @@ def test_choice_set_is_balanced_and_no_question_has_two_right_answers() -> None:
 
 def test_choice_set_shares_no_question_with_training(data: dict[str, list[dict[str, Any]]]) -> None:
     trained = asked(data["chat"] + data["world"])
-    for file in (ROOT / "evalsets" / "ceval-mini" / "val").glob("*.csv"):
+    for file in (ROOT / "evalsets" / "shipped" / "ceval-mini" / "val").glob("*.csv"):
         for row in csv.DictReader(file.read_text("utf-8").splitlines()):
             options = sorted(row[letter] for letter in "ABCD")
             seen = (q for q in trained if f"{row['question']}\n" in q)
