@@ -5,8 +5,8 @@
     evalsets/shipped/perplexity     short texts: held-out stories and sums, and facts in new combinations
     evalsets/shipped/arithmetic     held-out sums, and word problems that nano never learnt
     evalsets/shipped/tool-calls     held-out requests for one call, and for two or none, which nano never learnt either
-    evalsets/shipped/instructions   words to copy, held out; form.jsonl there is written by hand, as evalsets/shipped/refusals is
-    examples/data           identity, style and calibration rows for the quickstart, from the training side
+    evalsets/shipped/instructions   words to copy, held out; form.jsonl there is written by hand, as refusals are
+    examples/data                   identity, style and calibration rows for the quickstart, from the training side
 
 All of it comes from the world and the generators of nano's own data. The same seed gives the same bytes.
 """

@@ -214,7 +214,17 @@ def test_what_it_refuses_is_its_last_words(refused: Callable[..., str], tmp_path
 
 def test_nothing_is_left_when_the_gateway_is_killed(python: Path, tmp_path: Path) -> None:
     others = set(servers())
-    arguments = ["--model", NANO, "--backend", "lmdeploy", "--env-python", python, "--max-length", "512", "--probe=false"]
+    arguments = [
+        "--model",
+        NANO,
+        "--backend",
+        "lmdeploy",
+        "--env-python",
+        python,
+        "--max-length",
+        "512",
+        "--probe=false",
+    ]
     with suite_serve(tmp_path, *arguments, SUITE_HOME=str(tmp_path / "home")) as running:
         assert len(set(servers()) - others) == 1
         running.process.kill()

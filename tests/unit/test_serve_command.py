@@ -175,9 +175,7 @@ def test_several_models_on_the_command_line(
     assert "--lora is for one model, and there are 2" in refused(
         "--model", "a=nano", "--model", "b=nano", "--lora", "x"
     )
-    assert "--alias: there is no model 'c'" in refused(
-        "--model", "a=nano", "--model", "b=nano", "--alias", "prod=c:1"
-    )
+    assert "--alias: there is no model 'c'" in refused("--model", "a=nano", "--model", "b=nano", "--alias", "prod=c:1")
     assert "--host" in refused("--model", "a=nano", "--model", "b=nano", "--host", "0.0.0.0")
 
 
