@@ -172,7 +172,7 @@ def test_the_order_is_the_files_order_where_references_allow(tmp_path: Path) -> 
 def test_a_set_of_ones_own_is_looked_for_beside_the_pipeline(tmp_path: Path) -> None:
     text = '[stage.eval]\nmodel = "nano"\nsets = ["sets/own", "ceval-mini"]\n'
     assert "sets/own" in mistake(tmp_path, text)
-    shutil.copytree(Path(evalsets.__file__).parent / "perplexity", tmp_path / "sets" / "own")
+    shutil.copytree(Path(evalsets.__file__).parent / "shipped" / "perplexity", tmp_path / "sets" / "own")
     (node,) = pipeline.read(tmp_path / "pipeline.toml").nodes.values()
     assert node.stage.model_dump()["sets"] == [str(tmp_path / "sets" / "own"), "ceval-mini"]
     alone = pipeline.one_stage("score", node.stage.model_copy(update={"sets": ["./sets/own"]}), tmp_path)
