@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,9 @@ def test_ctrl_c_ends_all_that_one_command_installs(wheels: Path, suite_home: Pat
     def folders() -> list[Path]:
         return [p for p in (suite_home / "envs").glob("*-*") if p.is_dir()]
 
-    with subprocess.Popen(both, cwd=ROOT, stderr=subprocess.PIPE, text=True) as installer:
+    # what runs in the background ignores Ctrl-C, and so would what it starts
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(both, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding) as installer:
         while len(folders()) < 2 and installer.poll() is None:
             time.sleep(0.005)
         installer.send_signal(signal.SIGINT)
