@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -27,10 +28,11 @@ ROOT = Path(__file__).parents[2]
 REQUESTS, WARM, TOGETHER = 10_000, 2_000, 256
 MODELS = ["base", "a", "b"]
 NEW = 8
-GROWTH = 8 * 2**20
-"""Bytes that the server may grow by after it is warm: what an allocator leaves, far less than a leak of 1 KB a request."""
+GROWTH = 20 * 2**20
+"""Bytes that the server may grow by after it is warm: it goes up and down by half of that, which is less than a leak of
+3 KB a request."""
 SERVER = """
-import random, sys
+import ctypes, gc, random, signal, sys
 from pathlib import Path
 from serve.server import listen, run
 from serve.settings import Settings
@@ -43,7 +45,12 @@ def failing(self, *given):
         raise ArithmeticError("injected")
     return forward(self, *given)
 
+def tidy(*_):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
 Forward.run = failing
+signal.signal(signal.SIGUSR1, tidy)
 folder = Path(sys.argv[1])
 adapters = {name: folder / name for name in "ab"}
 sock = listen("127.0.0.1", 0)
@@ -78,6 +85,13 @@ class Server:
             assert time.monotonic() < deadline, "answers that nobody reads go on"
             time.sleep(0.05)
         return health
+
+    def memory(self) -> int:
+        """Bytes that it holds, without those that the allocator only keeps for later."""
+        self.process.send_signal(signal.SIGUSR1)
+        self.health()
+        time.sleep(1)
+        return int(self.process.memory_info().rss)
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
@@ -191,12 +205,12 @@ def test_ten_thousand_requests_leave_nothing_behind(folder: Path) -> None:
         load = Load(server.url)
         asyncio.run(load.run(WARM, seed=0))
         server.rest()
-        warm, files, threads = server.process.memory_info().rss, server.process.num_fds(), server.process.num_threads()
+        warm, files, threads = server.memory(), server.process.num_fds(), server.process.num_threads()
         started = time.monotonic()
         asyncio.run(load.run(REQUESTS - WARM, seed=1))
         rate = (REQUESTS - WARM) / (time.monotonic() - started)
         health = server.rest()
-        growth = server.process.memory_info().rss - warm
+        growth = server.memory() - warm
         print(f"{rate:.0f} requests/s; grew by {growth / 2**20:.1f} MiB from {warm / 2**20:.0f} MiB")
         assert (health["status"], health["failed_steps"]) == ("ready", 0)
         assert load.ends["ended"] + load.ends["left"] == REQUESTS
