@@ -62,6 +62,16 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.positions = self.positions + torch.arange(width, device=device)
         self._batch = torch.arange(first, self.last, device=device)[:, None]
 
+    def arrange(self, moves: Sequence[Move], rows: int, length: int) -> None:
+        """`move` and `fit`: first whichever leaves room for the other."""
+        # a row may go to where there is no room yet, or come from where there will be none any more
+        if rows > self._shape[0]:
+            self.fit(rows, length)
+            self.move(moves)
+        else:
+            self.move(moves)
+            self.fit(rows, length)
+
     def move(self, moves: Sequence[Move]) -> None:
         """Copy rows to rows, as if all at once."""
         if moves:

@@ -35,13 +35,12 @@ class Forward:
         `running` are all rows that the cache must have room for.
         """
         self.cache.keep(step.keeps)
-        self.cache.move(step.moves)
         device, width = self._device, step.width
         ids = [
             row.tokens[row.cached : row.cached + read] + [0] * (width - read)
             for row, read in zip(step.rows, step.counts, strict=True)
         ]
-        self.cache.fit(len(running), max(row.cached + max(width, row.left) for row in running))
+        self.cache.arrange(step.moves, len(running), max(row.cached + max(width, row.left) for row in running))
         self.cache.load(step.loads)
         self.cache.begin(step.first, [row.cached for row in step.rows], width, device)
         self.adapters.select(step.first, step.rows)

@@ -15,7 +15,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from transformers import AutoModelForCausalLM
 
 from serve.generation import Generation, Request
+from serve.torch.cache import SlotCache
 from serve.torch.engine import PREFIX_BLOCK, Engine
+from serve.torch.scheduler import Move
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 VOCABULARY = 512
@@ -153,3 +155,16 @@ def test_embeddings_are_the_pooled_last_hidden_states(engine: Engine, folders: d
             assert mine.embedding == pytest.approx(normalize(wanted, dim=0).tolist(), abs=1e-5)
             assert (mine.new, mine.finish) == ([], "length")
     assert cosine_similarity(torch.tensor(given[0].embedding), torch.tensor(given[6].embedding), dim=0) < 0.99
+
+
+def test_rows_move_to_where_room_is_made_and_from_where_none_is_left() -> None:
+    cache = SlotCache(0, 1)
+    cache.arrange([], 2, 4)
+    cache.begin(0, [0, 0], 3, torch.device("cpu"))
+    given = torch.arange(24.0).view(2, 1, 3, 4)  # (rows, heads, tokens, size)
+    cache.update(given, given, 0)
+    cache.arrange([Move(1, 3, 3)], 4, 4)
+    assert torch.equal(cache.keys[0][3, :, :3], given[1])
+    cache.arrange([Move(3, 0, 3)], 1, 200)
+    assert len(cache.keys[0]) == 1
+    assert torch.equal(cache.values[0][0, :, :3], given[1])
