@@ -13,12 +13,6 @@ from suite.envs import Environment
 HOME = store.home()  # read before each test gets a store of its own
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the work: vLLM's tests in one, which would take all processors from each other."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("vllm" if "vllm" in item.path.name else "others"))
-
-
 @pytest.fixture(scope="session")
 def installed() -> Callable[[str], Environment]:
     """The environment of a name, or a skipped test that says how to get it."""
