@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,7 @@ class Part:
     call: int = 0
 
 
-class Calls:
+class Calls(ABC):
     """Tells calls of tools from content; the parts do not depend on where the text is cut into pieces.
 
     content ──opening──> head ──its name──> arguments ──> between ──next call──> head
@@ -57,13 +58,13 @@ class Calls:
         parts, self._parts = self._parts, []
         return parts
 
+    @abstractmethod
     def _head(self, final: bool) -> bool:
         """After the opening mark; whether the state has changed, here as in all states."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _between(self, final: bool) -> bool:
         """After a call."""
-        raise NotImplementedError
 
     def _content(self, final: bool) -> bool:
         places = [(at, mark) for mark in self._starts if (at := self._buffer.find(mark)) >= 0]

@@ -62,8 +62,8 @@ class Endpoint(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self._all(requests, self._likelihood, (float("-inf"), False))
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError("perplexity of documents is measured by the suite itself")
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:  # noqa: ARG002
+        raise ValueError("perplexity of documents is measured by the suite itself: use a set of the kind perplexity")
 
     def _all(self, requests: list[Instance], one: Callable[..., Awaitable[Any]], failed: Any) -> list[Any]:
         done = 0

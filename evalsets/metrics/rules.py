@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -28,9 +29,9 @@ ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)、])\s*\S", re.MULTILINE)
 class Rule(Config):
     """One thing that a reply must keep."""
 
+    @abstractmethod
     def kept(self, reply: str) -> bool:
         """Whether `reply`, without white space around it, keeps the rule."""
-        raise NotImplementedError
 
 
 class Count(Rule):
@@ -39,9 +40,9 @@ class Count(Rule):
     least: int = 0
     most: int | None = None
 
+    @abstractmethod
     def count(self, reply: str) -> int:
         """How many there are."""
-        raise NotImplementedError
 
     def kept(self, reply: str) -> bool:
         return self.least <= self.count(reply) and (self.most is None or self.count(reply) <= self.most)
