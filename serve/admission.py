@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 
-from serve.protocol import ApiError
+from serve.errors import ApiError
 from serve.traffic import Exchange
 
 MOST_SECONDS = 60

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from serve.errors import ApiError
 from serve.generation import Generation, Request, Stats
-from serve.protocol import ApiError
 from serve.text import TextStream
 from suite.errors import SuiteError
 

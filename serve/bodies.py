@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from serve.protocol import ApiError
+from serve.errors import ApiError
 
 B = TypeVar("B", bound=BaseModel)
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from serve.aliases import Aliases
+from serve.errors import ApiError
 from serve.families import Family, Found
-from serve.protocol import ApiError
 from suite.errors import SHOWN
 
 Visible = Callable[[str], bool]

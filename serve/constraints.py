@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from serve import grammar
+from serve.errors import ApiError
 from serve.grammar import Constraint
 from serve.json_calls import HERMES
-from serve.protocol import ApiError, Body, ChatBody, JsonFormat, NamedTool, StructuredOutputs
+from serve.protocol import Body, ChatBody, JsonFormat, NamedTool, StructuredOutputs
 from serve.served import Served
 from suite.errors import SuiteError
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.errors import ApiError
 from serve.offers import offers
-from serve.protocol import ApiError
 from serve.settings import Settings
 from suite.errors import SuiteError
 

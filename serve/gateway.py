@@ -17,10 +17,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from serve.admission import Admission
 from serve.document import document
+from serve.errors import ApiError
 from serve.keys import Key, Keys
 from serve.metrics import Metrics
 from serve.middleware import ApiKeys, BodyLimit
-from serve.protocol import ApiError, ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from serve.protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from serve.responses.protocol import ResponsesBody
 from serve.routes import adapters, aliases, completions, embeddings, responses, state, tokens
 from serve.serving import Serving

@@ -7,8 +7,8 @@ import asyncio
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.errors import ApiError
 from serve.keys import Keys
-from serve.protocol import ApiError
 from serve.traffic import OPEN_PATHS, Exchange
 
 BODY_SECONDS = 60.0

@@ -9,10 +9,10 @@ from typing import Any
 
 from serve.answers import Engine
 from serve.constraints import constraint
+from serve.errors import ApiError
 from serve.generation import Pooling, Request, Sampling
 from serve.grammar import Constraint
 from serve.protocol import (
-    ApiError,
     Body,
     ChatBody,
     ChatMessage,

@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's requests, and its form of an error."""
+"""The bodies of OpenAI's requests."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from starlette.responses import JSONResponse
 
+from serve.errors import ApiError
 from serve.generation import Pooling
 
 UNSUPPORTED: dict[str, Any] = {
@@ -44,32 +44,6 @@ Stop = Annotated[str, Field(max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Prompts = str | list[int] | list[str] | list[list[int]]
-
-
-class ApiError(Exception):
-    """An answer in OpenAI's error form with this HTTP status."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        """`retry_after` seconds the client should wait before it asks again."""
-        super().__init__(message)
-        # a message may quote what JSON can say and UTF-8 cannot: half a surrogate pair
-        message = message.encode("utf-8", "replace").decode()
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        return JSONResponse(self.body, self.status, self.headers)
 
 
 TEXT_PARTS = {"text", "input_text", "output_text"}
@@ -161,7 +135,7 @@ class Body(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=16)
+    n: int | None = Field(None, ge=1, le=128)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
     """Tokens that end an answer too, and are no part of it."""
     ignore_eos: bool | None = None

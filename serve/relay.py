@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from serve.engines.upstream import Upstream
-from serve.protocol import ApiError
+from serve.errors import ApiError
 from serve.replicas import NoReplica, Replica
 from serve.serving import Serving
 from serve.traffic import Answered, Exchange

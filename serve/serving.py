@@ -14,11 +14,11 @@ from starlette.requests import Request as HttpRequest
 from serve.admission import Admission
 from serve.answers import Bridge, Engine, Group
 from serve.catalog import Catalog
+from serve.errors import ApiError
 from serve.families import Family, Found
 from serve.generation import Request, Stats
 from serve.grammar import Constraint, Grammars
 from serve.preload import libraries
-from serve.protocol import ApiError
 from serve.served import Served, Tokenized
 from serve.settings import Settings
 from serve.text import TextStream

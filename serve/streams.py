@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from serve import forms, shapes
 from serve.answers import Group
+from serve.errors import ApiError
 from serve.generation import Scored
-from serve.protocol import ApiError, Body, ChatBody, CompletionBody
+from serve.protocol import Body, ChatBody, CompletionBody
 from serve.reply import Reply
 
 Events = AsyncIterator[Mapping[str, Any]]

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.errors import ApiError
 from serve.generation import Generation
 from serve.keys import Key
-from serve.protocol import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """Asked by machines that have no key, and answered to the last."""

@@ -19,9 +19,10 @@ from typing import Any
 from serve.bodies import checked
 from serve.engines.stopping import Ending
 from serve.engines.translation import AsIs, events, openai_error
+from serve.errors import ApiError
 from serve.forms import encoded, event, new_id
 from serve.prompts import overflow
-from serve.protocol import ApiError, Body, ChatBody, CompletionBody, StructuredOutputs
+from serve.protocol import Body, ChatBody, CompletionBody, StructuredOutputs
 from serve.served import sampling
 from serve.text import BROKEN
 from suite.chat import load_tokenizer

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from serve.protocol import ApiError
+from serve.errors import ApiError
 
 
 class Translation(Protocol):

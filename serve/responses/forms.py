@@ -9,7 +9,7 @@ from typing import Any
 
 from serve import forms
 from serve.answers import Answer, Group
-from serve.protocol import ApiError
+from serve.errors import ApiError
 from serve.reply import Reply
 from serve.responses.output import Event, Output
 from serve.responses.protocol import ResponsesBody

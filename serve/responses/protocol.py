@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.protocol import TEXT_PARTS, ApiError, Body, ChatBody
+from serve.errors import ApiError
+from serve.protocol import TEXT_PARTS, Body, ChatBody
 
 CHAT_FIELDS = frozenset(Body.model_fields) - {"n", "max_tokens", "response_format", "stream_options"}
 """Fields that are no part of OpenAI's Responses API, and mean what they do in a chat."""

@@ -9,10 +9,10 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from serve.catalog import Catalog
+from serve.errors import ApiError
 from serve.families import Family
 from serve.metrics import Metrics
 from serve.offers import NAME, inside
-from serve.protocol import ApiError
 from serve.serving import Serving
 from serve.traffic import Exchange
 from suite.errors import SuiteError

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from serve.catalog import Catalog
-from serve.protocol import ApiError
+from serve.errors import ApiError
 from serve.serving import Serving, visible
 from serve.traffic import Exchange
 from suite.errors import SuiteError

@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_PLAIN_1_0_0
 
+from serve.errors import ApiError
 from serve.metrics import Metrics
-from serve.protocol import ApiError
 from serve.serving import Running, Serving, visible
 from serve.traffic import Exchange
 

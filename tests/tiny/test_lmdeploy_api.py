@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from serve.engines.lmdeploy_api import LmdeployApi, Vocabulary
-from serve.protocol import ApiError
+from serve.errors import ApiError
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -18,10 +18,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from serve.admission import Admission, Rate
+from serve.errors import ApiError
 from serve.keys import Key, Keys, Rights
 from serve.metrics import Metrics
 from serve.middleware import ApiKeys, BodyLimit
-from serve.protocol import ApiError
 from serve.traffic import Answered, Exchange, Observed, RequestLog, Traffic
 
 SECRET = "the contents of the question"
