@@ -11,11 +11,16 @@ from typing import Literal
 
 from serve.grammar import Grammar
 from serve.torch.pool import PoolStats
+from suite.errors import SuiteError
 
 Finish = Literal["stop", "length", "cancelled", "timeout", "error"]
 Pooling = Literal["mean", "last"]
 
 _arrivals = count()
+
+
+class EngineEnded(SuiteError):
+    """An engine takes no requests any more: it was closed, or its thread ended with an error."""
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.nn.functional import normalize
 
 from serve.folders import read_model
-from serve.generation import Finish, Generation, Request, Stats
+from serve.generation import EngineEnded, Finish, Generation, Request, Stats
 from serve.torch.adapters import Adapters
 from serve.torch.cache import SlotCache
 from serve.torch.forward import Forward
 from serve.torch.loading import cache_cells, load_model, memory_share
+from serve.torch.observing import observe
 from serve.torch.prefix import Prefixes
 from serve.torch.sampling import Sampler, score, spoilt
 from serve.torch.scheduler import Scheduler, Step
@@ -76,7 +76,7 @@ class Engine:
         self.steps = 0
         """Forward passes since the start."""
         self.failures = 0
-        """Steps that ended in an exception, since the start."""
+        """Steps that ended in an exception, since the start; one outside a step ends the thread too."""
         self._last_failure: tuple[str, float | None] = "", None
         self._wake = threading.Condition()
         memory = memory_share(self.model, *ADAPTER_SHARES) if adapter_memory is None else adapter_memory
@@ -86,15 +86,16 @@ class Engine:
         self._forward = Forward(self.model, self._adapters, SlotCache(kept, PREFIX_BLOCK, cells))
         self._sampler = Sampler()
         self._notify = notify
+        self._open: set[Generation] = set()  # all that was submitted and has not ended
         self._inbox: deque[Generation] = deque()
         self._gone: deque[Generation] = deque()
         self._due = math.inf  # no generation's deadline is earlier
-        self._closing = False
+        self._closing, self._cause = False, ""  # why, where nobody asked for it
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> Generation:
-        """Queue a request; raises SuiteError for one that can never run."""
+        """Queue a request; raises SuiteError for one that can never run, EngineEnded where none can any more."""
         if not request.prompt:
             raise SuiteError("the prompt is empty")
         length = len(request.prompt) + (request.max_tokens > 0)
@@ -110,8 +111,9 @@ class Engine:
         generation = Generation(request)
         with self._wake:
             if self._closing:
-                raise SuiteError("the engine is closed")
+                raise EngineEnded(f"the engine ended: {self._cause}" if self._cause else "the engine is closed")
             generation.weights = request.adapter and self._adapters.find(request.adapter)
+            self._open.add(generation)
             self._inbox.append(generation)
             self._wake.notify()
         return generation
@@ -195,15 +197,22 @@ class Engine:
             with torch.inference_mode():
                 while self._collect():
                     self._step()
-        except BaseException as error:
-            self._last_failure = f"{type(error).__name__}: {error}", time.time()
-            raise
+        except BaseException as error:  # of a step come `Exception`s that `_recover` knows; nobody knows this one
+            log.critical("the engine ended; all of its requests end with an error", exc_info=error)
+            self._cause = self._failed(error)
         finally:
-            self._closing = True
-            for generation in [*self._unfinished(), *self._inbox]:
-                self._end(generation, "cancelled")
+            with self._wake:  # what is submitted from now on is refused
+                self._closing = True
+            for generation in [generation for generation in self._open if generation.finish is None]:
+                self._end(generation, "error" if self._cause else "cancelled", self._cause)
             self._adapters.close()
             self._forward.clear()
+
+    def _failed(self, error: BaseException) -> str:
+        """Keep what went wrong for `stats`; returns it."""
+        text = f"{type(error).__name__}: {error}"
+        self.failures, self._last_failure = self.failures + 1, (text, time.time())
+        return text
 
     def _collect(self) -> bool:
         """Take in what came, end what was cancelled or is due; wait while there is nothing to do. False to close."""
@@ -242,12 +251,9 @@ class Engine:
     def _has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _unfinished(self) -> list[Generation]:
-        return [*self.scheduler.running, *self.scheduler.waiting, *self._adapters.parked]
-
     def _expire(self) -> None:
         now, self._due = time.monotonic(), math.inf
-        for generation in self._unfinished():
+        for generation in [*self.scheduler.running, *self.scheduler.waiting, *self._adapters.parked]:
             if (deadline := generation.request.deadline) is not None:
                 if deadline <= now:
                     self._drop(generation, "timeout")
@@ -269,7 +275,7 @@ class Engine:
         logits = self._forward.run(step, self.scheduler.running)
         if rows := spoilt(logits, step.counts):
             logits = self._leave_out(rows, step, logits)
-        self._observe(step, logits)
+        observe(step, logits, self._forward.hidden)
         ready = set(map(id, self.scheduler.advance(step)))
         rows = [i for i, generation in enumerate(step.rows) if id(generation) in ready]
         if rows:
@@ -292,33 +298,6 @@ class Engine:
         if self._forward.hidden is not None:
             self._forward.hidden = self._forward.hidden[left]
         return logits[left]
-
-    def _observe(self, step: Step, logits: torch.Tensor) -> None:
-        """Score or pool what was read of prompts, but not what a preempted generation reads a second time."""
-        for row, generation in enumerate(step.rows):
-            request, begin = generation.request, generation.cached
-            if begin >= len(request.prompt):
-                continue
-            first, last = max(begin, generation.observed), begin + step.counts[row]
-            if request.prompt_logprobs is not None and (following := request.prompt[first + 1 : last + 1]):
-                scored = logits[row, first - begin : first - begin + len(following)]
-                generation.prompt_scores += score(scored, following, request.prompt_logprobs)
-            if request.embed and self._forward.hidden is not None:
-                self._pool(generation, self._forward.hidden[row, first - begin : last - begin], last)
-            if request.reads_all:
-                generation.observed = max(generation.observed, last)
-
-    @staticmethod
-    def _pool(generation: Generation, hidden: torch.Tensor, last: int) -> None:
-        """Add the last hidden states (N, hidden size) before place `last` of the prompt to the embedding."""
-        whole = last == len(generation.request.prompt)
-        if generation.request.embed == "mean":
-            total = hidden.float().sum(0)
-            if generation.embedding:
-                total += torch.tensor(generation.embedding, device=total.device)
-            generation.embedding = (normalize(total, dim=0) if whole else total).tolist()
-        elif whole:
-            generation.embedding = normalize(hidden[-1].float(), dim=0).tolist()
 
     def _sample(self, generations: list[Generation], logits: torch.Tensor) -> None:
         for generation in generations:
@@ -365,6 +344,7 @@ class Engine:
         self._tell([generation])
 
     def _tell(self, generations: list[Generation]) -> None:
+        self._open.difference_update([generation for generation in generations if generation.finish])
         try:
             self._notify(generations)
         except Exception:  # the answers are right all the same
@@ -390,8 +370,7 @@ class Engine:
             log.warning("out of memory with %d requests at once; half of them wait: %s", together, error)
             return
         log.error("a step failed; its requests end with an error", exc_info=error)
-        text = f"{type(error).__name__}: {error}"
-        self.failures, self._last_failure = self.failures + 1, (text, time.time())
+        text = self._failed(error)
         for generation in step.rows if step else []:
             self._drop(generation, "error", text)
 

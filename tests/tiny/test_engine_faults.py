@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve.generation import Generation, Request
+from serve.generation import EngineEnded, Generation, Request
 from serve.torch.engine import Engine
-from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 VOCABULARY = 512
@@ -231,8 +230,45 @@ def test_closing_ends_everything(folders: dict[str, Path]) -> None:
     engine.close()
     assert {generation.wait(0).finish for generation in generations} == {"cancelled"}
     assert not engine.alive
-    with pytest.raises(SuiteError, match="closed"):
+    with pytest.raises(EngineEnded, match="closed"):
         engine.submit(Request([3, 4]))
+
+
+@pytest.mark.parametrize("where", ["_admit", "_collect", "_recover"])
+def test_an_exception_outside_a_step_ends_all_with_its_cause(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    engine = Engine(folders["base"], {"a": folders["a"]}, max_batch=2)
+    submitted = threading.Event()
+
+    def broken(*_: Any) -> None:
+        submitted.wait(30)
+        raise KeyError("injected")
+
+    running = engine.submit(Request([3, 4], "", 2000, stop=lambda _: submitted.wait(30) and False))
+    monkeypatch.setattr(engine, where, broken)
+    if where == "_recover":
+        failing(engine, lambda _: True, lambda: ArithmeticError("injected"))
+    others = [engine.submit(Request([3, 4], name, 2000)) for name in ("", "", "a")]
+    submitted.set()
+    for generation in [running, *others]:
+        assert (generation.wait(30).finish, generation.error) == ("error", "KeyError: 'injected'")
+    assert not engine.alive
+    assert engine.stats().last_failure == "KeyError: 'injected'"
+    with pytest.raises(EngineEnded, match="injected"):
+        engine.submit(Request([3, 4]))
+    engine.close()
+
+
+def test_what_is_between_two_queues_ends_too(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(folders["base"])
+
+    def broken(_: Generation) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.scheduler, "add", broken)  # it left the inbox, and is in no other queue
+    assert engine.submit(Request([3, 4])).wait(30).finish == "error"
+    engine.close()
 
 
 def test_chaos_leaves_nothing_behind(folders: dict[str, Path]) -> None:
