@@ -37,14 +37,17 @@ WHOLE = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torc
 class Streamed:
     """The model in `folder`, with an adapter on top if given; call it as any model of transformers.
 
-    Memory: the largest unit (up to three times a parameter into which experts are fused), and what the questions need.
-    Raises SuiteError where checkpoint or adapter lack a parameter.
+    An adapter that brings new tokens holds the whole embedding; `tokens` is how many there are then. Memory: the
+    largest unit (up to three times a parameter into which experts are fused), and what the questions need. Raises
+    SuiteError where checkpoint or adapter lack a parameter.
     """
 
-    def __init__(self, folder: Path, adapter: Path | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, adapter: Path | None = None, device: str = "cpu", tokens: int | None = None
+    ) -> None:
         self.device = device
-        base = _skeleton(folder)
-        checkpoint = Checkpoint(base, read_checkpoint(folder), str(folder))
+        base = _skeleton(folder, tokens)
+        self.checkpoint = checkpoint = Checkpoint(base, read_checkpoint(folder), str(folder))
         _fill_buffers(base, set(checkpoint.maker), device)
         units = {path: Unit(path, checkpoint, device) for path in (*_paths(base), "")}
         for name in checkpoint.maker:
@@ -54,8 +57,11 @@ class Streamed:
             self.module, changes = _adapted(base, adapter, device)
             for name, tensor in changes:
                 units[_owner(name, units)].changes.append((Slot.of(base, name), tensor))
+        for unit in units.values():  # what the adapter holds whole is not read from the base, where it may be smaller
+            replaced = {slot for slot, _ in unit.changes}
+            unit.weights = [(slot, name) for slot, name in unit.weights if slot not in replaced]
         units.pop("").load()  # what no module of its own holds stays in memory
-        self.units = [unit for unit in units.values() if unit.weights]
+        self.units = [unit for unit in units.values() if unit.weights or unit.changes]
         for unit in self.units:
             unit.clear()
             module = base.get_submodule(unit.path)
@@ -222,7 +228,8 @@ class Unit:
 class Checkpoint:
     """Which tensors of a checkpoint make which parameters of `model`, as transformers would load it.
 
-    Raises SuiteError for a checkpoint that lacks a parameter.
+    `adjust` is given each parameter that was read, with its name, and may change it in place. Raises SuiteError for a
+    checkpoint that lacks a parameter.
     """
 
     def __init__(self, model: Any, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -248,6 +255,7 @@ class Checkpoint:
         names = {id(state[name]): name for name in made if name in state}
         self.origin = {n: n if n in made else names[id(value)] for n, value in state.items() if id(value) in names}
         self.maker = {name: made[origin] for name, origin in self.origin.items()}
+        self.adjust: Callable[[str, torch.Tensor], None] = lambda *_: None
         buffers = {name for name, _ in model.named_buffers()}
         if lost := sorted(state.keys() - self.maker.keys() - buffers):
             raise SuiteError(f"the checkpoint lacks '{lost[0]}'", where=where)
@@ -273,8 +281,11 @@ class Checkpoint:
         transform = deepcopy(self.converters[pattern]) if pattern else WeightRenaming(first.name, name)
         for pattern, tensor in self.parts[name]:
             transform.add_tensor(name, tensor.name, pattern or tensor.name, partial(read, tensor, device))
-        made = transform.convert(name, model=self.model, config=self.model.config)
-        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        converted = transform.convert(name, model=self.model, config=self.model.config)
+        made = {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
+        for key, value in made.items():
+            self.adjust(key, value)
+        return made
 
 
 def read(tensor: Tensor, device: str) -> torch.Tensor:
@@ -292,11 +303,13 @@ def read(tensor: Tensor, device: str) -> torch.Tensor:
     return out.view(tensor.shape).to(device)
 
 
-def _skeleton(folder: Path) -> Any:
-    """The model without weights."""
+def _skeleton(folder: Path, tokens: int | None) -> Any:
+    """The model without weights, for another number of `tokens` if given."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if tokens is not None:
+        config.get_text_config().vocab_size = tokens
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 

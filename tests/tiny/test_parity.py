@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from export import parity
+from export import parity, sums
 from export.answering import Answering
 from export.limits import Limits
-from export.parity import Probe
+from export.sums import TIE, Probe
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_model
 
@@ -72,6 +72,37 @@ def test_greedy_counts_up_to_where_the_answers_part() -> None:
     assert found["greedy"] == pytest.approx(4 / Answering.tokens)
 
 
+@pytest.mark.parametrize(("better", "equal"), [(TIE / 2, 1.0), (2 * TIE, 0.0)])
+def test_answers_that_part_where_two_tokens_are_as_good_are_equal(better: float, equal: float) -> None:
+    chain = 10 * torch.eye(VOCAB).roll(1, 1)
+    chain[5, 0] = 10 - better  # the parent says 6 after 5, and has 0 for nearly as good
+    other = chain.clone()
+    other[5, 0] = 10 + better
+    found = measure(chain, other, Probe("same", [7, 8], asks=True, stops=frozenset({0})), Probe("q", [1, 2], asks=True))
+    assert found["greedy"] < 1
+    assert found["greedy_equal"] == (1 + equal) / 2
+    assert found.get("other_answer") == (None if equal else "q")
+    parity.require(found, Limits(greedy=0.5))
+    if not equal:
+        with pytest.raises(SuiteError, match=r"50% of the greedy answers are the parent's, below 100%; .* 'q'; worst"):
+            parity.require(found, Limits(greedy=1))
+
+
+def test_answers_grow_together_as_each_would_alone(tmp_path: Path) -> None:
+    model = parity.load(tiny_model(tmp_path / "m", architecture="gemma2", hidden=64, sliding_window=8))
+    prompts = [[5, 6, 7], list(range(3, 40)), [9]]
+    asked = Answering(model)
+    together = asked.answers(prompts, [()] * 3, lambda _: None)
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, together, strict=True):
+            assert asked.answers([prompt], [()], lambda _: None) == [answer]
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
+            assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    ends = [{answer[2]} for answer in together]
+    for answer, short in zip(together, asked.answers(prompts, ends, lambda _: None), strict=True):
+        assert short == answer[: answer.index(answer[2]) + 1]
+
+
 def test_an_answer_ends_at_a_stop_token() -> None:
     chain = 10 * torch.eye(VOCAB).roll(1, 1)
     found = measure(chain, chain, Probe("question", [0, 1], asks=True, stops=frozenset({4})))
@@ -81,8 +112,8 @@ def test_an_answer_ends_at_a_stop_token() -> None:
 def test_a_token_that_is_as_good_is_counted_apart() -> None:
     close = 10 * torch.eye(VOCAB).roll(1, 1)
     other = close.clone()
-    close[2, 5] = 10 - parity.TIE / 2  # the parent prefers 3 to 5 by next to nothing, the child 5
-    other[2, 5] = 10 + parity.TIE / 2
+    close[2, 5] = 10 - TIE / 2  # the parent prefers 3 to 5 by next to nothing, the child 5
+    other[2, 5] = 10 + TIE / 2
     found = measure(close, other, Probe("text", [1, 2, 3, 4]))
     assert (found["top1"], found["ties"]) == (0.75, 0.25)
     parity.require(found, Limits(top1=1))
@@ -112,7 +143,7 @@ def test_a_token_that_one_of_them_lacks_is_an_error() -> None:
 def test_logits_are_compared_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = [Probe("text", list(range(VOCAB))), Probe("question", [5, 6], asks=True)]
     whole = measure(table(0), table(1), *probes)
-    monkeypatch.setattr(parity, "AT_ONCE", 3 * VOCAB)
+    monkeypatch.setattr(sums, "AT_ONCE", 3 * VOCAB)
     assert measure(table(0), table(1), *probes) == pytest.approx(whole)
 
 
