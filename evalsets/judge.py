@@ -1,20 +1,17 @@
 """A language model as judge: what it is asked, and how its verdicts are read (arXiv:2306.05685).
 
-A reply is graded from 1 to 10 beside its reference. Two replies are compared in both orders, for judges prefer the
-first: only who wins both times has won.
+A reply is graded from 1 to 10 beside its reference; artifacts are compared by the grades of the same questions.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from evalsets.ask import Reply, Request
 from evalsets.extract.options import THINKING
 from evalsets.sets.question import Question
-
-Winner = Literal["A", "B", "tie"]
 
 NOT_ASKED = "no judge was asked: give the address and the model of one"
 LONGEST = 1024
@@ -35,26 +32,9 @@ where N is a whole number from 1 (useless) to 10 (as good as the reference, or b
 {reply}
 [End of the answer]"""
 
-COMPARE = """Two assistants answered one question. Which answer is better: right, complete and to the point?
-Do not let their order or length decide. Explain in one or two sentences, then end with a line of exactly this form:
-Verdict: [[A]]
-or [[B]], or [[tie]] where neither is better.
-
-[Question]
-{question}
-
-[Answer of assistant A]
-{first}
-[End of the answer of assistant A]
-
-[Answer of assistant B]
-{second}
-[End of the answer of assistant B]"""
-
 GRADED = re.compile(
     r"\[\[\s*(\d+(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]|\bgrade\W{0,6}(\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE
 )
-DECIDED = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]|\bverdict\W{0,6}(A|B|tie)\b", re.IGNORECASE)
 
 
 def requests(questions: Iterable[Question], replies: Mapping[str, Reply], model: str) -> list[Request]:
@@ -89,7 +69,8 @@ def grade(verdict: str) -> float | None:
 def graded(name: str, reply: Reply, replies: Mapping[str, Reply]) -> dict[str, Any]:
     """A row's `grade`, `judge`, which is the grade from 0 to 1, and what the judge said.
 
-    A question whose judge failed, or gave no grade, has failed: the reply may be good, and nobody knows.
+    Without a reply it is 0. Where the judge failed, or gave no grade, it is None, for the reply may be good, and nobody
+    knows; such a question has failed.
     """
     if reply.error:
         return {"grade": None, "judge": 0.0}
@@ -97,34 +78,5 @@ def graded(name: str, reply: Reply, replies: Mapping[str, Reply]) -> dict[str, A
     found = None if verdict.error else grade(verdict.text)
     if found is None:
         why = verdict.error or f"no grade in {verdict.text[-60:]!r}"
-        return {"grade": None, "judge": 0.0, "verdict": verdict.text, "error": f"judge: {why}"}
+        return {"grade": None, "judge": None, "verdict": verdict.text, "error": f"judge: {why}"}
     return {"grade": found, "judge": (found - 1) / 9, "verdict": verdict.text}
-
-
-def comparisons(question: Question, first: str, second: str, model: str) -> list[Request]:
-    """Both orders of two replies: `ID#A` has the first as assistant A, `ID#B` as assistant B."""
-    orders = (("A", first, second), ("B", second, first))
-    return [
-        _request(f"{question.id}#{name}", COMPARE.format(question=question.stem, first=a, second=b), model)
-        for name, a, b in orders
-    ]
-
-
-def winner(verdict: str) -> Winner | None:
-    """Whom the judge's last words prefer; None where they do not say."""
-    found = [bracketed or plain for bracketed, plain in DECIDED.findall(THINKING.sub(" ", verdict))]
-    if not found:
-        return None
-    last = found[-1].upper()
-    return "A" if last == "A" else "B" if last == "B" else "tie"
-
-
-def settled(as_first: str, as_second: str) -> float | None:
-    """What the first reply gets from the verdicts on both orders: 1 for two wins, 0 for two losses, else 0.5.
-
-    None where a verdict cannot be read.
-    """
-    one, two = winner(as_first), winner(as_second)
-    if one is None or two is None:
-        return None
-    return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((one, two), 0.5)

@@ -2,5 +2,6 @@
 
 from evalsets.extract.numbers import number, same
 from evalsets.extract.options import letter, letters, named
+from evalsets.extract.pattern import narrowed
 
-__all__ = ["letter", "letters", "named", "number", "same"]
+__all__ = ["letter", "letters", "named", "narrowed", "number", "same"]

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from evalsets.extract.options import THINKING
+from evalsets.extract.options import RUN_ON, THINKING
 
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 NUMBER = re.compile(
@@ -34,7 +34,6 @@ MARKED = re.compile(
 )
 NEAR = re.compile(r"[^\d\n.。!?]{0,40}?")
 """What may stand between an announcement and its number: a few words, a currency, emphasis."""
-RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Instruction|User|Human|问题|题目|用户)\s*\d*\s*:", re.IGNORECASE)
 TIMES = {"万": 10**4, "亿": 10**8}
 LONGEST = 60
 """Digits of a number that anybody means."""

@@ -40,15 +40,21 @@ ANNOUNCED = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|nor|isn['’]?t|never|can(?:no|['’])t\s+be|than|rule\s+out|exclude|eliminate)\b|不是|并非|不选|不为|而非|排除)"
+    r"(?:\b(?:not|neither|nor|none\s+of|isn['’]?t|never|can(?:no|['’])t\s+be|than|rule\s+out|exclude|eliminate)\b|不是|并非|不选|不为|而非|排除)"
     r"[\s*_`'\"(\[“‘「]*(?:(?:option|choice)\s+|选项\s*)?$",
     re.IGNORECASE,
 )
+MARKED_OFF = r"[\s*_`'\")\]”’」.:,、(\-–—]*(?:选项|项)?\s*"
+"""What may stand between a letter and what is said of it."""
 DENIED_AFTER = re.compile(
-    r"[\s*_`'\")\]”’」.:,、]*(?:选项)?\s*"
-    r"(?:(?:is|are|was|looks|seems)\s+(?:not|wrong|incorrect|false|impossible)|isn['’]?t|是?(?:错|不对|不正确|不是|有误))",
+    MARKED_OFF + r"(?:(?:is|are|was|looks|seems)\s+(?:the\s+)?"
+    r"(?:not|wrong|incorrect|false|impossible|ruled\s+out|excluded|eliminated)"
+    r"|isn['’]t|does(?:n['’]t|\s+not)\s+(?:fit|work|apply|match)|can(?:['’]t|not)\s+be"
+    r"|(?:wrong|incorrect|not\s+(?:right|correct))(?=\W*(?:$|\n|[A-Z]\b))"
+    r"|是?(?:错|不对|不正确|不是|有误|不符合|不成立)|[×✗✘❌])",
     re.IGNORECASE,
 )
+AFFIRMED = re.compile(MARKED_OFF + r"(?:(?:is|are)\s+)?(?:(?:right|correct)\b|是?(?:正确|对)|[√✓✔✅])", re.IGNORECASE)
 DOUBTED = re.compile(r"[\s*_`'\")\]”’」]*(?:\?|吗|么)")
 VERB = re.compile(r"\s+(?:is|because|since|as|seems|would|must|should)\b")
 ANOTHER = re.compile(r"\s*(?:or|and|/|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
@@ -59,6 +65,8 @@ AMONG = (
     r"(?i:option\s+|选项)?"
 )
 """What may stand between them."""
+RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Instruction|User|Human|问题|题目|用户)\s*\d*\s*:", re.IGNORECASE)
+"""Where a model goes on with another question."""
 UNDECIDED = re.compile(r"\s*(?:\bor\b|或)", re.IGNORECASE)
 LISTED = re.compile(r"\s*,\s*[A-Z]\s*(?:,|or\b|and\b|$)", re.IGNORECASE)
 
@@ -67,7 +75,20 @@ def letter(reply: str, letters: str = "ABCD") -> str | None:
     """The option that the reply chooses, in upper case, or None where it does not say."""
     text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply)).strip()
     one = re.compile(f"{OPEN}([{letters}]){END}", re.IGNORECASE)
-    return _leading(text, one) or _announced(text, one) or _only(text, letters)
+    after = text[_restated(text, letters) :]
+    return (
+        (_announced(after, one) if after != text else None)
+        or _leading(text, one)
+        or _announced(text, one)
+        or _only(text, letters)
+    )
+
+
+def _restated(text: str, letters: str) -> int:
+    """Where a list of all options ends with which the reply begins, perhaps under a heading; 0 where there is none."""
+    lines = "".join(rf"[ \t]*[*_(]*{letter}[*_)]*[.:、)][^\n]*(?:\n\s*|\Z)" for letter in letters)
+    found = re.match(rf"(?:[^\n]{{0,{NEAR}}}\n\s*)?{lines}", text)
+    return found.end() if found else 0
 
 
 def letters(reply: str, options: str = "ABCD") -> str | None:
@@ -85,6 +106,9 @@ def letters(reply: str, options: str = "ABCD") -> str | None:
         if found and not _a_word(found[0].strip(), _rest(text, found)) and not DENIED_AFTER.match(_rest(text, found)):
             if UNDECIDED.search(found[0]) or UNDECIDED.match(text, found.end()):
                 return None
+            if AFFIRMED.match(_rest(text, found)):
+                run_on = RUN_ON.search(text, 1)
+                return "".join(sorted(_standing(text[: run_on.start()] if run_on else text, options)))
             listed = re.findall(rf"^\s*([{options}])[.:)、]", text[start:], re.MULTILINE)
             chosen = {*_alone(found[0], options), *(listed if listed and found[0].strip() == listed[0] else ())}
             return "".join(sorted(chosen))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from evalsets.ask import Reply
-from evalsets.extract import number, same
+from evalsets.extract import narrowed, number, same
 from evalsets.kinds.kind import Kind, Replies, Row, judged
 from evalsets.sets.question import Question
 from evalsets.sets.settings import SetFile
 
 
-def _row(_: SetFile, question: Question, reply: Reply, __: Replies) -> Row:
-    found = number(reply.text)
+def _row(file: SetFile, question: Question, reply: Reply, _: Replies) -> Row:
+    found = number(narrowed(file.extract, reply.text))
     right = found is not None and same(found, question.expected)
     return {"expected": question.expected, "parsed": found, "score": float(right)}
 

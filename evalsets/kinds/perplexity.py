@@ -17,11 +17,13 @@ def _row(_: SetFile, question: Question, reply: Reply, __: Replies) -> Row:
 
 
 def _figures(_: SetFile, rows: list[Row]) -> dict[str, Any]:
-    """exp of the mean negative log-likelihood of a token, over the tokens of all texts that were answered."""
-    answered = [r for r in rows if not r["error"]]
-    if not answered:
-        return {"ppl": None, "low": None, "high": None, **counts(rows)}
-    nll, tokens = [r["nll"] for r in answered], [r["tokens"] for r in answered]
+    """exp of the mean negative log-likelihood of a token, over the tokens of all texts.
+
+    Not measured where a text failed: those that fail may be the hard ones, and the rest would flatter.
+    """
+    if failed := sum(bool(r["error"]) for r in rows):
+        return {"not_available": f"{failed} of {len(rows)} texts were not measured", **counts(rows)}
+    nll, tokens = [r["nll"] for r in rows], [r["tokens"] for r in rows]
     low, high = bootstrap(nll, tokens)
     mean = math.fsum(nll) / sum(tokens)
     found = {"ppl": math.exp(mean), "low": math.exp(low), "high": math.exp(high), "tokens": sum(tokens)}

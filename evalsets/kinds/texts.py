@@ -21,10 +21,14 @@ def likeness(asked: Collection[str], language: str, reply: Reply, expected: str)
     return metrics.likeness(asked, language, reply.text, expected)
 
 
-def text_figures(asked: Iterable[str], rows: list[Row]) -> dict[str, Any]:
-    """The means of some rows' likeness, their corpus BLEU, and the interval of what `score` holds."""
-    low, high = bootstrap([r["score"] for r in rows])
-    return {**_means(asked, rows), "low": low, "high": high, **counts(rows)}
+def text_figures(asked: Collection[str], rows: list[Row]) -> dict[str, Any]:
+    """The means of some rows' likeness, their corpus BLEU, and the interval of what `score` holds.
+
+    What nobody graded is in no mean of grades, and counted as `ungraded`.
+    """
+    low, high = bootstrap([r["score"] for r in rows if r["score"] is not None])
+    found = {**_means(asked, rows), "low": low, "high": high, **counts(rows)}
+    return found | ({"ungraded": sum(r["judge"] is None for r in rows)} if "judge" in asked else {})
 
 
 def _means(asked: Iterable[str], rows: list[Row]) -> dict[str, float]:
@@ -33,7 +37,7 @@ def _means(asked: Iterable[str], rows: list[Row]) -> dict[str, float]:
         if metric == "bleu":
             found["bleu"] = _bleu(rows)
         else:
-            found |= {name: fmean(r[name] for r in rows) for name in metrics.figures(metric)}
+            found |= {name: fmean(r[name] for r in rows if r[name] is not None) for name in metrics.figures(metric)}
     return found
 
 
@@ -54,7 +58,7 @@ def _row(file: SetFile, question: Question, reply: Reply, replies: Replies) -> R
 
 
 def _figures(file: SetFile, rows: list[Row]) -> dict[str, Any]:
-    if all(r.get("grade") is None for r in rows) and "judge" in file.metrics:
+    if "judge" in file.metrics and all(r["judge"] is None for r in rows):
         why = next((r["error"] for r in rows if r["error"]), judge.NOT_ASKED)
         if file.metrics[0] == "judge":
             return {"not_available": why, **counts(rows)}

@@ -9,6 +9,8 @@ import re
 import string
 from collections import Counter
 
+from evalsets.extract.pattern import found
+
 TOKEN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3400-\u4dbf\u4e00-\u9fff]+")
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation + "，。、；：？！“”‘’（）《》〈〉【】「」『』—…·～")
@@ -45,4 +47,4 @@ def jaccard(reply: str, reference: str) -> float:
 
 def regex(reply: str, pattern: str) -> float:
     """1 if the regular expression, which is what was expected, is found in the reply."""
-    return float(bool(re.search(pattern, reply)))
+    return float(bool(found(pattern, reply)))

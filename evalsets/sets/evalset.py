@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 from evalsets.sets import tables
@@ -74,14 +74,16 @@ class EvalSet:
         if not shots:
             return ()
         source = Source(self.file, part.subset)
-        rows = list(islice(tables.rows(part.solved, texts=self._texts), shots)) if part.solved else []
+        rows = list(tables.rows(part.solved, texts=self._texts)) if part.solved else []
         if len(rows) < shots:
             has = f"{part.solved.relative_to(self.folder)} has" if part.solved else f"'{part.subset}' has no dev file:"
             raise SuiteError(
                 f"shots = {shots}, but {has} {len(rows)} rows", where=str(self.where),
                 hint="lower shots, or add solved examples",
             )  # fmt: skip
-        return tuple(turn for row in rows for turn in solved(source, row))
+        chance = random.Random(f"{self.file.generation.seed} {part.subset}")
+        chosen = chance.sample(rows, shots) if self.file.shots_random else rows[:shots]
+        return tuple(turn for row in chosen for turn in solved(source, row))
 
     @property
     def _texts(self) -> bool:

@@ -2,6 +2,8 @@
 
     by split    {dev,val,test}/{subject}_{split}.csv    C-Eval, and MMLU whose files have no header
                 {dev,test}/{subject}.csv                CMMLU
+    by config   {config}/{split}-00000-of-00001.SUFFIX  hubs, where the folder itself may be the one configuration;
+                {config}/{split}/0000.SUFFIX            the same as a hub converts it
     flat        {subset}_{dev,val,test}.SUFFIX          multiple choice of ms-swift (custom_ceval) and EvalScope (mcq)
                 {train,test}.jsonl                      GSM8K
                 {subset}.SUFFIX                         qa of both (custom_general_qa), tools, texts, and all else
@@ -11,21 +13,29 @@ SUFFIX is csv, tsv, jsonl or parquet. Solved examples come from the dev or train
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evalsets.sets import tables
+from evalsets.sets.options import ANSWERS, WITHHELD
 from evalsets.sets.settings import Kind
+from evalsets.sets.subjects import CATEGORIES, categories
 from suite.errors import SuiteError
 
 ASKED = ("val", "test")
 SOLVED = ("dev", "train")
 EXPECTED = (
     "expected {val,test}/SUBJECT_{val,test}.csv, {dev,test}/SUBJECT.csv, or SUBSET[_val].{csv,tsv,jsonl,parquet} with "
-    "question,A,B,...,answer (choice), query,response (qa), question,answer ending in '#### 72' (numeric), "
-    "messages,tools,calls (tools), messages,tools,target (ToolBench) or text (perplexity)"
+    "question,A,B,...,answer or question,choices,answer (choice), query,response (qa), question,answer ending in "
+    "'#### 72' (numeric), messages,tools,calls (tools), messages,tools,target (ToolBench) or text (perplexity)"
 )
+SHARD = re.compile(r"-(\d{5})-of-\d{5}")
+SPLITS = {"train": "train", "dev": "dev", "validation": "val", "val": "val", "test": "test"}
+"""Splits as hubs name them."""
+WHOLE = "all"
+"""How hubs name a configuration that holds the rows of all others once more."""
 SHOWN = 8
 """Files that a message lists at most."""
 
@@ -57,10 +67,13 @@ def find(folder: Path, kind: Kind | None = None, split: str | None = None) -> La
     """The layout of a folder, of a known kind or of any; raises SuiteError with what was found and what expected."""
     if kind in (None, "choice") and (found := _by_split(folder, split)):
         return found
-    parts = _flat(folder, split)
+    configs = _by_config(folder, split)
+    parts = configs or _flat(folder, split)
     if not parts:
         raise SuiteError(f"the set has no data to ask: {_listing(folder)}", where=str(folder), hint=_hint(folder))
-    return Layout("", kind, parts) if kind else _told_by_rows(parts)
+    found = Layout("", kind, parts) if kind else _told_by_rows(parts)
+    published = _publisher({part.subset for part in configs}) if found.kind == "choice" else ""
+    return replace(found, name=published) if published else found
 
 
 def _by_split(folder: Path, split: str | None) -> Layout | None:
@@ -80,6 +93,47 @@ def _by_split(folder: Path, split: str | None) -> Layout | None:
         solved = folder / "dev" / path.name.replace(f"{subject}_{asked}", f"{subject}_dev")
         parts.append(Part(subject, path, solved if solved.is_file() else None))
     return Layout(name, "choice", tuple(parts))
+
+
+def _by_config(folder: Path, split: str | None) -> tuple[Part, ...]:
+    """The configurations of a data set as hubs keep them; none where a file does not fit that."""
+    configs: dict[str, dict[str, list[Path]]] = {}
+    at = (path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern))
+    paths = sorted(path for path in at if path.suffix in tables.SUFFIXES and path.is_file())
+    for path in paths:
+        *above, last = path.relative_to(folder).with_suffix("").parts
+        if last.isdigit() and above:
+            last = above.pop()
+        found = SPLITS.get(SHARD.sub("", last))
+        if not found or len(above) > 1:
+            return ()
+        config = "default" if above in ([], ["data"]) else above[0]
+        configs.setdefault(config, {}).setdefault(found, []).append(path)
+    if not any(path.parent != folder or SHARD.search(path.stem) or path.stem == "validation" for path in paths):
+        return ()
+    if len(configs) > 1:
+        configs.pop(WHOLE, None)
+    parts = []
+    for config, splits in sorted(configs.items()):
+        if asked := _asked(splits, split):
+            solved = next((splits[name][0] for name in SOLVED if name in splits), None)
+            parts.append(Part(config, asked, solved))
+    return tuple(parts)
+
+
+def _asked(splits: dict[str, list[Path]], split: str | None) -> Path | None:
+    """The file of a configuration that is asked: of that split, else of the test split where it has answers."""
+    wanted = [split] if split else [name for name in reversed(ASKED) if name in splits]
+    if not split and len(wanted) > 1 and (first := next(tables.rows(splits["test"][0]), None)):
+        withheld = any(name in first.values and first.get(name) in WITHHELD for name in ANSWERS)
+        wanted = wanted[1:] if withheld else wanted
+    paths = splits.get(wanted[0], []) if wanted else []
+    if len(paths) > 1:
+        raise SuiteError(
+            f"{paths[0].name} is the first of {len(paths)} files of a split", where=str(paths[0].parent),
+            hint="join them into one file",
+        )  # fmt: skip
+    return paths[0] if paths else None
 
 
 def _flat(folder: Path, split: str | None) -> tuple[Part, ...]:
@@ -115,6 +169,12 @@ def _same_subset(one: Path, other: Path, *_: Path) -> SuiteError:
     )
 
 
+def _publisher(subsets: set[str]) -> str:
+    """Whose subjects these are, if they are most of somebody's; some are in two sets."""
+    known = {name: categories(name).keys() for name in CATEGORIES}
+    return next((name for name, all_ in known.items() if subsets <= all_ and 2 * len(subsets) > len(all_)), "")
+
+
 def _told_by_rows(parts: tuple[Part, ...]) -> Layout:
     first = parts[0].path
     row = next(tables.rows(first), None)
@@ -137,6 +197,7 @@ def kind_of(row: dict[str, Any]) -> tuple[Kind, str] | None:
         ({"checks"}, "instructions", "instructions"),
         ({"refuse"}, "refusals", "refusals"),
         ({"question", "A", "B"}, "choice", "multiple choice"),
+        ({"question", "choices"}, "choice", "multiple choice"),
     )
     found = next(((kind, name) for needed, kind, name in forms if needed <= columns), None)
     if found:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from evalsets.extract import number
+from evalsets.extract.pattern import compiled
 from evalsets.language import Language, language_of
 from evalsets.metrics import rules
+from evalsets.sets.options import options
 from evalsets.sets.question import Question
 from evalsets.sets.record import Messages, Record, user
 from evalsets.sets.settings import PROMPTS, SEVERAL, SetFile
-
-LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -49,35 +48,20 @@ class Source:
 
 
 def choice(source: Source, row: Record) -> Question:
-    """columns question,A,B,...,answer: up to ten options, read up to the first letter that is missing."""
-    missing = [name for name in ("question", "A", "B") if row.get(name) is None]
+    """{"question", "A", "B", ..., "answer"}, or {"question", "choices", "answer" or "answerKey"}: up to ten options."""
+    forms = ("question", "A", "B") if row.get("choices") is None else ("question",)
+    missing = [name for name in forms if row.get(name) is None]
     if missing:
         hint = "the first line names the columns: id,question,A,B,C,D,answer,explanation"
         raise row.error(f"no column {', '.join(missing)}", hint)
-    ends = next((i for i, letter in enumerate(LETTERS) if row.get(letter) in (None, "")), len(LETTERS))
-    if ends < 2:
-        raise row.error("a question needs at least two options, in columns A, B, ...")
-    stem, options = row.cell("question"), tuple(row.cell(letter) for letter in LETTERS[:ends])
-    language = source.language(row, stem, *options)
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    stem, given = row.cell("question"), options(row)
+    language = source.language(row, stem, *given.texts)
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(given.letters, given.texts, strict=True))
     asked = user(source.prompt(language).format(question=stem, options=listed))
-    right = _right(row, LETTERS[:ends], source.file.multiple)
+    right = given.right(row, source.file.multiple)
     return source.question(
-        row, (*source.solved, asked), stem, right, language=language, letters=LETTERS[:ends], options=options
+        row, (*source.solved, asked), stem, right, language=language, letters=given.letters, options=given.texts
     )
-
-
-def _right(row: Record, letters: str, multiple: bool) -> str:
-    """The right letters of a row in alphabetical order."""
-    given = row.get("answer") or ""
-    named = given if isinstance(given, list) else re.split(r"[\s,;、]+", str(given))
-    right = "".join(sorted(set("".join(map(str, named)).upper())))
-    if not right or not set(right) <= set(letters):
-        withheld = "the answers of a test split are often withheld: ask its val split"
-        raise row.error(f"answer is '{given}'", f"write one of {', '.join(letters)}" if given else withheld)
-    if len(right) > 1 and not multiple:
-        raise row.error(f"answer is '{given}'", "with several right options, set multiple = true")
-    return right
 
 
 def numeric(source: Source, row: Record) -> Question:
@@ -113,8 +97,8 @@ def qa(source: Source, row: Record) -> Question:
 
 def _compiled(pattern: str, row: Record) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        compiled(pattern)
+    except ValueError as error:
         raise row.error(f"the response is no regular expression: {error}") from None
 
 

@@ -54,13 +54,19 @@ class SetFile(Config):
     source: str
     """Where the data comes from."""
     data: str = ""
-    """Folder that holds the data in any layout known here, relative to this file; beside it when left out."""
+    """Folder that holds the data in any layout known here, relative to this file, or its address at a hub,
+    "hf:org/name" with perhaps a folder and "@commit"; beside it when left out."""
     split: Literal["val", "test"] | None = None
-    """choice: which split of a published layout is asked; the one that its publisher scores when left out."""
+    """choice, numeric, qa: which split is asked; the one that its publisher scores when left out."""
     prompt: dict[Language, str] = Field(default={})
     """choice, numeric, qa: by language, with {question} and, for choice, {options}; C-Eval's form when left out."""
     shots: int = Field(default=0, ge=0)
-    """choice, numeric: the first rows of the dev (or train) file that precede a question as solved examples."""
+    """choice, numeric: solved examples before a question, the first rows of the dev (or train) file of its subset."""
+    shots_random: bool = False
+    """choice, numeric: draw these rows by chance, with the seed of `generation`, so that they are always the same."""
+    extract: str = ""
+    """choice, numeric: a regular expression with one group, which finds the answer in a reply the first time that it
+    fits; letters or numbers are read there. A reply that it does not fit has none. Our own reading when left out."""
     multiple: bool = False
     """choice: several letters may be right, and all of them must be named."""
     likelihood: bool = False

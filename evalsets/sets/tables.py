@@ -14,6 +14,8 @@ from suite.errors import SuiteError
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 HEADERLESS = ("question", "A", "B", "C", "D", "answer")
 """The columns of MMLU's files, which do not name them."""
+COLUMNS = {"Question": "question", "Answer": "answer"}
+"""Columns of CMMLU by the names that others use."""
 
 
 def rows(path: Path, *, texts: bool = False) -> Iterator[Record]:
@@ -66,7 +68,7 @@ def _names(first: list[str]) -> list[str] | None:
     """The columns that a first line names, "Question" and "" of CMMLU as "question" and "id"; None if it is a row."""
     if len(first) == len(HEADERLESS) and first[-1].strip() in ("A", "B", "C", "D") and "question" not in first:
         return None
-    known = {"Question": "question", "Answer": "answer"} | ({"": "id"} if "id" not in first else {})
+    known = COLUMNS | ({"": "id"} if "id" not in first else {})
     return [known.get(name.strip(), name.strip()) for name in first]
 
 
@@ -104,4 +106,5 @@ def _parquet(path: Path) -> Iterator[Record]:
         plain = {
             name: value if isinstance(value, str | list | dict | bool) else str(value) for name, value in row.items()
         }
-        yield Record({name: plain[name] for name in row if row[name] is not None}, f"{path}:{number}")
+        named = {COLUMNS.get(name, name): plain[name] for name in row if row[name] is not None}
+        yield Record(named, f"{path}:{number}")

@@ -35,35 +35,7 @@ def test_grades_are_read(verdict: str, grade: float | None) -> None:
     assert judge.grade(verdict) == grade
 
 
-@pytest.mark.parametrize(
-    ("verdict", "winner"),
-    [
-        ("Verdict: [[A]]", "A"), ("[[b]]", "B"), ("[[tie]]", "tie"), ("[[C]]", "tie"), ("verdict: B", "B"), ("[[A]] at first, but [[B]]", "B"),
-        ("A is better", None), ("", None), ("<think>[[A]]</think>[[B]]", "B"),
-    ],
-)  # fmt: skip
-def test_winners_are_read(verdict: str, winner: str | None) -> None:
-    assert judge.winner(verdict) == winner
-
-
-def test_only_who_wins_in_both_orders_has_won() -> None:
-    won = {(a, b): judge.settled(f"[[{a}]]", f"[[{b}]]") for a in ("A", "B", "tie") for b in ("A", "B", "tie")}
-    assert won.pop(("A", "B")) == 1
-    assert won.pop(("B", "A")) == 0
-    assert set(won.values()) == {0.5}
-    assert judge.settled("[[A]]", "both are fine") is None
-
-
-def test_both_orders_are_asked(tmp_path: Path) -> None:
-    _, (question, *_) = loaded(tmp_path, '["judge"]')
-    one, two = judge.comparisons(question, "first {reply}", "second", "j")
-    assert (one.id, two.id, one.body["model"], one.body["temperature"]) == ("x/00001#A", "x/00001#B", "j", 0)
-    shown = [r.body["messages"][0]["content"] for r in (one, two)]
-    assert shown[0].index("first {reply}") < shown[0].index("second")
-    assert shown[1].index("second") < shown[1].index("first {reply}")
-
-
-def test_grades_become_scores_and_a_judge_that_fails_fails_the_question(tmp_path: Path) -> None:
+def test_a_grade_that_is_missing_fails_its_question_and_is_no_zero(tmp_path: Path) -> None:
     asked, questions = loaded(tmp_path, '["judge", "exact"]')
     replies = {q.id: Reply(q.id, "", f"reply {q.id}") for q in questions}
     replies[questions[3].id] = Reply("", "", error="HTTP 500")
@@ -76,8 +48,10 @@ def test_grades_become_scores_and_a_judge_that_fails_fails_the_question(tmp_path
     assert headline(asked) == "judge"
     assert [r["grade"] for r in found.rows] == [10, 4, None, None]
     assert [r["error"] for r in found.rows] == ["", "", "judge: no grade in 'who knows'", "HTTP 500"]
-    assert found.total["judge"] == pytest.approx((1 + 1 / 3) / 4)
-    assert (found.total["n"], found.total["failed"], found.total["exact"]) == (4, 2, 0)
+    assert [r["score"] for r in found.rows] == [1, pytest.approx(1 / 3), None, 0]
+    assert found.total["judge"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert found.total["low"] <= found.total["judge"] <= found.total["high"]
+    assert [found.total[name] for name in ("n", "failed", "ungraded", "exact")] == [4, 2, 1, 0]
 
 
 def test_a_judge_that_nobody_asked_is_no_zero(tmp_path: Path) -> None:
