@@ -15,7 +15,7 @@ from suite.errors import SuiteError, near
 T = TypeVar("T")
 C = TypeVar("C", bound="Config")
 
-ArtifactType = Literal["model", "quantized", "adapter", "dataset", "package", "receipt", "report"]
+ArtifactType = Literal["model", "quantized", "adapter", "dataset", "data", "package", "receipt", "report"]
 
 
 class Config(BaseModel):

@@ -27,7 +27,7 @@ def source_of(reference: str, takes: Takes, path: tuple[str, ...], where: Lines)
 
 def at_hub(reference: str, takes: Takes) -> bool:
     """Whether a download can stand in its place, as a stage that is named by the address."""
-    return reference.startswith(HUBS) and {"model", "quantized", "adapter"} & {*takes.types} != set()
+    return reference.startswith(HUBS) and {"model", "quantized", "adapter", "data"} & {*takes.types} != set()
 
 
 def downloads(nodes: Iterable[Node]) -> dict[str, Node]:

@@ -179,7 +179,9 @@ def _placed(stage: Stage, folder: Path) -> Stage:
 
 
 def _absolute(name: str, folder: Path) -> str:
-    """A path, told by its slash, from `folder`; of `program:name=path` what follows the sign."""
+    """A path, told by its slash, from `folder`; of `program:name=path` what follows the sign; no address at a hub."""
+    if name.startswith(HUBS):
+        return name
     named = re.match(r"\w+:[\w.-]+=", name)
     if not named:
         return str((folder / name).resolve()) if "/" in name else name

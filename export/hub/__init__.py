@@ -7,18 +7,35 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from export.hf import CHECKSUMS, sha256
 from suite.errors import SuiteError
 
-ADDRESS = r"^(hf|ms):[\w.-]+/[\w.-]+(@[\w./-]+)?$"
+NAME, REVISION = r"[\w.-]+/[\w.-]+", r"(@[\w./-]+)?"
+ADDRESS = rf"^(hf|ms):{NAME}{REVISION}$"
+DATA_ADDRESS = rf"^(hf|ms):datasets/{NAME}(/[\w./-]+)?{REVISION}$"
+"""A repository of data, or one folder of it, in the form of the hubs' own addresses: `hf:datasets/org/name/folder`."""
 TITLE = "suite: "
 """How the title of each commit of ours begins: what such a commit brought is ours to replace."""
 
 
 class Temporary(Exception):
     """The hub was busy, unreachable, or changed meanwhile: the same may go well a little later."""
+
+
+Holding = Literal["model", "dataset"]
+"""What a repository is for; the hubs keep the two apart, and one name may stand for both."""
+
+
+class Address(NamedTuple):
+    """An address taken apart; an empty revision is the hub's default, an empty folder the whole repository."""
+
+    hub: str
+    repository: str
+    revision: str
+    holding: Holding = "model"
+    folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,23 +112,26 @@ class Hub(Protocol):
 
 def at(address: str) -> Hub:
     """The hub, repository and branch of an address; raises SuiteError where its library is missing."""
-    kind, repository, branch = parts(address)
-    if kind == "hf":
+    asked = parts(address)
+    if asked.hub == "hf":
         from export.hub.huggingface import HuggingFace
 
-        return HuggingFace(repository, branch)
+        return HuggingFace(asked.repository, asked.revision, asked.holding)
     try:
         from export.hub.modelscope import ModelScope
     except ModuleNotFoundError:
         raise SuiteError("ModelScope's library is not installed", hint='pip install "suite[modelscope]"') from None
-    return ModelScope(repository, branch)
+    return ModelScope(asked.repository, asked.revision, asked.holding)
 
 
-def parts(address: str) -> tuple[str, str, str]:
-    """`hf:org/name@branch` as its hub, repository and branch (empty: the hub's default)."""
+def parts(address: str) -> Address:
+    """`hf:org/name@branch` or `hf:datasets/org/name/folder@branch` taken apart."""
     hub, _, rest = address.partition(":")
-    repository, _, branch = rest.partition("@")
-    return hub, repository, branch
+    path, _, revision = rest.partition("@")
+    if not re.match(DATA_ADDRESS, address):
+        return Address(hub, path, revision)
+    _, owner, name, *folder = path.split("/")
+    return Address(hub, f"{owner}/{name}", revision, "dataset", "/".join(folder).strip("/"))
 
 
 def listed(package: Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""The `download` stage: a model or an adapter at a hub becomes an artifact of the store.
+"""The `download` stage: a model, an adapter or data at a hub becomes an artifact of the store.
 
-A pipeline rarely names it: `base = "hf:org/name"` is this stage too. Which commit an address means is decided while
-planning and enters the key, so that a moved branch is downloaded again and a commit never is.
+A pipeline rarely names it: `base = "hf:org/name"` is this stage too, and so is `sets = ["hf:org/name"]`. Which commit
+an address means is decided while planning and enters the key, so that a moved branch is downloaded again and a commit
+never is.
 """
 
 from __future__ import annotations
@@ -42,21 +43,27 @@ WEIGHTS = re.compile(r"(?!consolidated)[^/]*\.safetensors(\.index\.json)?")
 PICKLED = re.compile(r"pytorch_model[^/]*\.bin(\.index\.json)?")
 """Read where there is nothing better; a merge reads them weights-only."""
 
-Holds = Literal["model", "quantized", "adapter"]
+DATA = re.compile(r"[^.].*\.(csv|tsv|jsonl|parquet)")
+"""Files of data that are read as they lie there; what says how to read them, or runs, is never fetched."""
+LEGAL = re.compile(r"(README|LICENSE|NOTICE)[^/]*")
+
+Holds = Literal["model", "quantized", "adapter", "data"]
 
 
 class Download(Stage):
-    """Fetch a model or an adapter from a hub; interrupted, the same command continues.
+    """Fetch a model, an adapter or data from a hub; interrupted, the same command continues.
 
-    Only what a model is read with: safetensors (pickled weights where there are none), settings, tokenizer, license.
+    Of a model only what it is read with: safetensors (pickled weights where there are none), settings, tokenizer,
+    license. Of data the tables and the license.
     """
 
-    address: str = Field(pattern=hub.ADDRESS)
-    """Where it lies: "hf:org/name" or "ms:org/name", with "@commit", a branch or a tag if it is not the main one."""
+    address: str = Field(pattern=f"{hub.ADDRESS}|{hub.DATA_ADDRESS}")
+    """Where it lies: "hf:org/name" or "ms:org/name", for data "hf:datasets/org/name" and perhaps a folder in it, with
+    "@commit", a branch or a tag if it is not the main one."""
     commit: str = ""
     """The commit that the address means; looked up when left out."""
     holds: Holds | Literal[""] = ""
-    """model, quantized or adapter; looked up when left out."""
+    """model, quantized, adapter or data; looked up when left out."""
 
     def makes(self) -> ArtifactType:
         return self.holds or "model"
@@ -66,12 +73,12 @@ class Download(Stage):
         if self.commit and self.holds:
             return self
         noted = store.home() / "hubs" / f"{hashlib.sha256(self.address.encode()).hexdigest()[:16]}.json"
-        if COMMIT.fullmatch(hub.parts(self.address)[2]) and noted.is_file():
+        if COMMIT.fullmatch(hub.parts(self.address).revision) and noted.is_file():
             return self.model_copy(update=json.loads(noted.read_text("utf-8")))
         at = hub.at(self.address)
         try:
             found = at.listing(self.commit)
-            known = {"commit": found.commit, "holds": self.holds or _holds(at, found)}
+            known = {"commit": found.commit, "holds": self.holds or self._holding(at, found)}
         except hub.Temporary as error:
             hint = "is there a network? What was downloaded by its commit (hf:org/name@COMMIT) needs none"
             raise SuiteError(f"{self.address} cannot be looked up: {error}", hint=hint) from None
@@ -81,8 +88,20 @@ class Download(Stage):
 
     def recipe(self) -> dict[str, Any]:
         """Whatever branch or tag led there, a commit is the same."""
-        kind, repository, _ = hub.parts(self.address)
-        return {"repository": f"{kind}:{repository}", "commit": self.commit, "holds": self.holds}
+        asked = hub.parts(self.address)
+        whole = {"repository": f"{asked.hub}:{asked.repository}", "commit": self.commit, "holds": self.holds}
+        return whole | ({"folder": asked.folder} if asked.folder else {})
+
+    def _holding(self, at: hub.Hub, found: hub.Listing) -> Holds:
+        asked = hub.parts(self.address)
+        if asked.holding == "model":
+            return _holds(at, found)
+        data(found.files, asked.folder)
+        return "data"
+
+    def _chosen(self, files: Mapping[str, hub.Listed]) -> dict[str, hub.Listed]:
+        asked = hub.parts(self.address)
+        return data(files, asked.folder) if asked.holding == "dataset" else chosen(files)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Fetch, look whether all of it is what the hub says; returns what came from where."""
@@ -90,7 +109,7 @@ class Download(Stage):
         while True:
             try:
                 found = at.listing(self.commit)
-                wanted = chosen(found.files)
+                wanted = self._chosen(found.files)
                 with _progress(job, sum(file.size for file in wanted.values())):
                     at.fetch(job.out, found.commit, wanted)
                 break
@@ -117,6 +136,16 @@ def chosen(files: Mapping[str, hub.Listed]) -> dict[str, hub.Listed]:
             return {n: file for n, file in files.items() if NEEDED.fullmatch(n) or weights.fullmatch(n)}
     some = ", ".join(sorted(files)[:8])
     raise SuiteError(f"the repository has no weights as safetensors, but {some or 'nothing'}")
+
+
+def data(files: Mapping[str, hub.Listed], folder: str = "") -> dict[str, hub.Listed]:
+    """The files of data in a repository, or in a folder of it, and its license; raises SuiteError without any."""
+    inside = [name for name in files if DATA.fullmatch(name) and name.startswith(f"{folder}/" if folder else "")]
+    if inside:
+        return {name: files[name] for name in (*inside, *filter(LEGAL.fullmatch, files))}
+    place, some = f"'{folder}' of the repository" if folder else "the repository", ", ".join(sorted(files)[:8])
+    hint = "the hub's own tables of it may be at @refs/convert/parquet; or unpack it, and give the folder"
+    raise SuiteError(f"{place} has no csv, tsv, jsonl or parquet; it has {some or 'nothing'}", hint=hint)
 
 
 def _holds(at: hub.Hub, found: hub.Listing) -> Holds:

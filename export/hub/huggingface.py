@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id  # type: ignore[attr-defined]
 
-from export.hub import TITLE, Changes, Listed, Listing, Remote, RemoteFile, Temporary
+from export.hub import TITLE, Changes, Holding, Listed, Listing, Remote, RemoteFile, Temporary
 from suite.errors import SuiteError
 
 MAY_PASS = (408, 409, 412, 423, 429, 500, 502, 503, 504)
@@ -38,12 +38,14 @@ LOG_IN = "export HF_TOKEN=..., or: hf auth login"
 
 
 class HuggingFace:
-    """One branch of a model repository."""
+    """One branch of a repository; only those of models are pushed to."""
 
-    def __init__(self, repository: str, branch: str = "") -> None:
+    def __init__(self, repository: str, branch: str = "", holding: Holding = "model") -> None:
         self.repository, self.branch = repository, branch or constants.DEFAULT_REVISION
+        self.holding = holding
+        self.page = f"datasets/{repository}" if holding == "dataset" else repository
         self.api = HfApi()
-        self.url = f"{self.api.endpoint}/{repository}"
+        self.url = f"{self.api.endpoint}/{self.page}"
         disable_progress_bars()
 
     def check(self) -> None:
@@ -97,9 +99,10 @@ class HuggingFace:
 
     def listing(self, commit: str = "") -> Listing:
         """By git's ids, and the sha256 of large files."""
-        with explained(self.repository):
-            found = commit or str(self.api.model_info(self.repository, revision=self.branch).sha)
-            tree = self.api.list_repo_tree(self.repository, recursive=True, revision=found)
+        kind = self.holding
+        with explained(self.page):
+            found = commit or str(self.api.repo_info(self.repository, repo_type=kind, revision=self.branch).sha)
+            tree = self.api.list_repo_tree(self.repository, repo_type=kind, recursive=True, revision=found)
             files = {f.path: Listed(f.size, _described(f).digest) for f in tree if isinstance(f, RepoFile)}
         return Listing(found, files)
 
@@ -107,9 +110,9 @@ class HuggingFace:
         """Several at once; the library notes beside them how far each is, and goes on from there."""
 
         def one(name: str) -> None:
-            self.api.hf_hub_download(self.repository, name, revision=commit, local_dir=folder)
+            self.api.hf_hub_download(self.repository, name, repo_type=self.holding, revision=commit, local_dir=folder)
 
-        with explained(self.repository), ThreadPoolExecutor(AT_ONCE) as pool:
+        with explained(self.page), ThreadPoolExecutor(AT_ONCE) as pool:
             for done in [pool.submit(one, name) for name in files]:
                 done.result()
 

@@ -26,7 +26,7 @@ from modelscope_hub.errors import (
 )
 
 from export.hf import CHECKSUMS, sha256
-from export.hub import TITLE, Changes, Listed, Listing, Remote, RemoteFile, Temporary, listed
+from export.hub import TITLE, Changes, Holding, Listed, Listing, Remote, RemoteFile, Temporary, listed
 from suite.errors import SuiteError
 
 MODEL = "model"
@@ -35,13 +35,13 @@ LOG_IN = "export MODELSCOPE_API_TOKEN=..., or: ms-hub login"
 
 
 class ModelScope:
-    """One branch of a model repository."""
+    """One branch of a repository; only those of models are pushed to."""
 
-    def __init__(self, repository: str, branch: str = "") -> None:
-        self.repository, self.branch = repository, branch or BRANCH
+    def __init__(self, repository: str, branch: str = "", holding: Holding = "model") -> None:
+        self.repository, self.branch, self.holding = repository, branch or BRANCH, holding
         self.config = HubConfig()
         self.api = HubApi(self.config)
-        self.url = f"{self.config.endpoint}/models/{repository}"
+        self.url = f"{self.config.endpoint}/{holding}s/{repository}"
 
     def check(self) -> None:
         """Whether a push could begin: a token."""
@@ -70,7 +70,7 @@ class ModelScope:
         """Of the branch as it is now: there are no commits to ask for, so the list itself must be the same."""
         with explained(self.repository):
             try:
-                found = self.api.list_repo_files(self.repository, MODEL, revision=self.branch)
+                found = self.api.list_repo_files(self.repository, self.holding, revision=self.branch)
             except NotExistError:
                 raise SuiteError(
                     f"ModelScope has no repository {self.repository} with '{self.branch}', or shows it to others only",
@@ -88,7 +88,7 @@ class ModelScope:
         with explained(self.repository):
             for name, file in files.items():
                 self.api.download_file(
-                    self.repository, MODEL, name, revision=self.branch, local_dir=folder,
+                    self.repository, self.holding, name, revision=self.branch, local_dir=folder,
                     expected_sha256=file.digest or None, file_size=file.size,
                 )  # fmt: skip
 
