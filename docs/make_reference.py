@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
+from suite import envs
 from suite.cli import VERBS
 from suite.commands.flags import type_text, walk
 from suite.pipeline import Wiring
@@ -63,6 +64,14 @@ def page() -> str:
         f"{Model.__doc__} The settings from `{INHERITED[0]}` to `{INHERITED[-1]}` above, and:",
         "",
         *table(Model, INHERITED),
+    ]
+    lines += [
+        "## `[env.NAME]`",
+        "",
+        f"What stands in for the pins of an environment that comes with the suite ({', '.join(envs.BUILT_IN)}), or is",
+        "one of your own; `suite env install NAME --pipeline FILE` makes it.",
+        "",
+        *table(envs.Settings),
     ]
     for name in KINDS:
         stage = kind(name)

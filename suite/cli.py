@@ -32,7 +32,10 @@ VERBS = {
     "serve": ("serve a model and its adapters over HTTP", "suite.commands.serve:command"),
     "chat": ("talk to an endpoint", "suite.commands.chat:command"),
     "bench-serve": ("measure an endpoint under load, and what load it bears", "suite.commands.bench_serve:command"),
-    "env": ("install what must live apart from the suite: llm-compressor, vLLM", "suite.commands.env:command"),
+    "env": (
+        "install what lives apart: vLLM, LMDeploy, llm-compressor, EvalScope, lmeval",
+        "suite.commands.env:command",
+    ),
     "doctor": ("check this machine and what each part needs", "suite.commands.doctor:command"),
 }
 

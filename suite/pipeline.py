@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from suite.plan import Node, Plan, Source
 from suite.references import HUBS, External, external
 from suite.serve_table import Serve
 from suite.stages import Artifact, Stage, kind
+
+Provide = Callable[[envs.Environment], None]
+"""What is done about an environment that a stage needs: as a rule its absence is an error."""
 
 TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve", "env")
 
@@ -205,22 +208,26 @@ def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
     return tuple(parsed)
 
 
-def check_inputs(plan: Plan) -> None:
+def check_inputs(plan: Plan, provide: Provide = lambda environment: environment.require()) -> None:
     """Let every stage check what can be known now; a failing check gets the place of its field."""
     for node in plan.nodes.values():
         known: dict[str, list[Artifact | None]] = {
             field: [s.artifact if isinstance(s, External) else None for s in sources]
             for field, sources in node.inputs.items()
         }
-        check_stage(node, known)
+        check_stage(node, known, provide)
 
 
-def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None:
+def check_stage(
+    node: Node,
+    inputs: Mapping[str, list[Artifact | None]],
+    provide: Provide = lambda environment: environment.require(),
+) -> None:
     """Run one stage's own `check`, look for its environment; raises SuiteError with the line of what it names."""
     try:
         node.stage.check(inputs)
         if node.environment:
-            node.environment.require()
+            provide(node.environment)
     except SuiteError as error:
         field = error.where.split(".")
         if error.where and field[0] not in type(node.stage).model_fields:
@@ -265,8 +272,14 @@ def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
     return replace(plan, nodes=nodes, serve=settings, serve_sources=sources)
 
 
-def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
-    """The plan of a single stage given on the command line; references are paths relative to `folder`."""
+def one_stage(
+    name: str, stage: Stage, folder: Path, environments: Mapping[str, envs.Environment] | None = None,
+    provide: Provide = lambda environment: environment.require(),
+) -> Plan:  # fmt: skip
+    """The plan of a single stage given on the command line; references are paths relative to `folder`.
+
+    `environments` stand in for built-in ones of the same names, and `provide` for the error where one is missing.
+    """
     file = folder / "command line"
     where = Flags(file, {}, ((),))
     inputs: dict[str, list[Source]] = {}
@@ -279,12 +292,12 @@ def one_stage(name: str, stage: Stage, folder: Path) -> Plan:
                 raise SuiteError(found.message, where=where((field,)), hint=found.hint)
             inputs[field].append(found)
     node = Node(name, edges.pinned(_placed(stage, folder), ""), inputs, (), (), where)
-    node = replace(node, environment=_environment(node, {}))
+    node = replace(node, environment=_environment(node, environments or {}))
     nodes = {**edges.downloads([node]), **{n.name: n for n in with_followers(node)}}
     for each in nodes.values():
         edges.check_edges(each, nodes)
     plan = Plan(name, None, "", nodes)
-    check_inputs(plan)
+    check_inputs(plan, provide)
     return plan
 
 

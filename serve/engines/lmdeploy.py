@@ -65,7 +65,7 @@ class Lmdeploy:
     def check(self, settings: Settings) -> None:
         """Raise SuiteError for what it has no option for, or no engine."""
         # an interpreter of the user's own may have one for other devices
-        ours = not settings.env_python or Path(settings.env_python) == envs.get(self.name).python
+        ours = not settings.env_python or Path(settings.env_python).is_relative_to(envs.get(self.name).root)
         if ours and envs.device() != "cuda":
             hint = "backend 'torch' or 'vllm' serves the same model and adapters here"
             raise SuiteError("LMDeploy needs a GPU: it has no engine for processors", where="backend", hint=hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,15 @@ def install(*environments: Environment, as_json: bool = False) -> int:
     return 0
 
 
+def provide(environment: Environment, *, yes: bool, as_json: bool = False) -> None:
+    """Make it where it is missing, if the person agrees or has agreed by `yes`; raises SuiteError without it."""
+    if not environment.installed and not environment.interpreter:
+        asked = f"install the environment '{environment.name}' ({environment.cost})? [y/N] "
+        if yes or (sys.stdin.isatty() and input(asked).strip().lower() in ("y", "yes")):
+            install(environment, as_json=as_json)
+    environment.require()
+
+
 def _install(wanted: Sequence[Environment], view: View) -> None:
     speaking, over = threading.Lock(), threading.Event()
 
@@ -104,7 +114,7 @@ def _install(wanted: Sequence[Environment], view: View) -> None:
             tell("progress", step=step, total=total, what=what, values={})
 
         tell("say", text=f"installing into {environment.folder}: {environment.cost}")
-        environment.install(progress, lambda: tell("say", text="another process is installing it; waiting"))
+        environment.install(progress, lambda text: tell("say", text=text))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # pip unpacks on one processor
         try:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite import envs
 from suite.commands import named
-from suite.commands.env import install
+from suite.commands.env import provide
 from suite.commands.flags import Parser, add_settings, values_of
 from suite.config import Takes, Where
 from suite.errors import SuiteError
@@ -142,11 +141,7 @@ def _installed(settings: Settings, pipeline: Path | None, yes: bool) -> Settings
     KINDS[settings.backend].check(settings)  # before anything is installed
     tables = read_environments(pipeline) if pipeline else {}
     environment = tables.get(settings.backend) or envs.get(settings.backend)
-    if not environment.installed and not environment.interpreter:
-        asked = f"install the environment '{environment.name}' ({environment.cost})? [y/N] "
-        if yes or (sys.stdin.isatty() and input(asked).strip().lower() in ("y", "yes")):
-            install(environment)
-    environment.require()
+    provide(environment, yes=yes)
     return settings.model_copy(update={"env_python": str(environment.python)})
 
 

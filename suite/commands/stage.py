@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from suite import pipeline
 from suite.commands import outputs
+from suite.commands.env import provide
 from suite.commands.flags import Parser, add_settings, values_of
 from suite.commands.pipelines import execute, measured
 from suite.config import parse
+from suite.envs import Environment
 from suite.errors import SuiteError
 from suite.places import Flags
 from suite.runs import link
-from suite.stages import RECORD, Artifact, kind
+from suite.stages import RECORD, Artifact, Stage, kind
 from suite.store import disk_error
 
 REPORTS = "eval"
@@ -29,6 +33,11 @@ def command(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     if verb == REPORTS:
         outputs.add(parser)
+    apart = stage_class.environment is not Stage.environment
+    if apart:
+        flag = parser.add_argument
+        flag("--pipeline", type=Path, metavar="FILE", help="a pipeline file whose [env.NAME] tables count")
+        flag("--yes", action="store_true", help="install the environment of an engine or a library where it is missing")
     add_settings(parser, stage_class)
     given = parser.read(arguments)
     here = Path.cwd()
@@ -37,7 +46,8 @@ def command(verb: str, arguments: list[str]) -> int:
         check_out(given.out)
     if verb == REPORTS:
         outputs.check(given)
-    run_dir, error = execute(pipeline.one_stage(verb, stage, here), as_json=given.json)
+    apart_in = _environments(given) if apart else ()
+    run_dir, error = execute(pipeline.one_stage(verb, stage, here, *apart_in), as_json=given.json)
     if verb == REPORTS:
         outputs.deliver(given, run_dir, f"{verb}/{run_dir.name}", measured(run_dir), error)
     if error:
@@ -48,6 +58,12 @@ def command(verb: str, arguments: list[str]) -> int:
     if not given.json:
         print(f"{stage.makes()}: {given.out or made.resolve()}")
     return 0
+
+
+def _environments(given: argparse.Namespace) -> tuple[Mapping[str, Environment], Callable[[Environment], None]]:
+    """Those of a pipeline, and what is done where one is missing."""
+    tables = pipeline.read_environments(given.pipeline) if given.pipeline else {}
+    return tables, lambda environment: provide(environment, yes=given.yes, as_json=given.json)
 
 
 def check_out(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Installing environments for real, from a wheel made here: with pip, venv, kills and two installers at once."""
+"""Installing environments for real, from a wheel made here: with uv and pip, kills and two installers at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from suite import envs
+from suite import envs, installers
 from suite.cli import main
 from suite.envs import Definition, Environment
 from suite.errors import SuiteError
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with one wheel, `tinywheel` 1.0, and a pip that knows nothing else."""
+    """A folder with one wheel, `tinywheel` 1.0, and a pip, and so a uv, that know nothing else."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     info = "tinywheel-1.0.dist-info"
@@ -51,17 +51,36 @@ def command(file: Path, action: str = "install", *others: str) -> list[str]:
     return [sys.executable, "-m", "suite.cli", "env", action, "tiny", *others, "--pipeline", str(file)]
 
 
+@pytest.fixture(params=["pip", "uv"])
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the environment is made by."""
+    if request.param == "pip":
+        monkeypatch.setattr("suite.installers.uv", lambda: None)
+    elif installers.uv() is None:
+        pytest.skip("there is no uv")
+    return str(request.param)
+
+
 def test_pins_are_installed_with_progress_checked_and_removed(
-    wheels: Path, suite_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: str,
+    wheels: Path,
+    suite_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "lock.txt").write_text("# all of it\ntinywheel==1.0\n")
-    definition = Definition("lock.txt", ("tinywheel",), aliases=(("teeny", "2.0+x"),))
+    definition = Definition("lock.txt", ("tinywheel",), aliases=(("teeny", "tinywheel", "+x"),))
     monkeypatch.setattr(envs, "LOCKS", tmp_path)
     monkeypatch.setattr(envs, "BUILT_IN", {"tiny": {envs.device(): definition}})
     found = envs.get("tiny")
     seen: list[tuple[float, float, str]] = []
     found.install(lambda *step: seen.append(step))
     assert found.installed
+    assert [line.split()[1].endswith("uv") for line in found.log.read_text().splitlines() if line.startswith("# ")] == [
+        program == "uv"
+    ] * 2
+    assert [*found.folder.glob("lib/python*/site-packages/__pycache__/tinywheel.*.pyc")]
     assert found.folder.parent == suite_home / "envs"
     assert {what for *_, what in seen} == {"venv", "packages"}
     assert all(step <= total for step, total, _ in seen)
@@ -72,10 +91,10 @@ def test_pins_are_installed_with_progress_checked_and_removed(
     checked = found.check()
     assert checked["problems"] == []
     assert checked["versions"]["tinywheel"] == "1.0"
-    assert checked["versions"]["teeny"] == "2.0+x"
+    assert checked["versions"]["teeny"] == "1.0+x"
     record = found.record()
     assert record["requirements"] == ["tinywheel==1.0"]
-    assert record["bytes"] > 1e6
+    assert record["bytes"] > 1e4
 
     assert main(["env", "install", "tiny"]) == 0
     assert "installed already" in capsys.readouterr().out
@@ -89,6 +108,20 @@ def test_pins_are_installed_with_progress_checked_and_removed(
     assert not found.folder.exists()
     assert not stale.exists()
     assert not found.log.exists()
+
+
+def test_pip_goes_on_where_uv_fails(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "bin" / "uv"
+    broken.parent.mkdir()
+    broken.write_text('#!/bin/sh\nmkdir "$6" && echo invalid peer certificate >&2\nexit 2\n')
+    broken.chmod(0o755)
+    monkeypatch.setattr("suite.installers.shutil.which", lambda *_, **__: str(broken))
+    said: list[str] = []
+    found = Environment("tiny", envs.store.home() / "envs", ("tinywheel==1.0",))
+    found.install(say=said.append)
+    assert said == ["made by pip, because uv cannot: invalid peer certificate"]
+    assert found.installed
+    assert "# " + str(broken) in found.log.read_text()
 
 
 def test_what_pip_cannot_find_is_an_error_with_its_last_lines(wheels: Path) -> None:

