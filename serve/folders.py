@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ Stamp = tuple[int, int, int]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Layer types whose memory is keys and values; others (Mamba, linear attention) keep a state that rows cannot share."""
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global"}
+"""Layer types whose memory is keys and values, and whose masks are those of transformers."""
+STATE = "keeps a state beside keys and values, as Mamba and linear attention do, and cannot be served"
 
+OTHERS = "another --backend may know this model"
 LOAD_AGAIN = "load it again under the same name"
 MERGE_FIRST = "merge it into its base first (suite merge), and serve the merged model"
 
@@ -55,7 +58,8 @@ class ModelFolder:
     @property
     def max_length(self) -> int:
         """Positions the model was made for."""
-        return int(self.config.get("max_position_embeddings") or self.config.get("n_positions") or 2048)
+        known = (self.config.get("text_config") or self.config).get
+        return int(known("max_position_embeddings") or known("n_positions") or known("max_seq_len") or 2048)
 
     @property
     def quantized(self) -> bool:
@@ -120,14 +124,23 @@ def read_model(folder: Path) -> ModelFolder:
         config["quantization_config"] = given
     if config.get("is_encoder_decoder"):
         raise SuiteError("encoder-decoder models cannot be served", where=str(folder), hint="decoder-only models can")
-    strange = {*config.get("layer_types", ())} - KNOWN_LAYERS
-    if strange:
-        raise SuiteError(f"layers of type {', '.join(sorted(strange))} cannot be served yet", where=str(folder))
+    text = config.get("text_config") or config
+    check_layers(text.get("layer_types") or text.get("layers_block_type") or (), folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SuiteError("no *.safetensors weights here", where=str(folder), hint="convert other formats first")
     shapes = {name: shape for file in files for name, shape in tensor_shapes(file).items()}
     return ModelFolder(folder, config, shapes)
+
+
+def check_layers(types: Iterable[str], folder: Path) -> None:
+    """Raise SuiteError for types of layers that rows of a batch cannot share."""
+    if strange := sorted({*types} - KNOWN_LAYERS):
+        raise SuiteError(
+            f"layers of type {', '.join(strange)} cannot be served",
+            where=str(folder),
+            hint=OTHERS,
+        )
 
 
 def read_adapter(folder: Path) -> AdapterFolder:
@@ -164,11 +177,17 @@ def check_fits(adapter: AdapterFolder, model: ModelFolder) -> None:
             raise SuiteError(f"this adapter is for another base: {model.path} has no {name}", where=str(adapter.path))
         # a quantized weight is packed, so its shape says nothing
         if weight and len(weight) == 2 and not model.quantized and given not in (weight, weight[::-1]):
-            raise SuiteError(
-                f"this adapter is for another base: its {name} maps {given[1]} to {given[0]} values, "
-                f"that of {model.path} {weight[1]} to {weight[0]}",
-                where=str(adapter.path),
-            )
+            raise misfit(adapter, name, model, weight)
+
+
+def misfit(adapter: AdapterFolder, name: str, model: ModelFolder, shape: Shape) -> SuiteError:
+    """The error of an adapter whose layer has not the `shape` (out, in) of the model's."""
+    module = adapter.modules[name]
+    return SuiteError(
+        f"this adapter is for another base: its {name} maps {module.inputs} to {module.outputs} values, "
+        f"that of {model.path} {shape[1]} to {shape[0]}",
+        where=str(adapter.path),
+    )
 
 
 def tensor_shapes(file: Path) -> dict[str, Shape]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from serve.folders import AdapterFolder, ModelFolder, check_fits, read_adapter
-from serve.generation import Generation
+from serve.folders import AdapterFolder, ModelFolder, check_fits, misfit, read_adapter
+from serve.generation import Generation, UnknownAdapter
 from serve.torch.lora import MultiLora, Weights
 from serve.torch.pool import Pool, PoolStats
 from suite.errors import SuiteError, near
@@ -47,6 +47,11 @@ class Adapters:
         """Read a folder's headers; raises SuiteError for an adapter that cannot be served here."""
         folder = read_adapter(path)
         check_fits(folder, self._base)
+        if self._base.quantized:
+            for name, module in folder.modules.items():
+                shape = self.lora.shape(name)
+                if shape and shape != (module.outputs, module.inputs):
+                    raise misfit(folder, name, self._base, shape)
         if self._size(folder) > self._pool.budget:
             raise SuiteError(
                 f"this adapter takes {self._size(folder) / 2**20:.0f} MiB of memory, more than the "
@@ -68,9 +73,9 @@ class Adapters:
         del self._named[name]
 
     def find(self, name: str) -> AdapterFolder:
-        """The adapter that has this name now; raises SuiteError for an unknown one."""
+        """The adapter that has this name now; raises UnknownAdapter."""
         if name not in self._named:
-            raise SuiteError(f"unknown adapter '{name}'", hint=near(name, self._named))
+            raise UnknownAdapter(f"unknown adapter '{name}'", hint=near(name, self._named))
         return self._named[name]
 
     def retire(self) -> None:

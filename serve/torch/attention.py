@@ -11,9 +11,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 NAME = "slots"
+OWN = "slots-own"
+"""For models that compute attention by themselves, and so have to be told what is hidden."""
 
 
-def slot_mask(
+def explicit_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -24,15 +26,12 @@ def slot_mask(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """What to add to the scores: 0 where a query sees a key, else -inf, (B, 1, Q, T). Made once a step.
 
     `q_offset` is where each row's queries start: (B,), or one number for all. `mask_function` is the model's own rule
-    (causal, sliding window, chunked) on positions, so each kind is right. None stands for what needs no mask: one query
-    a row that sees all keys, or queries from the first position on that see those before them.
+    (causal, sliding window, chunked) on positions, so each kind is right.
     """
-    if mask_function is causal_mask_function and isinstance(q_offset, int) and 1 in (q_length, q_offset + 1):
-        return None
     query = torch.arange(q_length, device=device)[:, None]
     query = query + (q_offset if isinstance(q_offset, int) else q_offset[:, None, None, None])
     key = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
@@ -44,6 +43,24 @@ def slot_mask(
         seen = mask_function(batch, head, query, key)
     seen = seen.expand(batch_size, 1, q_length, kv_length)
     return torch.zeros((), dtype=dtype, device=device).where(seen, float("-inf"))
+
+
+def slot_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    *offset: int,
+    mask_function: Callable[..., torch.Tensor],
+    **options: Any,
+) -> torch.Tensor | None:
+    """The same, with None for what `slot_attention` needs no mask for.
+
+    That is one query a row that sees all keys, or queries from the first position on that see those before them.
+    """
+    if mask_function is causal_mask_function and isinstance(q_offset, int) and 1 in (q_length, q_offset + 1):
+        return None
+    return explicit_mask(batch_size, q_length, kv_length, q_offset, *offset, mask_function=mask_function, **options)
 
 
 def slot_attention(
@@ -103,7 +120,8 @@ def _by_hand(
 
 
 def register() -> str:
-    """Make both known to transformers; returns the name to load a model with."""
+    """Make all of it known to transformers; returns the name to load a model with that asks for an attention."""
     AttentionInterface.register(NAME, slot_attention)
     AttentionMaskInterface.register(NAME, slot_mask)
+    AttentionMaskInterface.register(OWN, explicit_mask)
     return NAME

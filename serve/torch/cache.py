@@ -36,7 +36,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._shape = (0, 0)
         self.first, self.last, self.length = 0, 0, 0
         self.starts: int | torch.Tensor = 0
-        self.positions = self._batch = torch.empty(0, dtype=torch.long)
+        self.positions = torch.empty(0, dtype=torch.long)
+        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fit(self, rows: int, length: int) -> None:
         """Make room for `rows` rows of `length` tokens. Where one has to grow, the other shrinks to its need.
@@ -60,7 +61,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = begins[:, None]  # (B, Q)
         if width > 1:
             self.positions = self.positions + torch.arange(width, device=device)
-        self._batch = torch.arange(first, self.last, device=device)[:, None]
+        self._places = {device: (torch.arange(first, self.last, device=device)[:, None], self.positions)}
 
     def arrange(self, moves: Sequence[Move], rows: int, length: int) -> None:
         """`move` and `fit`: first whichever leaves room for the other."""
@@ -112,8 +113,9 @@ class SlotCache(Cache):  # type: ignore[misc]
             keys[rows, :, self.starts : self.length] = key_states
             values[rows, :, self.starts : self.length] = value_states
         else:
-            keys[self._batch, :, self.positions] = key_states.transpose(1, 2)
-            values[self._batch, :, self.positions] = value_states.transpose(1, 2)
+            batch, positions = self._places.get(keys.device) or self._places_on(keys.device)
+            keys[batch, :, positions] = key_states.transpose(1, 2)
+            values[batch, :, positions] = value_states.transpose(1, 2)
         return keys[rows, :, : self.length], values[rows, :, : self.length]
 
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # noqa: ARG002
@@ -129,9 +131,21 @@ class SlotCache(Cache):  # type: ignore[misc]
         return self.length - self.positions.shape[1]
 
     @property
+    def token_bytes(self) -> int:
+        """The memory that keys and values of one token take, in all layers that have been computed."""
+        tensors = (*self.keys.values(), *self.values.values())
+        return sum(tensor.shape[1] * tensor.shape[3] * tensor.itemsize for tensor in tensors)
+
+    @property
     def is_sliding(self) -> list[bool]:
         """No layer forgets: windows are in the masks alone."""
         return [False]
+
+    def _places_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B, 1) and positions (B, Q) of a step on one of the devices that layers lie on, moved there once."""
+        batch, positions = next(iter(self._places.values()))
+        self._places[device] = batch.to(device), positions.to(device)
+        return self._places[device]
 
     def _copy(self, copies: Sequence[Copy], keep: bool) -> None:
         if not copies:

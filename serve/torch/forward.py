@@ -22,7 +22,7 @@ class Forward:
         """The last hidden states of a step, (B, Q, hidden size), where a row is to be embedded."""
         self._device = model.device
         self._embed = False
-        self._keep: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._keep: torch.Tensor | None = None
         model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
 
     def clear(self) -> None:
@@ -50,7 +50,7 @@ class Forward:
         if width > 1:
             last = torch.tensor(step.counts, device=device) - 1
             if not scoring:
-                self._keep = torch.arange(len(ids), device=device), last
+                self._keep = last
             # padding repeats the last position: models with a position table have none behind max_length
             positions = torch.minimum(positions, positions[:, :1] + last[:, None])
         logits: torch.Tensor = self.model(
@@ -63,5 +63,9 @@ class Forward:
 
     def _keep_last(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Before the output layer, (B, Q, hidden): logits of a whole prompt are large, and only the last is sampled."""
-        self.hidden = inputs[0] if self._embed else None
-        return inputs if self._keep is None else (inputs[0][self._keep][:, None], *inputs[1:])
+        hidden = inputs[0]
+        self.hidden = hidden if self._embed else None
+        if self._keep is None:
+            return inputs
+        last = self._keep.to(hidden.device)  # with layers on several, the last of them need not be the first's
+        return hidden[torch.arange(len(last), device=hidden.device), last][:, None], *inputs[1:]

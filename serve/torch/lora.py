@@ -154,6 +154,16 @@ class MultiLora:
         found: torch.device = next((t.device for t in (*layer.parameters(), *layer.buffers())), self._model.device)
         return found
 
+    def shape(self, name: str) -> tuple[int, int] | None:
+        """How many values a layer of the checkpoint puts out, and takes, however its weight is packed.
+
+        None where it does not say.
+        """
+        layer: Any = self._model.get_submodule(self._path(name))
+        part = self._parts.get(name)
+        outputs = part.last - part.first if part else getattr(layer, "out_features", None)
+        return (outputs, layer.in_features) if outputs else None
+
     @property
     def bytes(self) -> int:
         """The memory that the slots take."""
