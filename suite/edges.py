@@ -116,7 +116,7 @@ def _makers(takes: tuple[ArtifactType, ...], nodes: Mapping[str, Node]) -> str:
 
 
 def article(made: str) -> str:
-    return {"quantized": "a quantized model", "adapter": "an adapter"}.get(made, f"a {made}")
+    return {"quantized": "a quantized model", "adapter": "an adapter", "data": "data"}.get(made, f"a {made}")
 
 
 def either(takes: tuple[ArtifactType, ...]) -> str:

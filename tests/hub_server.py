@@ -20,6 +20,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_thetokenofatest"
 NAME = r"([\w.-]+/[\w.-]+)"
+DATA_NAME = r"(datasets/[\w.-]+/[\w.-]+)"
+"""Repositories of data, which are kept under this name."""
 
 
 def git_hash(content: bytes) -> str:

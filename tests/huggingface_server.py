@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 
-from tests.hub_server import NAME, TOKEN, Entry, Handler, Hub, Refusal, Repo
+from tests.hub_server import DATA_NAME, NAME, TOKEN, Entry, Handler, Hub, Refusal, Repo
 
 LFS_SUFFIXES = (".safetensors", ".gguf", ".bin")
 RELATIONS = ("finetune", "adapter", "quantized", "merge")
@@ -227,6 +227,10 @@ HuggingFaceHandler.routes = (
     ("GET", f"/api/models/{NAME}", False, HuggingFaceHandler.info),
     ("GET", f"/api/models/{NAME}/revision/([^/]+)", False, HuggingFaceHandler.info),
     ("GET", f"/api/models/{NAME}/tree/([^/]+)", False, HuggingFaceHandler.tree),
+    ("GET", f"/api/{DATA_NAME}", False, HuggingFaceHandler.info),
+    ("GET", f"/api/{DATA_NAME}/revision/([^/]+)", False, HuggingFaceHandler.info),
+    ("GET", f"/api/{DATA_NAME}/tree/([^/]+)", False, HuggingFaceHandler.tree),
+    ("GET", f"/{DATA_NAME}/resolve/([^/]+)/(.+)", True, HuggingFaceHandler.resolve),
     ("POST", f"/api/models/{NAME}/paths-info/([^/]+)", False, HuggingFaceHandler.paths_info),
     ("GET", f"/api/models/{NAME}/refs", False, HuggingFaceHandler.refs),
     ("POST", f"/api/models/{NAME}/branch/([^/]+)", False, HuggingFaceHandler.branch),

@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from tests.hub_server import NAME, Handler, Refusal, Repo
+from tests.hub_server import DATA_NAME, NAME, Handler, Refusal, Repo
 
 BRANCH = "master"
 PUBLIC = 5
@@ -37,7 +37,9 @@ class ModelScopeHandler(Handler):
             {"Path": path, "Name": path, "Type": "blob", "Size": len(e.content), "Sha256": e.lfs}
             for path, e in files.items()
         ]
-        self.reply({"Code": 200, "Success": True, "Data": {"Files": listed}})
+        page, size = int(query.get("PageNumber", 1)), int(query.get("PageSize", 3000))
+        shown = listed[(page - 1) * size : page * size]
+        self.reply({"Code": 200, "Success": True, "Data": {"Files": shown}})
 
     def download(self, query: dict[str, str], _: bytes, repo: str) -> None:
         entry = self.entries(repo, query["Revision"]).get(query["FilePath"])
@@ -75,6 +77,8 @@ ModelScopeHandler.routes = (
     ("POST", "/api/v1/models", False, ModelScopeHandler.create),
     ("GET", f"/api/v1/models/{NAME}/repo/files", False, ModelScopeHandler.files),
     ("GET", f"/api/v1/models/{NAME}/repo", False, ModelScopeHandler.download),
+    ("GET", f"/api/v1/{DATA_NAME}/repo/tree", False, ModelScopeHandler.files),
+    ("GET", f"/api/v1/{DATA_NAME}/repo", False, ModelScopeHandler.download),
     ("POST", f"/api/v1/repos/models/{NAME}/info/lfs/objects/batch", False, ModelScopeHandler.lfs_batch),
     ("PUT", rf"/lfs/{NAME}/(\w+)", False, ModelScopeHandler.lfs_put),
     ("POST", f"/api/v1/repos/models/{NAME}/commit/([^/]+)", False, ModelScopeHandler.commit),

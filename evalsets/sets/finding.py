@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from suite.errors import SuiteError, near
 from suite.references import HUBS
 
 SET_FILE = "set.toml"
+ADDRESS = re.compile(r"((?:hf|ms):)(?:datasets/)?([\w.-]+/[\w.-]+(?:/[\w./-]+)?(?:@[\w./-]+)?)")
 SHIPPED = Path(__file__).parents[1] / "shipped"
 HAS_SHOTS = ("choice", "numeric")
 LANGUAGES: dict[str, list[Language]] = {"C-Eval": ["zh"], "CMMLU": ["zh"], "MMLU": ["en"]}
@@ -65,8 +67,8 @@ class Remote:
 
 def address(text: str) -> str:
     """Where the data of `hf:org/name` is, as `suite download` takes it; empty where that is no address at a hub."""
-    hub, _, rest = text.partition(":")
-    return "" if not text.startswith(HUBS) else text if rest.startswith("datasets/") else f"{hub}:datasets/{rest}"
+    found = ADDRESS.fullmatch(text)
+    return f"{found[1]}datasets/{found[2]}" if found else ""
 
 
 def at_hub(name: str) -> str:
@@ -78,6 +80,14 @@ def at_hub(name: str) -> str:
         return address(str(toml.read(path)[0].get("data", "")))
     except SuiteError:
         return ""
+
+
+def _address(text: str, where: str) -> str:
+    """The address that a text with the name of a hub must be."""
+    if at := address(text):
+        return at
+    hint = "hf:org/name, perhaps with /folder, @commit, @branch or @tag"
+    raise SuiteError(f"'{text}' is no address of data at a hub", where=where, hint=hint)
 
 
 def _path(at: str) -> list[str]:
@@ -99,7 +109,8 @@ def find(name: str, shots: int | None = None) -> EvalSet | Remote:
 
     `shots` replaces the number of solved examples, for sets of a kind that has them. Raises SuiteError.
     """
-    if at := address(name):
+    if name.startswith(HUBS):
+        at = _address(name, "")
         return Remote("-".join(_path(at)[2:]), at, shots)
     folder = SHIPPED / name if name in names() else Path(name)
     if name not in names() and ("/" not in name or not folder.is_dir()):
@@ -126,8 +137,8 @@ def _described(folder: Path, path: Path, shots: int | None) -> EvalSet | Remote:
     file = parse(SetFile, values, where)
     _check(file, where)
     name = folder.resolve().name
-    if at := address(file.data):
-        return Remote(name, at, shots, file, path)
+    if file.data.startswith(HUBS):
+        return Remote(name, _address(file.data, where(("data",))), shots, file, path)
     data = folder / file.data
     if not data.is_dir():
         raise SuiteError(f"no folder {data}", where=where(("data",)))
