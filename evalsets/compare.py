@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from suite.errors import SuiteError
 Row = dict[str, Any]
 ALPHA = 0.05
 LN2 = math.log(2)
+NONE_SHARED = "no question was answered on both sides"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Difference:
     """One set in two reports, paired by what the questions ask.
 
     `pairs` are the rows of the questions that both sides answered; `left_out` counts those that failed or are missing
-    on a side. `change` is None where there is no pair.
+    on a side. `change` is None where nothing can be compared; `remarks` say why, and what else a reader must know.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Difference:
     left_out: int
     change: Change | None
     p_corrected: float | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -103,14 +105,13 @@ class Difference:
         found = asdict(self.change) if self.change else {"verdict": self.verdict, "n": 0}
         for name in ("gained", "lost", "forgotten", "learnt"):
             found[name] = [row["id"] for row in getattr(self, name)]
-        return found | {"subjects": self.subjects(), "left_out": self.left_out, "p_corrected": self.p_corrected}
+        about = {"left_out": self.left_out, "p_corrected": self.p_corrected, "remarks": list(self.remarks)}
+        return found | {"subjects": self.subjects(), **about}
 
 
-def counts(kind: str, row: Row, failed: bool = False) -> bool:
+def counts(kind: str, row: Row, failed: bool) -> bool:
     """Whether a row can be compared: it has a number, and did not fail, unless those that `failed` count too."""
-    if row["error"] and (not failed or kind == "perplexity"):
-        return False
-    return row["nll" if kind == "perplexity" else "score"] is not None
+    return (failed or not row["error"]) and row["nll" if kind == "perplexity" else "score"] is not None
 
 
 def score(kind: str, row: Row) -> float:
@@ -121,19 +122,40 @@ def score(kind: str, row: Row) -> float:
 def difference(before: Report, after: Report, name: str, confidence: float = 0.95, failed: bool = False) -> Difference:
     """How a set differs between two reports; questions that `failed` are left out, or count as they do in the score.
 
-    Perplexity sets compare bits per byte, which different tokenizers share; all others the score of each question.
+    Perplexity sets compare bits per byte, which different tokenizers share, and only where no text failed: which texts
+    are measured decides it. All others compare the score of each question.
     """
     kind = str(after.sets[name]["kind"])
     old, new = before.rows(name), after.rows(name)
-    both = ((old[digest], row) for digest, row in new.items() if digest in old)
+    both = [(old[digest], row) for digest, row in new.items() if digest in old]
     pairs = [(a, b) for a, b in both if counts(kind, a, failed) and counts(kind, b, failed)]
     left_out = len(old.keys() | new.keys()) - len(pairs)
-    if not pairs:
-        return Difference(kind, pairs, left_out, None)
+    remarks = tuple(_versions(before.sets[name], after.sets[name], len(both), len(old.keys() | new.keys())))
+    if why := _incomparable(before.sets[name], after.sets[name], both) or ("" if pairs else NONE_SHARED):
+        return Difference(kind, pairs, left_out, None, remarks=(why, *remarks))
     first, second = ([score(kind, pair[side]) for pair in pairs] for side in (0, 1))
     weights = [float(a["bytes"]) for a, _ in pairs] if kind == "perplexity" else None
     change = paired(first, second, weights=weights, lower_is_better=kind == "perplexity", confidence=confidence)
-    return Difference(kind, pairs, left_out, change)
+    return Difference(kind, pairs, left_out, change, remarks=remarks)
+
+
+def _incomparable(old: Mapping[str, Any], new: Mapping[str, Any], both: Sequence[tuple[Row, Row]]) -> str:
+    """Why the scores of a set in two reports mean different things; empty where they mean the same."""
+    for side in (old, new):
+        if "not_available" in side["total"]:
+            return f"not available: {side['total']['not_available']}"
+    if (old["kind"], old["headline"]) != (new["kind"], new["headline"]):
+        return f"{old['headline']} and {new['headline']} are different scores"
+    failed = sum(bool(row["error"]) for pair in both for row in pair)
+    if old["kind"] == "perplexity" and failed:
+        return f"not measured: {failed} texts failed"
+    return ""
+
+
+def _versions(old: Mapping[str, Any], new: Mapping[str, Any], shared: int, known: int) -> Iterator[str]:
+    """What to know where one name stands for two sets, of which a question or a setting was changed."""
+    if old["digest"] != new["digest"]:
+        yield f"two versions of the set ({old['digest']}, {new['digest']}): {shared} of {known} questions are in both"
 
 
 def differences(before: Path, after: Path) -> dict[str, Difference]:

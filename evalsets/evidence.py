@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from evalsets.compare import Difference, Report, difference, score
-from evalsets.statistics import Interval, bootstrap, mean_interval
+from evalsets.compare import Difference, Report, Row, difference
+from evalsets.intervals import interval, part
+from evalsets.statistics import Interval, bootstrap, paired
 from suite.evidence import Bounds, Evidence, Unmeasured, size
 
 
@@ -31,33 +32,38 @@ class ReportEvidence(Evidence):
         return Report.read(self.artifact.path)
 
     def bounds(self, path: str, confidence: float, against: Evidence | None) -> Bounds:
-        name = self._set(path)
+        name, figure = self._figure(path)
+        about = self.report.sets[name]
+        if "not_available" in about["total"]:
+            raise Unmeasured(f"'{path}' is not available: {about['total']['not_available']}")
+        if figure not in (sure := _sure(about)):
+            raise Unmeasured(f"'{path}' has no interval; of '{name}' one have: {', '.join(sure)}")
         if against is not None:
-            return _beside(self._difference(against, name, confidence), confidence)
-        kind, rows = self.report.sets[name]["kind"], self.report.answers(name)
-        if "not_available" in (total := self.report.sets[name]["total"]):
-            raise Unmeasured(f"'{path}' is not available: {total['not_available']}")
-        if not rows:
+            found = self._difference(against, name, confidence)
+            return (
+                _beside(found, confidence) if figure == about["headline"] else _paired(found, path, figure, confidence)
+            )
+        if not (rows := self.report.answers(name)):
             raise Unmeasured(f"'{name}' has no answers to single questions, so '{path}' has no interval")
-        if kind == "perplexity":
-            answered = [row for row in rows if not row["error"]]
-            found = bootstrap([r["nll"] for r in answered], [r["tokens"] for r in answered], confidence)
-            return Bounds(math.exp(found.low), math.exp(found.high), len(answered))
-        return Bounds(*mean_interval([score(kind, row) for row in rows], confidence), len(rows))
+        if about["kind"] == "perplexity":
+            return _perplexity(path, rows, confidence)
+        ends = interval("score" if figure == about["headline"] else figure, rows, confidence)
+        if ends is None:
+            raise Unmeasured(f"no question of '{name}' has a '{figure}'")
+        return Bounds(*ends, sum(part(figure, row) is not None for row in rows) or len(rows))
 
     def flips(self, against: Evidence, name: str) -> tuple[int, int]:
         names = [name] if name else [n for n, found in self.report.sets.items() if found["kind"] != "perplexity"]
         found = [self._difference(against, n) for n in names]
         return sum(len(d.learnt) for d in found), sum(len(d.forgotten) for d in found)
 
-    def _set(self, path: str) -> str:
-        """The set whose deciding figure is at `path`."""
-        name, _, figure = path.rpartition(".")
-        if name not in self.report.sets:
+    def _figure(self, path: str) -> tuple[str, str]:
+        """The set, whose name may have dots, and the figure at `path`."""
+        names = [name for name in self.report.sets if path.startswith(f"{name}.")]
+        if not names:
             raise Unmeasured(f"'{path}' has no interval; with one are: {', '.join(self._deciding())}")
-        if self.report.sets[name]["headline"] != figure:
-            raise Unmeasured(f"'{path}' has no interval, '{name}.{self.report.sets[name]['headline']}' has one")
-        return name
+        name = max(names, key=len)
+        return name, path.removeprefix(f"{name}.")
 
     def _deciding(self) -> list[str]:
         return [f"{name}.{found['headline']}" for name, found in self.report.sets.items()]
@@ -71,12 +77,45 @@ class ReportEvidence(Evidence):
                 raise Unmeasured(f"'{side.artifact.name}' was not asked '{name}'; it was: {known}")
         found = difference(against.report, self.report, name, confidence, failed=True)
         if not found.change:
-            raise Unmeasured(f"no question of '{name}' was answered on both sides")
+            raise Unmeasured(f"'{name}' cannot be compared: {found.remarks[0]}")
         return found
 
 
+def _sure(about: Mapping[str, Any]) -> list[str]:
+    """The figures of a set that have an interval."""
+    total = about["total"]
+    return [
+        about["headline"],
+        *total.get("intervals", ()),
+        *(["likelihood.acc"] if "acc" in total.get("likelihood", ()) else []),
+    ]
+
+
+def _perplexity(path: str, rows: Sequence[Row], confidence: float) -> Bounds:
+    if failed := sum(bool(row["error"]) for row in rows):
+        raise Unmeasured(f"'{path}' was not measured: {failed} texts failed")
+    ends = bootstrap([r["nll"] for r in rows], [r["tokens"] for r in rows], confidence)
+    return Bounds(math.exp(ends.low), math.exp(ends.high), len(rows))
+
+
+def _paired(found: Difference, path: str, figure: str, confidence: float) -> Bounds:
+    """The same as `_beside` of a figure that does not decide comparisons, over the questions that have it."""
+    parts = [(part(figure, a), part(figure, b)) for a, b in found.pairs]
+    both = [(a, b) for a, b in parts if a and b]
+    if not both or any(a.weight != b.weight for a, b in both):
+        raise Unmeasured(f"'{path}' has no interval beside another's: it is no mean over the same questions")
+    weights = [a.weight for a, _ in both]
+    change = paired(
+        [a.value for a, _ in both], [b.value for _, b in both],
+        weights=None if set(weights) == {1.0} else weights, confidence=confidence,
+    )  # fmt: skip
+    return Bounds(change.before + change.low, change.before + change.high, change.n, change.before)
+
+
 def _parity(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {"parity": metrics["parity"]} if "parity" in metrics else {}
+    """The parity of a model, of a GGUF file what llama.cpp computes."""
+    found = metrics.get("parity") or metrics.get("llamacpp", {}).get("parity")
+    return {"parity": found} if found else {}
 
 
 def _beside(found: Difference, confidence: float) -> Bounds:

@@ -66,13 +66,15 @@ def document(model: str, sets: Sets) -> Document:
     shown = Document(f"Evaluation of {model}", [figures(sets)])
     for name, found in sets.items():
         shown.add(Heading(name), f"{found['title']}. Data {Mono(found['digest'])}.")
-        if "leakage" in found:
-            shown.add(leakage.said(found, label(found["headline"])))
+        shown.add(leakage.said(found, label(found["headline"])))
         if len(found["subsets"]) > 1:
             shown.add(Table(("subset", *COLUMNS[1:]), list(_rows(_as_sets(found)))))
         if categories := found["total"].get("categories"):
-            by = [(of, number("acc", part["acc"]), str(part["n"])) for of, part in categories.items()]
-            shown.add(Table(("category", label("acc"), "questions"), by))
+            by = [
+                (of, number("acc", part["acc"]), between("acc", part), str(part["n"]))
+                for of, part in categories.items()
+            ]
+            shown.add(Table(("category", label("acc"), "95 % interval", "questions"), by))
         if found["problems"]:
             listed = [(p["id"], p["what"], p["text"]) for p in found["problems"]]
             shown.add(Table(("question", "problem", "reply or error"), listed))
@@ -105,19 +107,32 @@ def _rows(sets: Sets) -> Iterator[tuple[str, ...]]:
             continue
         yield (
             name, f"{label(headline)} {number(headline, total[headline])}",
-            f"{number(headline, total['low'])} to {number(headline, total['high'])}",
+            between(headline, total),
             str(total["n"]), str(total["failed"]), str(total.get("unparsed", "-")), str(total["truncated"]),
-            "  ".join(_also(total, headline)),
+            ";\n".join(_also(total, headline)),
         )  # fmt: skip
 
 
 def _also(total: Mapping[str, Any], headline: str) -> Iterator[str]:
-    """The other figures of a set."""
-    for name, value in total.items():
+    """The other figures of a set, with their intervals."""
+    sure = total.get("intervals", {})
+    metrics = total.get("metrics", {})
+    for name, value in {**total, **{f"metrics.{name}": value for name, value in metrics.items()}}.items():
         if isinstance(value, float) and name not in (headline, *PLAIN):
-            yield f"{label(name)} {value:.3f}"
+            yield f"{label(name.removeprefix('metrics.'))} {number(name, value)}{_within(name, sure.get(name))}"
     if "acc" in (likelihood := total.get("likelihood", {})):
-        yield f"by likelihood {number('acc', likelihood['acc'])}"
+        yield f"by likelihood {number('acc', likelihood['acc'])}{_within('acc', likelihood)}"
+    if second := total.get("second"):
+        yield f"by our reading {number('acc', second['acc'])}{_within('acc', sure.get('second.acc'))}"
+
+
+def _within(figure: str, ends: Mapping[str, float] | None) -> str:
+    return f" [{number(figure, ends['low'])}, {number(figure, ends['high'])}]" if ends else ""
+
+
+def between(figure: str, ends: Mapping[str, float | None]) -> str:
+    """The interval of a figure as people read it."""
+    return f"{number(figure, ends['low'])} to {number(figure, ends['high'])}"
 
 
 def label(figure: str) -> str:

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from evalsets.ask import Reply, Request
+from evalsets.intervals import intervals
 from evalsets.kinds import KINDS, Row
 from evalsets.kinds.choice import continuations
 from evalsets.kinds.kind import accuracy
@@ -86,6 +87,9 @@ def total(asked: EvalSet, questions: list[Question], rows: list[Row]) -> Scores:
     if asked.kind == "choice":
         whole["macro"] = fmean(part["acc"] for part in each.values())
         whole |= _categories(asked, rows)
+    whole |= intervals(whole, headline(asked), rows)
+    for name, part in parts.items():
+        each[name] |= intervals(each[name], headline(asked), part)
     return Scores(whole, each, rows, _remarks(questions) if asked.kind in ("choice", "numeric") else [])
 
 

@@ -32,7 +32,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
     """Score interval of a proportion (Wilson 1927): sound for small n and near 0 and 1, where p +- z*se is not."""
     if n == 0:
         return Interval(0.0, 1.0)
@@ -49,10 +49,8 @@ def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
     """Percentile interval of sum(values) / sum(weights) over resampled questions (Efron 1979); a mean by default."""
-    means = _resampled(
-        np.asarray(values, float), np.ones(len(values)) if weights is None else np.asarray(weights), seed
-    )
-    return _percentiles(means, confidence)
+    w = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    return percentiles(_ratios(np.asarray(values, float), w, seed), confidence)
 
 
 def mean_interval(scores: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -62,25 +60,46 @@ def mean_interval(scores: Sequence[float], confidence: float = 0.95) -> Interval
     return bootstrap(scores, confidence=confidence)
 
 
+def average_interval(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:
+    """The interval of the mean of several shares that count the same; `counts` are successes and n of each.
+
+    Wilson's for as many questions as would be as sure in one sample (the effective sample size; Korn and Graubard,
+    Survey Methodology 24, 1998): it keeps its coverage where a share of few is 1, which resampling calls certain.
+    """
+    mean = math.fsum(k / n for k, n in counts) / len(counts)
+    variances = [k / n * (1 - k / n) / (n - 1) if n > 1 else mean * (1 - mean) for k, n in counts]
+    variance = math.fsum(variances) / len(counts) ** 2
+    effective = mean * (1 - mean) / variance if variance else len(counts) ** 2 / math.fsum(1 / n for _, n in counts)
+    return wilson(mean * effective, effective, confidence)
+
+
 def _z(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def _percentiles(values: Array, confidence: float) -> Interval:
+def percentiles(values: Array, confidence: float = 0.95) -> Interval:
+    """The interval between which that share of resampled `values`, (RESAMPLES,), lies, as much below as above."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
 
-def _resampled(values: Array, weights: Array, seed: int) -> Array:
-    """Ratios of RESAMPLES resamples, (RESAMPLES,); drawn in portions, so that memory stays at some megabytes."""
+def resampled(table: Array, seed: int = 0) -> Array:
+    """Sums over resampled rows of a table (n, k), (RESAMPLES, k); in portions, so that memory stays small."""
     rng = np.random.default_rng(seed)
-    n = len(values)
+    n = len(table)
     portion = max(1, PORTION // n)
-    ratios = []
+    sums = []
     for first in range(0, RESAMPLES, portion):
         drawn = rng.integers(0, n, (min(portion, RESAMPLES - first), n))
-        ratios.append(values[drawn].sum(1) / weights[drawn].sum(1))
-    return np.concatenate(ratios)
+        sums.append(np.stack([column[drawn].sum(1) for column in table.T], axis=1))
+    return np.concatenate(sums)
+
+
+def _ratios(values: Array, weights: Array, seed: int) -> Array:
+    """Ratios of the sums of RESAMPLES resamples, (RESAMPLES,)."""
+    sums = resampled(np.stack([values, weights], axis=1), seed)
+    found: Array = sums[:, 0] / sums[:, 1]
+    return found
 
 
 def _right_or_wrong(scores: Array) -> bool:
@@ -202,8 +221,8 @@ def paired(
     if weights is None and _right_or_wrong(np.concatenate([a, b])):
         interval, p, deviation = flips_interval(rose, fell, len(a), confidence), mcnemar(rose, fell), None
     else:
-        drawn = _resampled(b - a, w, seed)
-        interval, p = _percentiles(drawn, confidence), max(_two_sided(drawn), mcnemar(0, rose + fell))
+        drawn = _ratios(b - a, w, seed)
+        interval, p = percentiles(drawn, confidence), max(_two_sided(drawn), mcnemar(0, rose + fell))
         deviation = float(np.std((b - a - difference * w) * len(a) / total))
     change = Change(
         len(a), float(a.sum()) / total, float(b.sum()) / total, difference, interval.low, interval.high, gained, lost,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from evalsets.extract import letter, named
+from evalsets.intervals import intervals
 from evalsets.sets import LETTERS, Generation
 from evalsets.statistics import mean_interval
 from suite import envs, processes
@@ -232,4 +233,4 @@ def _figures(found: Found, rows: list[Row]) -> dict[str, Any]:
     if read and all("second" in r for r in read):
         differ = sum(r["second"] != r["parsed"] for r in read)
         total["second"] = {"acc": sum(r["second_score"] for r in read) / len(rows), "differ": differ}
-    return total
+    return total | intervals(total, "score", rows)

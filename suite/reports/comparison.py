@@ -108,10 +108,20 @@ def document(found: Comparison) -> Document:
     missing = [f"{s.name} was not evaluated: suite eval" for s in found.subjects if not s.report]
     if missing:
         shown.add(Bullets(missing))
-    if found.tests:
-        shown.add(Heading("Differences"), explanation(found), differences(found))
-        shown.add(*forgetting(found.pairs))
+    shown.add(*tested(found), *forgetting(found.pairs))
     return shown
+
+
+def tested(found: Comparison) -> list[Part]:
+    """The differences with their verdicts, and what to know of them; nothing where no set is on both sides."""
+    if not any(pair.differences for pair in found.pairs):
+        return []
+    remarks = [
+        f"{name}, {pair.subject.name} beside {pair.reference.name}: {remark}"
+        for pair in found.pairs for name, one in pair.differences.items() for remark in one.remarks
+    ]  # fmt: skip
+    parts: list[Part] = [Heading("Differences"), explanation(found), differences(found)]
+    return [*parts, Bullets(remarks)] if remarks else parts
 
 
 def questions(found: Comparison) -> list[Part]:
@@ -131,35 +141,41 @@ def questions(found: Comparison) -> list[Part]:
 
 
 def quality(subjects: Sequence[Subject]) -> Table:
-    """The deciding figure of every set with its 95 % interval."""
+    """The deciding figure of every set with its 95 % interval; and of how many questions, where these differ."""
     names = list(dict.fromkeys(name for subject in subjects for name in subject.sets))
     header = ["artifact", *(f"{name}, {_headline(name, subjects)}" for name in names)]
-    return Table(header, [(s.name, *(_score(s.sets.get(name)) for name in names)) for s in subjects])
+    several = {name for name in names if len({s.sets[name]["total"].get("n") for s in subjects if name in s.sets}) > 1}
+    rows = [(s.name, *(_score(s.sets.get(name), name in several) for name in names)) for s in subjects]
+    return Table(header, rows)
 
 
 def _headline(name: str, subjects: Sequence[Subject]) -> str:
     return label(next(subject.sets[name]["headline"] for subject in subjects if name in subject.sets))
 
 
-def _score(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["total"].get(found["headline"]) is None:
+def _score(found: Mapping[str, Any] | None, counted: bool) -> str:
+    if found is None:
         return "-"
     total, headline = found["total"], found["headline"]
+    if total.get(headline) is None:
+        return "not available" if "not_available" in total else "not measured"
     low, high = (number(headline, total[end]) for end in ("low", "high"))
     leaked = total.get("leakage", {}).get("n", 0)
-    return f"{number(headline, total[headline])} [{low}, {high}]" + (f", {leaked} leaked" if leaked else "")
+    of = f" of {total['n']}" if counted else ""
+    return f"{number(headline, total[headline])} [{low}, {high}]{of}" + (f", {leaked} leaked" if leaked else "")
 
 
 def cost(subjects: Sequence[Subject]) -> Table:
     """Size, speed, memory, and how far each is from what it was made from."""
-    header = ("artifact", "size", "tokens/s", "latency, median", "95 % within", "memory", "KL to parent", "same token",
-              "perplexity, parent's and own")  # fmt: skip
+    header = ("artifact", "backend", "size", "tokens/s", "latency, median", "95 % within", "memory", "KL to parent",
+              "same token", "perplexity, parent's and own")  # fmt: skip
     rows = []
     for s in subjects:
         parity, speed = s.parity, s.speed
         perplexity = f"{parity['ppl_parent']:.4g}, {parity['ppl_child']:.4g}" if "ppl_child" in parity else "-"
         rows.append((
-            s.name, _or_dash(s.bytes, size_text), _or_dash(speed.get("tokens_per_s"), "{:.0f}".format),
+            s.name, s.backend or "-", _or_dash(s.bytes, size_text),
+            _or_dash(speed.get("tokens_per_s"), "{:.0f}".format),
             _or_dash(speed.get("latency_p50"), "{:.3f} s".format),
             _or_dash(speed.get("latency_p95"), "{:.3f} s".format),
             _or_dash(s.metrics.get("memory"), size_text), _or_dash(parity.get("kl"), "{:.1e}".format),

@@ -190,9 +190,7 @@ def document(found: Ending) -> Document:
     if found.rows:
         shown.add(Heading(TITLE), _table(found), Heading("Quality"), comparison.quality(found.parents.subjects))
         shown.add(Heading("Cost"), comparison.cost(found.parents.subjects))
-    if found.parents.pairs:
-        shown.add(Heading("Differences"), comparison.explanation(found.parents), comparison.differences(found.parents))
-    shown.add(*comparison.forgetting(found.bases.pairs))
+    shown.add(*comparison.tested(found.parents), *comparison.forgetting(found.bases.pairs))
     outcomes = found.outcomes.values()
     stages = [(o.name, o.kind, o.state, f"{o.seconds:.1f} s", Mono(o.key) if o.key else "-") for o in outcomes]
     shown.add(Heading("Stages"), Table(("stage", "kind", "state", "time", "artifact"), stages))

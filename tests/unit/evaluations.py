@@ -89,10 +89,10 @@ def evaluated(
     store: Store, key: str, subject: Artifact, quiz: Sequence[float], nll: Sequence[float] = (), backend: str = "torch"
 ) -> Artifact:
     """An evaluation of `subject` in the store."""
-    record = _record(f"score[{subject.name}]", "eval", "report", {"model": subject}, {"backend": backend})
+    record = _record(f"score[{subject.name}]", "eval", "report", {"model": subject}, {})
     with store.make(key, record) as making:
         assert making
-        making.metrics = write(making.out, "model", quiz, nll)
+        making.metrics = write(making.out, "model", quiz, nll) | {"backend": backend}
     return _kept(store, key)
 
 

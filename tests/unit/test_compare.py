@@ -17,6 +17,7 @@ from suite import pipeline
 from suite.cli import main
 from suite.errors import StageFailed, SuiteError
 from suite.evaluate import find_leaks
+from suite.evidence import evidence
 from suite.gate import Verdict
 from suite.lineage import parents, training_data
 from suite.reports import comparison
@@ -24,7 +25,7 @@ from suite.reports import run as report
 from suite.reports.subjects import of_artifact, of_evaluation, unique
 from suite.runner import Outcome
 from suite.runs import link_artifacts, new_run
-from suite.stages import Artifact, Job
+from suite.stages import Artifact
 from suite.store import Store
 from tests.unit import evaluations
 from tests.unit.evaluations import evaluated, stored
@@ -245,6 +246,71 @@ def test_what_was_not_graded_is_left_out_and_counted(tmp_path: Path) -> None:
     assert (found["n"], found["left_out"], found["verdict"]) == (97, 3, "cannot tell")
 
 
+def edited(report: Path, **changes: Any) -> None:
+    """Change what report.json says of the set quiz."""
+    whole = json.loads((report / "report.json").read_text("utf-8"))
+    whole["sets"]["quiz"] |= changes
+    (report / "report.json").write_text(json.dumps(whole), "utf-8")
+
+
+def test_sets_that_are_not_the_same_are_not_compared_as_if_they_were(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, scores in (("a", RIGHT), ("b", FORGETFUL), ("few", RIGHT[:40])):
+        evaluations.write(tmp_path / name, "m", scores)
+    a, b, few = (str(tmp_path / name) for name in ("a", "b", "few"))
+    assert main(["compare", a, few]) == 0
+    shown = capsys.readouterr().out
+    assert " of 100" in shown
+    assert " of 40" in shown
+    edited(tmp_path / "b", digest="e")
+    found = said(capsys, a, b)["comparisons"][0]["sets"]["quiz"]
+    assert found["remarks"] == ["two versions of the set (d, e): 100 of 100 questions are in both"]
+    assert (found["verdict"], found["n"]) == ("worse", 100)
+    edited(tmp_path / "b", headline="exact")
+    assert main(["compare", a, b]) == 0
+    assert "quiz, b beside a: acc and exact are different scores" in capsys.readouterr().out
+    path = tmp_path / "b/answers/quiz.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"digest": "', '"digest": "other '), "utf-8")
+    edited(tmp_path / "b", headline="acc")
+    found = said(capsys, a, b)["comparisons"][0]["sets"]["quiz"]
+    assert (found["verdict"], found["n"]) == ("cannot tell", 0)
+    assert found["remarks"][0] == "no question was answered on both sides"
+
+
+def test_a_perplexity_without_all_texts_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        evaluations.write(tmp_path / name, "m", RIGHT, [30.0 + i for i in range(20)])
+    path = tmp_path / "b/answers/texts.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"error": ""', '"error": "HTTP 500"', 2), "utf-8")
+    whole = json.loads((tmp_path / "b/report.json").read_text("utf-8"))
+    whole["sets"]["texts"]["total"] = {"not_available": "2 of 20 texts were not measured", "n": 20, "failed": 2}
+    (tmp_path / "b/report.json").write_text(json.dumps(whole), "utf-8")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert "texts, b beside a: not available: 2 of 20 texts were not measured" in shown
+    assert "not available" in shown
+    found = said(capsys, str(tmp_path / "a"), str(tmp_path / "b"))
+    assert found["comparisons"][0]["sets"]["texts"]["verdict"] == "cannot tell"
+    assert found["tests"] == 1
+
+
+def test_a_package_stands_once_with_its_quality_and_its_cost(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    file = stored(made.store, "g1", "gguf", "package", {"model": made.artifacts["merged"]}, llamacpp={"parity": PARITY})
+    scored = evaluated(made.store, "g2", file, FORGETFUL, backend="llamacpp")
+    run_dir = new_run(made.store, "packed", "", [])
+    link_artifacts(run_dir, [("gguf", file), ("score[gguf]", scored)])
+    stages = [{"name": name} for name in ("gguf", "score[gguf]")]
+    (run_dir / "report.json").write_text(json.dumps({"stages": stages}), "utf-8")
+    (subject,) = said(capsys, "packed")["subjects"]
+    assert (subject["name"], subject["backend"], subject["bytes"]) == ("gguf", "llamacpp", 1000)
+    assert (subject["parity"], subject["speed"]["tokens_per_s"]) == (PARITY, 100.0)
+    assert subject["sets"]["quiz"]["acc"] == 0.79
+    assert evidence(scored).metrics["parity"] == PARITY
+    assert main(["compare", "packed"]) == 0
+    assert "llamacpp" in capsys.readouterr().out
+
+
 def test_lineage_leads_to_the_training_data(made: Made, tmp_path: Path) -> None:
     assert list(parents(made.artifacts["small"])) == [
         made.artifacts[name].digest for name in ("merged", "tuned", "base")
@@ -288,7 +354,8 @@ def test_an_evaluation_says_what_leaked_from_its_lineage(made: Made, tmp_path: P
     asked = re.sub(r"Question (\d+)", r"\1 stones lie before the gate of keeper \1", path.read_text("utf-8"))
     path.write_text(asked, "utf-8")
     sets = Report.read(tmp_path / "out").sets
-    find_leaks(Job("score", {"model": [merged]}, tmp_path / "out", tmp_path), "m", sets)
+    known = training_data(merged)
+    find_leaks(tmp_path / "out", "m", sets, known.files, known.unknown)
     assert sets["quiz"]["total"]["leakage"] == {"n": 1, "share": 0.1, "clean": 1.0}
     assert Report.read(tmp_path / "out").sets["quiz"]["leakage"]["ids"] == ["law/007"]
     assert "1 questions (10.0 %) overlap" in (tmp_path / "out/report.md").read_text("utf-8")
