@@ -1,9 +1,9 @@
 """Gates: conditions on measured values, such as `ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %`.
 
-A side is numbers and measured values joined by + - * /. A value is a path into this stage's metrics, `@stage.path` into
-another's, or `forgotten(@stage.set)`: how many questions of a set that stage answered right and this one does not
-(`forgotten(@stage)`: of all sets; `learnt(...)`: the reverse). A value that was not measured fails the gate: nothing
-passes unmeasured.
+A side is numbers and measured values joined by + - * /. A value is a path into this stage's metrics, which may begin
+with the stage's own name (`score.ceval-mini.acc`), `@stage.path` into another's, or `forgotten(@stage.set)`: how many
+questions of a set that stage answered right and this one does not (`forgotten(@stage)`: of all sets; `learnt(...)`: the
+reverse). A value that was not measured fails the gate: nothing passes unmeasured.
 
 With `at 95 %` the condition must hold wherever the true score may be: at both ends of its interval or, beside the same
 score of another stage, of the interval of their difference on the same questions. So few questions prove little.
@@ -62,7 +62,10 @@ Term = Callable[[Lookup], float]
 
 @dataclass(frozen=True)
 class Gate:
-    """One parsed condition on `values`; `confidence` is a share, or None where the numbers are taken as they are."""
+    """One parsed condition on `values` of the stage `name`.
+
+    `confidence` is a share, or None where the numbers are taken as they are.
+    """
 
     text: str
     values: tuple[Value, ...]
@@ -70,6 +73,7 @@ class Gate:
     compare: str
     right: Term
     confidence: float | None = None
+    name: str = ""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -80,7 +84,7 @@ class Gate:
         """Decide on what is known of this stage's artifact and, by stage name, of those of `stages`."""
         try:
             if self.confidence is None:
-                held, said = self._at(lambda value: _measured(value, own, others))
+                held, said = self._at(lambda value: self._measured(value, own, others))
                 return Verdict(self.text, held, f"{said} is {'true' if held else 'false'}")
             return self._judge_sure(own, others)
         except Unmeasured as missing:
@@ -97,17 +101,34 @@ class Gate:
         subject, *beside = sorted(set(self.values), key=lambda value: value.stage or "")
         of = own if subject.stage is None else _of(subject.stage, others)
         against = _of(beside[0].stage or "", others) if beside else None
-        found = of.bounds(subject.path, self.confidence, against)
+        path = beside[0].path if beside else self._path(subject, of.metrics)
+        found = of.bounds(path, self.confidence, against)
         ends = [self._at(_replaced(subject, end, found)) for end in (found.low, found.high)]
         held = all(end for end, _ in ends)
         where = f" beside {found.beside:.4g}" if found.beside is not None else ""
         sure = f"at {100 * self.confidence:.4g} % on {found.n} questions"
-        said = f"{subject.path} is {found.low:.4g} to {found.high:.4g}{where} {sure}"
+        said = f"{path} is {found.low:.4g} to {found.high:.4g}{where} {sure}"
         if held:
             return Verdict(self.text, True, f"{said}: true at both ends")
         undecided = " (and true at the other end: more questions could tell)" if any(end for end, _ in ends) else ""
         false = next(text for end, text in ends if not end)
         return Verdict(self.text, False, f"{said}: {false} is false{undecided}")
+
+    def _measured(self, value: Value, own: Evidence, others: Mapping[str, Evidence]) -> float:
+        if value.of != "metrics":
+            learnt, forgotten = own.flips(_of(value.stage or "", others), value.path)
+            return float(forgotten if value.of == "forgotten" else learnt)
+        metrics = (own if value.stage is None else _of(value.stage, others)).metrics
+        return value_at(metrics, self._path(value, metrics), value.stage)
+
+    def _path(self, value: Value, metrics: Mapping[str, Any]) -> str:
+        """The path of a value without this stage's name, where that is no name of a metric too."""
+        return value.path if value.stage or self.name in metrics else _bare(value.path, self.name)
+
+
+def _bare(path: str, name: str) -> str:
+    """A path without the name of the stage whose value it is."""
+    return path.removeprefix(f"{name}.") if name else path
 
 
 def _of(stage: str, others: Mapping[str, Evidence]) -> Evidence:
@@ -120,36 +141,31 @@ def _replaced(subject: Value, end: float, found: Bounds) -> Lookup:
     return lambda value: end if value == subject or found.beside is None else found.beside
 
 
-def _measured(value: Value, own: Evidence, others: Mapping[str, Evidence]) -> float:
-    if value.of != "metrics":
-        learnt, forgotten = own.flips(_of(value.stage or "", others), value.path)
-        return float(forgotten if value.of == "forgotten" else learnt)
-    return value_at((own if value.stage is None else _of(value.stage, others)).metrics, value.path, value.stage)
-
-
 def value_at(metrics: Mapping[str, Any], path: str, stage: str | None) -> float:
     """The number at a dotted path such as `ceval-mini.acc`; raises Unmeasured with what there is."""
     node: Any = metrics
     for part in path.split("."):
         if not isinstance(node, Mapping) or part not in node:
             known = ", ".join(sorted(node)) if isinstance(node, Mapping) and node else "nothing"
-            raise Unmeasured(f"'{path}' was not measured{f' by @{stage}' if stage else ''}; there is: {known}")
+            by = f" by @{stage}" if stage else ""
+            elsewhere = "" if stage or node is not metrics else "; a value of another stage begins with @"
+            raise Unmeasured(f"'{path}' was not measured{by}; there is: {known}{elsewhere}")
         node = node[part]
     if isinstance(node, bool) or not isinstance(node, int | float):
         raise Unmeasured(f"'{path}' is no number but {node!r}")
     return float(node)
 
 
-def parse(text: str) -> Gate:
-    """Read one gate; raises SuiteError with what was expected."""
-    return _Parser(text).gate()
+def parse(text: str, name: str = "") -> Gate:
+    """Read one gate of the stage that its file calls `name`; raises SuiteError with what was expected."""
+    return _Parser(text, name).gate()
 
 
 class _Parser:
     """Recursive descent: gate = sum compare sum; sum = product {+|- product}; product = atom {*|/ atom}."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self, text: str, name: str) -> None:
+        self.text, self.name, self.at = text, name, 0
         self.values: list[Value] = []
         self.tokens: list[re.Match[str]] = []
         sure = AT.search(text)
@@ -180,7 +196,7 @@ class _Parser:
         if self.at < len(self.tokens):
             raise self.error(f"unexpected '{self.tokens[self.at][0].strip()}'")
         self.check_sure()
-        return Gate(self.text, tuple(self.values), left, compare, right, self.confidence)
+        return Gate(self.text, tuple(self.values), left, compare, right, self.confidence, self.name)
 
     def check_sure(self) -> None:
         """With `at`: one score, or one beside the same of another stage; more have no interval together."""
@@ -188,11 +204,13 @@ class _Parser:
             return
         if not 0.5 <= self.confidence < 1:
             raise self.error("'at' takes 50 to 99.99 %")
-        paths = {value.path for value in self.values}
-        stages = {value.stage for value in self.values}
-        counted = len(self.values) == len(set(self.values)) and all(value.of == "metrics" for value in self.values)
-        if not (counted and len(paths) == 1 and (len(stages) == 1 or (len(stages) == 2 and None in stages))):
-            raise self.error("with 'at' it compares one score with a number, or with the same score of another stage")
+        own, others = ([v for v in self.values if (v.stage is None) == mine] for mine in (True, False))
+        one = len(self.values) == 1
+        two = len(own) == len(others) == 1 and others[0].path in (own[0].path, _bare(own[0].path, self.name))
+        if not ((one or two) and all(value.of == "metrics" for value in self.values)):
+            named = ", ".join(f"@{v.stage}.{v.path}" if v.stage else v.path for v in self.values)
+            what = "with 'at' it compares one score with a number, or with the same score of another stage"
+            raise self.error(f"{what}, not {named or 'numbers only'}")
 
     def chain(self, ops: Mapping[str, Callable[[float, float], float]], part: Callable[[], Term]) -> Term:
         term = part()

@@ -155,7 +155,7 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     needs = tuple(
         n[1:] for i, need in enumerate(wiring.needs) for n in tables.expand(need, where(("needs", i)), only_stages=True)
     )
-    return Node(base + cell.label, stage, inputs, needs, _gates(wiring, where), where)
+    return Node(base + cell.label, stage, inputs, needs, _gates(wiring, base, where), where)
 
 
 def _environment(node: Node, named: Mapping[str, envs.Environment]) -> envs.Environment | None:
@@ -198,11 +198,11 @@ def _kind(name: str, where: str) -> type[Stage]:
         raise SuiteError(error.message, where=where, hint=error.hint) from None
 
 
-def _gates(wiring: Wiring, where: Lines) -> tuple[gates.Gate, ...]:
+def _gates(wiring: Wiring, name: str, where: Lines) -> tuple[gates.Gate, ...]:
     parsed = []
     for i, text in enumerate(wiring.gate):
         try:
-            parsed.append(gates.parse(text))
+            parsed.append(gates.parse(text, name))
         except SuiteError as error:
             raise SuiteError(error.message, where=where(("gate", i)), hint=error.hint) from None
     return tuple(parsed)

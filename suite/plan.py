@@ -31,8 +31,8 @@ class Node:
 
     @property
     def after(self) -> set[str]:
-        """Names of all stages that must be done first."""
-        read = (s for g in self.gates for s in g.stages)
+        """Names of all stages that must be done first; gates are judged when this one is, so they may name it too."""
+        read = (s for g in self.gates for s in g.stages if s != self.name)
         return {s for sources in self.inputs.values() for s in sources if isinstance(s, str)} | {*self.needs, *read}
 
 

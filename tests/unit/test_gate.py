@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suite import gate
+from suite.cli import main
 from suite.errors import SuiteError
 from suite.evidence import Evidence, evidence
 from suite.gate import Verdict
 from suite.stages import Artifact
+from tests.unit.kinds import pipeline_file
 
 
 class Known(Evidence):
@@ -54,6 +56,24 @@ def test_judged(text: str, held: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("score.ceval-mini.acc >= 0.8", True), ("score.ceval-mini.acc > 0.8", False), ("ceval-mini.acc >= 0.8", True),
+        ("score.parity.kl < 1e-2", True), ("score.ceval-mini.acc >= @before.ceval-mini.acc - 0.02", True),
+        ("scores.ceval-mini.acc >= 0", False), ("@before.score.ceval-mini.acc >= 0", False),
+    ],
+)  # fmt: skip
+def test_values_may_begin_with_the_name_of_their_stage(text: str, held: bool) -> None:
+    assert gate.parse(text, "score").judge(OWN, OTHERS).held is held
+
+
+def test_a_metric_goes_before_a_stage_of_its_name() -> None:
+    own = Known({"quiz": {"acc": 0.5, "quiz": {"acc": 0.7}}})
+    assert gate.parse("quiz.acc == 0.5", "quiz").judge(own, {}).held
+    assert "begins with @" in gate.parse("quizz.acc == 0.5", "quiz").judge(own, {}).reason
+
+
+@pytest.mark.parametrize(
     "path",
     ["nothing", "ceval-mini.nothing", "ceval-mini", "ok", "@before.nothing", "@gone.acc", "forgotten(@before)", "learnt(@gone.x)"],
 )  # fmt: skip
@@ -72,11 +92,11 @@ def test_division_by_zero_does_not_pass() -> None:
     "text", ["", "a", "a >=", ">= 1", "a >= 1 2", "a => 1", "(a >= 1", "a >= 1 and b >= 2", "@a >= 1", "a-0.5 > 0",
              "forgotten(a) > 1", "forgotten() > 1", "a > 1 at 95", "a > 1 at 40 %", "a > 1 at 100 %", "1 > 0 at 95 %",
              "a > b at 95 %", "a > @x.b at 95 %", "a + a > 1 at 95 %", "a > @x.a + @y.a at 95 %",
-             "forgotten(@x) < 2 at 95 %"]
+             "forgotten(@x) < 2 at 95 %", "other.a > @x.a at 95 %"]
 )  # fmt: skip
 def test_refused(text: str) -> None:
     with pytest.raises(SuiteError, match="gate"):
-        gate.parse(text)
+        gate.parse(text, "score")
 
 
 @given(st.text(max_size=40))
@@ -96,16 +116,24 @@ def test_sums_and_products_as_in_arithmetic(a: int, b: int, c: int) -> None:
 def evaluation(folder: Path, scores: list[float], nll: float = 2.0) -> Evidence:
     """The report of a choice set with these scores, and of 20 texts of 10 tokens that cost `nll` each."""
     (folder / "answers").mkdir(parents=True)
-    rows = [{"id": f"q/{i}", "digest": f"{i}", "subset": "q", "error": "", "score": s} for i, s in enumerate(scores)]
+    rows = [
+        {"id": f"q/{i}", "digest": f"{i}", "subset": "qr"[i % 2], "error": "", "score": s, "partial": (s + i % 2) / 2}
+        for i, s in enumerate(scores)
+    ]
     texts = [
         {"id": f"t/{i}", "digest": f"{i}", "subset": "t", "error": "", "nll": nll * (9 + i % 3), "tokens": 10, "bytes": 30}
         for i in range(20)
     ]  # fmt: skip
     acc = sum(scores) / len(scores)
     sets = {
-        "quiz": {"kind": "choice", "headline": "acc", "total": {"acc": acc, "n": len(scores)}},
-        "texts": {"kind": "perplexity", "headline": "ppl", "total": {"ppl": 7.0}},
-        "none": {"kind": "choice", "headline": "acc", "total": {"not_available": "no logprobs"}},
+        "quiz": {
+            "kind": "choice",
+            "headline": "acc",
+            "digest": "q",
+            "total": {"acc": acc, "n": len(scores), "partial": acc, "intervals": {"partial": {}, "macro": {}}},
+        },
+        "texts": {"kind": "perplexity", "headline": "ppl", "digest": "t", "total": {"ppl": 7.0}},
+        "none": {"kind": "choice", "headline": "acc", "digest": "n", "total": {"not_available": "no logprobs"}},
     }
     for name, found in (("quiz", rows), ("texts", texts)):
         (folder / "answers" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)), "utf-8")
@@ -116,7 +144,7 @@ def evaluation(folder: Path, scores: list[float], nll: float = 2.0) -> Evidence:
 
 
 def judged(text: str, own: Evidence, before: Evidence) -> Verdict:
-    return gate.parse(text).judge(own, {"before": before})
+    return gate.parse(text, "score").judge(own, {"before": before})
 
 
 def test_a_score_is_compared_by_the_end_of_its_interval(tmp_path: Path) -> None:
@@ -128,6 +156,7 @@ def test_a_score_is_compared_by_the_end_of_its_interval(tmp_path: Path) -> None:
     assert "more questions could tell" in unsure.reason
     assert judged("quiz.acc >= 0.85 at 80 %", own, own).held
     assert judged("quiz.acc <= 0.95 at 95 %", own, own).held
+    assert judged("score.quiz.acc >= 0.82 at 95 %", own, own).held
     hopeless = judged("quiz.acc >= 0.99 at 95%", own, own)
     assert not hopeless.held
     assert "more questions" not in hopeless.reason
@@ -143,6 +172,8 @@ def test_a_score_beside_another_is_compared_on_the_same_questions(tmp_path: Path
     assert judged("quiz.acc >= @before.quiz.acc - 0.06", worse, before).held
     assert judged("quiz.acc >= @before.quiz.acc - 0.08 at 95 %", worse, before).held
     assert judged("quiz.acc >= 0.8 * @before.quiz.acc at 95 %", worse, before).held
+    assert judged("score.quiz.acc >= @before.quiz.acc - 0.08 at 95 %", worse, before).held
+    assert not judged("score.quiz.acc >= @before.quiz.acc - 0.06 at 95 %", worse, before).held
     assert judged("@before.quiz.acc > quiz.acc at 95 %", worse, before).held
 
 
@@ -177,11 +208,35 @@ def test_perplexity_moves_by_a_factor(tmp_path: Path) -> None:
     assert judged("texts.ppl < 9 at 95 %", after, before).held
 
 
+def test_texts_that_failed_leave_no_perplexity(tmp_path: Path) -> None:
+    """Which texts are measured decides it: one that failed would make it better or worse."""
+    before, after = evaluation(tmp_path / "a", [1.0]), evaluation(tmp_path / "b", [1.0])
+    path = tmp_path / "b/answers/texts.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"error": ""', '"error": "HTTP 500"', 2), "utf-8")
+    for text in ("texts.ppl < 90 at 95 %", "texts.ppl <= @before.texts.ppl * 9 at 95 %"):
+        assert judged(text, before, before).held
+        verdict = judged(text, after, before)
+        assert not verdict.held
+        assert "not measured: 2 texts failed" in verdict.reason
+
+
+def test_figures_beside_the_deciding_one_are_more_or_less_sure_too(tmp_path: Path) -> None:
+    own = evaluation(tmp_path / "a", [1.0] * 90 + [0.0] * 10)  # partial: 0.5, 1 and so on, at the end 0, 0.5
+    before = evaluation(tmp_path / "b", [1.0] * 100)
+    assert judged("quiz.partial >= 0.63 at 95 %", own, own).held
+    assert not judged("quiz.partial >= 0.68 at 95 %", own, own).held
+    assert judged("quiz.partial >= @before.quiz.partial - 0.09 at 95 %", own, before).held
+    assert not judged("quiz.partial >= @before.quiz.partial - 0.06 at 95 %", own, before).held
+    assert judged("quiz.macro >= 0.8 at 95 %", own, before).held
+    assert "no mean over the same questions" in judged("quiz.macro > @before.quiz.macro at 95 %", own, before).reason
+
+
 def test_only_scores_of_questions_are_more_or_less_sure(tmp_path: Path) -> None:
     own = evaluation(tmp_path / "a", [1.0])
     for text, said in (
-        ("quiz.n > 0 at 95 %", "'quiz.acc' has one"), ("speed.tokens_per_s > 0 at 95 %", "with one are: quiz.acc, texts.ppl"),
-        ("none.acc > 0 at 95 %", "not available: no logprobs"), ("none.acc > @before.none.acc at 95 %", "answered on both"),
+        ("quiz.n > 0 at 95 %", "of 'quiz' one have: acc, partial, macro"), ("texts.tokens > 0 at 95 %", "one have: ppl"),
+        ("speed.tokens_per_s > 0 at 95 %", "with one are: quiz.acc, texts.ppl"),
+        ("none.acc > 0 at 95 %", "not available: no logprobs"), ("none.acc > @before.none.acc at 95 %", "not available: no"),
     ):  # fmt: skip
         assert said in judged(text, own, own).reason
         assert not judged(text, own, own).held
@@ -193,7 +248,7 @@ def test_what_was_forgotten_and_learnt_is_counted(tmp_path: Path) -> None:
     before = evaluation(tmp_path / "a", [1.0, 1.0, 0.0, 0.5, 1.0])
     after = evaluation(tmp_path / "b", [0.0, 0.5, 1.0, 0.0, 1.0])
     assert judged("forgotten(@before.quiz) == 2", after, before).held
-    assert "no question of 'none' was answered" in judged("forgotten(@before) == 2", after, before).reason
+    assert "'none' cannot be compared: not available" in judged("forgotten(@before) == 2", after, before).reason
     assert judged("learnt( @before.quiz ) == 1", after, before).held
     assert "was not asked 'quz'; it was: quiz" in judged("forgotten(@before.quz) == 0", after, before).reason
 
@@ -209,3 +264,19 @@ def test_size_and_parity_are_those_of_what_was_evaluated(tmp_path: Path) -> None
     own = evidence(Artifact(tmp_path / "report", "report"))
     assert gate.parse("bytes == 1000").judge(own, {}).held
     assert gate.parse("parity.kl < 0.05").judge(own, {}).held
+
+
+def test_a_stage_names_itself_in_its_gates(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By its table's name, which the stages of a matrix share, or after an @, which waits for nobody."""
+    text = """
+    [stage.a]
+    use = "make"
+    matrix.score = [0.5, 0.6]
+    gate = ["a.quality.score >= @a[0.5].quality.score", "a.quality.score < 0.55"]
+    """
+    file = pipeline_file(tmp_path, text)
+    assert main(["run", str(file), "--json"]) == 3
+    gates = [json.loads(line) for line in capfd.readouterr().out.splitlines() if '"gate"' in line]
+    assert [(one["stage"], one["held"]) for one in gates] == [
+        ("a[0.5]", True), ("a[0.5]", True), ("a[0.6]", True), ("a[0.6]", False)
+    ]  # fmt: skip
