@@ -2,8 +2,10 @@
 
 A question overlaps when a run of 13 of its tokens stands in a training text (Brown et al. 2020, arXiv:2005.14165,
 appendix C: lower case, no punctuation); of a shorter question 8 tokens, the least that is used there, and of one
-shorter than that, all. A token is a word or, where words are not set apart, a Chinese, Japanese or Korean character.
-What all questions of a set begin or end with (the prompt's form) does not count, nor do runs that several share.
+shorter than that, all. A token is a word, a sign of arithmetic before a number or, where words are not set apart, a
+Chinese, Japanese or Korean character. What all questions of a set begin or end with (the prompt's form) does not count,
+nor do runs that several share. Of a question whose answer is a number, the text must have all numbers too: with others
+it is another question.
 
 Memory holds the questions' runs; the data is streamed.
 """
@@ -16,7 +18,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +28,10 @@ LONG, SHORT, SHORTEST = 13, 8, 4
 """Tokens of a run, of a run in a question shorter than that, and of the shortest question that can be recognised."""
 CHUNK = 1 << 20
 CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af"
-TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+TOKEN = re.compile(rf"[{CJK}]|[^\W_{CJK}]+|[+*/×÷−](?=\s*\d)|-(?= \d)")
+NUMBER = re.compile(r"\d|[〇零一二两三四五六七八九十百千万亿]")
+EXAMPLES = ("choice", "numeric", "external")
+"""Kinds whose prompts may have solved examples before the question; those of others are one conversation."""
 OPTION = re.compile(r"^\s*\(?[A-J][.:)、．：].*$", re.MULTILINE)
 BETWEEN = re.compile(r"[\s,\[\]]*")
 
@@ -35,25 +40,31 @@ Row = dict[str, Any]
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words and single CJK characters, without punctuation, in one width.
+    """Lower-case words, signs before numbers and single CJK characters, without punctuation, in one width.
 
     >>> tokens("What's 2+2？你好")
-    ['what', 's', '2', '2', '你', '好']
+    ['what', 's', '2', '+', '2', '你', '好']
     """
     return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 class Runs:
-    """The runs of tokens by which the questions of some groups are recognised; a group is texts by id, of one form."""
+    """The runs of tokens by which the questions of some groups are recognised; a group is texts by id, of one form.
 
-    def __init__(self, groups: Sequence[Mapping[str, str]]) -> None:
+    `numeric` are the groups whose questions are others with other numbers.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, str]], numeric: Collection[int] = ()) -> None:
         self.too_short = [0] * len(groups)
         self.questions: dict[int, list[tuple[int, str]]] = defaultdict(list)
         self.begins: dict[int, set[str]] = defaultdict(set)
+        self.numbers: dict[tuple[int, str], set[str]] = {}
         for number, texts in enumerate(groups):
             split = _without_form({name: tokens(text) for name, text in texts.items()})
             runs = {name: set(_runs(words)) for name, words in split.items() if len(words) >= SHORTEST}
             self.too_short[number] = len(split) - len(runs)
+            if number in numeric:
+                self.numbers |= {(number, name): set(filter(NUMBER.match, split[name])) for name in runs}
             shared = Counter(run for found in runs.values() for run in found)
             for name, found in runs.items():
                 for run in {run for run in found if shared[run] == 1} or found:
@@ -65,7 +76,7 @@ class Runs:
         for length, begins in self.begins.items():
             for i in range(len(words) - length + 1):
                 if words[i] in begins and (found := self.questions.get(hash(tuple(words[i : i + length])))):
-                    yield from found
+                    yield from (each for each in found if self.numbers.get(each, set()).issubset(words))
 
 
 def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -142,8 +153,9 @@ def annotate(
     groups: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)  # the form of a prompt is that of a language
     for name, found in answers.items():
         for row in found:
-            groups[name, row["language"]][row["id"]] = _question(row)
-    runs = Runs(list(groups.values()))
+            groups[name, row["language"]][row["id"]] = _question(row, sets[name]["kind"])
+    numeric = [number for number, (name, _) in enumerate(groups) if sets[name]["kind"] == "numeric"]
+    runs = Runs(list(groups.values()), numeric)
     names = [name for name, _ in groups]
     leaked: dict[str, set[str]] = defaultdict(set)
     for number, question in overlapping(runs, files, progress):
@@ -164,10 +176,13 @@ def annotate(
         }  # fmt: skip
 
 
-def _question(row: Row) -> str:
-    """What is asked, without examples, system texts and options."""
+def _question(row: Row, kind: str) -> str:
+    """What is asked, in all turns of a conversation, without solved examples, system texts and options."""
     prompt = row["prompt"]
-    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "") if prompt else ""
+    if isinstance(prompt, str):
+        return OPTION.sub("", prompt) or prompt
+    turns = prompt[-1:] if kind in EXAMPLES else [turn for turn in prompt if turn["role"] == "user"]
+    text = "\n".join(string for turn in turns for string in strings(turn.get("content")))
     return OPTION.sub("", text) or text
 
 
@@ -181,6 +196,8 @@ def _score(kind: str, found: Sequence[Row]) -> float | None:
 
 def said(found: Mapping[str, Any], headline: str) -> str:
     """One sentence about the leakage of a set, for people."""
+    if "leakage" not in found:
+        return "Leakage is not known: no question was looked for in training data."
     total, known = found["total"]["leakage"], found["leakage"]
     if "not_available" in total:
         return f"Leakage is not known: {total['not_available']}."

@@ -33,7 +33,19 @@ def found(texts: dict[str, str], files: list[Path]) -> set[str]:
 
 
 def test_tokens_are_words_and_chinese_characters_without_marks() -> None:
-    assert tokens("What's 2+2？ 你好,WORLD ＡＢ—_x_") == ["what", "s", "2", "2", "你", "好", "world", "ab", "x"]
+    assert tokens("What's 2+2？ 你好,WORLD ＡＢ—_x_") == ["what", "s", "2", "+", "2", "你", "好", "world", "ab", "x"]
+    assert tokens("1939-1945, 9 - 4 × 3 ÷ y, well-known") == [
+        "1939",
+        "1945",
+        "9",
+        "-",
+        "4",
+        "×",
+        "3",
+        "y",
+        "well",
+        "known",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +83,53 @@ def test_what_all_questions_share_is_no_evidence(tmp_path: Path) -> None:
     runs = Runs([few])
     assert runs.too_short == [1]
     assert found(few, data(tmp_path, SHORT)) == {"a"}
+
+
+SUM = "A baker sells 17 loaves each morning and then 26 more of the same kind in every long afternoon of the week."
+KITTEN = "小明有三只小猫，后来邻居又送给他五只小猫，请问小明现在一共有多少只小猫？"
+
+
+@pytest.mark.parametrize(
+    ("text", "leaks"),
+    [
+        (SUM, {"sum"}), (SUM.replace("17", "71").replace("26", "25"), set()), (SUM.replace("17", "71"), set()),
+        (f"First. {SUM} 43.", {"sum"}), ("What is 37 + 45?", {"add"}), ("What is 37 - 45?", set()), ("What is 37 + 46?", set()),
+        (KITTEN, {"kitten"}), (KITTEN.replace("三", "四").replace("五", "六"), set()),
+    ],
+)  # fmt: skip
+def test_a_question_with_other_numbers_is_another_question(text: str, leaks: set[str], tmp_path: Path) -> None:
+    asked = {"sum": SUM, "add": "What is 37 + 45?", "kitten": KITTEN}
+    rows_of = [
+        {"id": name, "language": "en", "prompt": text, "score": 1.0, "error": ""} for name, text in asked.items()
+    ]
+    for kind, found in (("numeric", leaks), ("qa", None)):
+        sets: dict[str, dict[str, Any]] = {"s": {"kind": kind, "total": {}}}
+        annotate(sets, {"s": rows_of}, data(tmp_path, text), [])
+        if found is not None:
+            assert set(sets["s"]["leakage"]["ids"]) == found
+        elif text == SUM.replace("17", "71"):
+            assert sets["s"]["leakage"]["ids"] == ["sum"]  # a run of 13 words stands there, as of any other text
+
+
+def test_all_turns_of_a_conversation_are_asked_but_no_examples_and_no_system_text(tmp_path: Path) -> None:
+    turns = [("system", LONG), ("user", CHINESE), ("assistant", SHORT), ("user", "And why is that so?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    asked = [{"id": "q", "language": "zh", "prompt": prompt, "score": 1.0, "error": ""}]
+    chat = {
+        "messages": [{"role": "system", "content": [{"type": "text", "text": "{}"}]}, {"role": "user", "content": "x"}]
+    }
+    for text, kind, leaks in (
+        (CHINESE, "qa", True), (LONG, "qa", False), (SHORT, "qa", False), (CHINESE, "choice", False),
+    ):  # fmt: skip
+        path = tmp_path / "chat.jsonl"
+        path.write_text(json.dumps(chat).replace("{}", text), "utf-8")
+        sets: dict[str, dict[str, Any]] = {"s": {"kind": kind, "total": {}}}
+        annotate(sets, {"s": asked}, [path], [])
+        assert bool(sets["s"]["leakage"]["ids"]) == leaks
+
+
+def test_a_report_without_it_says_so() -> None:
+    assert "not known" in leakage.said({"total": {}}, "accuracy")
 
 
 @settings(max_examples=40, deadline=None)
