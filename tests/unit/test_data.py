@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from suite import data
 from suite.errors import SuiteError
+from suite.turns import ROLES
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Who are you?"}
@@ -223,7 +224,7 @@ values = st.recursive(
 keys = st.from_regex(
     r"instruction|input|output|history|system|messages|conversations?|role|content|tools", fullmatch=True
 )
-turns = st.fixed_dictionaries({"role": st.sampled_from([*data.ROLES, "x"]), "content": texts | values})
+turns = st.fixed_dictionaries({"role": st.sampled_from([*ROLES, "x"]), "content": texts | values})
 rows = (
     values
     | st.dictionaries(keys, values, max_size=5)
