@@ -20,7 +20,9 @@ NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?(?:%|s|ms|[kMGT]?B|nats))?|
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --faint: #8888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: .7rem 0 1.4rem; display: block; overflow-x: auto; }
+@media (prefers-color-scheme: dark) { :root { --good: #3fb950; --bad: #ff7b72; } }
+.wide { overflow-x: auto; margin: .7rem 0 1.4rem; }
+table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; vertical-align: top; }
 td { white-space: pre-wrap; max-width: 30rem; overflow-wrap: break-word; }
 td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
@@ -168,10 +170,17 @@ def _html_part(part: Part, number: int) -> str:
 
 
 def _html_table(table: Table, name: str) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     body = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in table.rows)
-    search = f'<p><input data-for="{name}" placeholder="words to search for"> <span></span></p>\n'
-    found = f'<table id="{name}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+    label = "words to search for"
+    search = (
+        f'<p><input data-for="{name}" aria-label="{label}" placeholder="{label}"> <span role="status"></span></p>\n'
+    )
+    # the box scrolls, by keys too, so that the table stays one to those who are read it
+    found = (
+        f'<div class="wide" tabindex="0"><table id="{name}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
     return search + found if table.searchable else found
 
 
