@@ -54,7 +54,11 @@ DENIED_AFTER = re.compile(
     r"|是?(?:错|不对|不正确|不是|有误|不符合|不成立)|[×✗✘❌])",
     re.IGNORECASE,
 )
-AFFIRMED = re.compile(MARKED_OFF + r"(?:(?:is|are)\s+)?(?:(?:right|correct)\b|是?(?:正确|对)|[√✓✔✅])", re.IGNORECASE)
+AFFIRMED = re.compile(
+    MARKED_OFF + r"(?:(?:is|are)\s+(?:right|correct)\b|(?:right|correct)(?=\W*(?:$|\n|[A-Z]\b))"
+    r"|是?(?:正确|对(?![于应比象称]))|[√✓✔✅])",
+    re.IGNORECASE,
+)
 DOUBTED = re.compile(r"[\s*_`'\")\]”’」]*(?:\?|吗|么)")
 VERB = re.compile(r"\s+(?:is|because|since|as|seems|would|must|should)\b")
 ANOTHER = re.compile(r"\s*(?:or|and|/|、|或|和|与)[\W_]*[A-Z]\b", re.IGNORECASE)
@@ -209,4 +213,5 @@ def _undecided(rest: str) -> bool:
 
 def _goes_on(rest: str) -> bool:
     """Whether words follow as after an article or a pronoun, "A dog", and not as after an answer, "A is right"."""
-    return bool(re.match(r"[ \t]+[a-z]", rest)) and not VERB.match(rest) and not ANOTHER.match(rest)
+    said = (VERB, ANOTHER, AFFIRMED, DENIED_AFTER)
+    return bool(re.match(r"[ \t]+[a-z]", rest)) and not any(pattern.match(rest) for pattern in said)

@@ -26,6 +26,12 @@ HARD = {
     "A is wrong. B is wrong. C is right.": "C", "B is not right. The answer is C": "C", "D rather than A": "D",
     "neither A nor B, so C": "C", "A is incorrect; B is incorrect; C is correct.": "C", "A：不对。B：正确。": "B", "不是A也不是B，而是D": "D", "排除A、B，选C": "C",
     "The answer is not A. It is D.": "D", "It isn't B": None, "Neither A nor B": None, "I choose B over A": "B", "B (not C)": "B",
+    "A: wrong\nB: right": "B", "A - incorrect\nB - correct": "B", "A) wrong, B) right": "B", "A (wrong), B (right)": "B", "A: Wrong. B: Wrong. C: Right. D: Wrong.": "C",
+    "A ❌ B ✅": "B", "A ×\nB √": "B", "A：错误\nB：正确": "B", "A项错误，C项正确": "C", "A不符合题意，B符合题意": "B", "B: wrong": None, "A: incorrectly stated": "A", "B: wrong turns cost time": "B",
+    "C does not fit; D does": "D", "A is ruled out, so D": "D", "C is the wrong answer, B the right one": "B", "A cannot be correct; therefore D": "D", "neither C nor D, so A": "A", "B is right, A is wrong": "B",
+    # the options once more, before the answer
+    "A. x\nB. y\nC. z\nD. w\n\nThe answer is B": "B", "The options are:\nA. x\nB. y\nC. z\nD. w\nSo the answer is (C).": "C", "A. 红\nB. 黄\nC. 蓝\nD. 绿\n\n答案：D": "D",
+    "A. x\nB. y\nC. z\nD. w": "A", "A. x\nQuestion: next\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: D": "A", "A. x\nB. y\nAnswer: B": "A",
     # doubt
     "A? No, B.": "B", "是B吗？不，是C。": "C", "The answer is A? No, C": "C", "B?": None,
     # marks of formats
@@ -44,6 +50,11 @@ HARD = {
 }  # fmt: skip
 
 
+FORMS = (
+    "{}", "{}.", "({})", "**{}**", "Answer: {}", "The answer is {}.", "答案：{}", "答案是{}。", "故选{}", "我选{}", "\\boxed{{{}}}", "正确答案是（{}）",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("reply", "chosen"), HARD.items())
 def test_hard_replies(reply: str, chosen: str | None) -> None:
     assert letter(reply) == chosen
@@ -58,6 +69,8 @@ SEVERAL = {
     "B": "B", "The answer is A.": "A", "答案：B": "B",
     # running on, reasoning, denial
     "Answer: A,B\n\nQuestion: x\nAnswer: C": "AB", "<think>A</think>B C": "BC", "A、B、D正确，C错误": "ABD", "A是错的，B、C对": "BC",
+    # a verdict on each
+    "A: right\nB: wrong\nC: right\nD: wrong": "AC", "A正确，B错误，C正确": "AC", "A ✓ B ✗ C ✓": "AC", "A is right.\n\nQuestion: is C?": "A", "C is correct": "C",
     # undecided, or none
     "A or B": None, "A或B": None, "The answer is either A or C": None, "A dog": None, "I do not know": None, "": None, "不知道": None, "Bad question": None, "add": None,
 }  # fmt: skip
@@ -97,6 +110,29 @@ def test_a_reply_that_repeats_itself_is_read_in_no_time(part: str) -> None:
         read(part * 3000)
 
 
+@given(
+    st.permutations("ABCD"),
+    st.sampled_from(["{}: {}", "{} - {}", "({}) {}", "{}. {}", "Option {} is {}"]),
+    st.sampled_from(["\n", ", ", "; "]),
+)
+def test_who_judges_each_option_chooses_the_one_that_is_right(order: list[str], form: str, between: str) -> None:
+    *wrong, right = order
+    verdicts = [form.format(option, "right" if option == right else "wrong") for option in "ABCD"]
+    assert letter(between.join(verdicts)) == right
+    assert letters("\n".join(verdicts)) == right
+    assert set(wrong) | {right} == set("ABCD")
+
+
+@given(
+    st.sampled_from("ABCD"),
+    st.lists(st.text("xyz 红1", min_size=1), min_size=4, max_size=4),
+    st.sampled_from(FORMS[4:]),
+)
+def test_who_repeats_the_options_chooses_what_comes_after(right: str, texts: list[str], form: str) -> None:
+    listed = "\n".join(f"{option}. {text}" for option, text in zip("ABCD", texts, strict=True))
+    assert letter(f"{listed}\n\n{form.format(right)}") == right
+
+
 def test_only_the_options_of_the_question_count() -> None:
     assert letter("E") is None
     assert letter("E", "ABCDE") == "E"
@@ -104,9 +140,6 @@ def test_only_the_options_of_the_question_count() -> None:
     assert letter("I think so", "ABCDEFGHIJ") is None
 
 
-FORMS = (
-    "{}", "{}.", "({})", "**{}**", "Answer: {}", "The answer is {}.", "答案：{}", "答案是{}。", "故选{}", "我选{}", "\\boxed{{{}}}", "正确答案是（{}）",
-)  # fmt: skip
 forms = st.sampled_from(FORMS)
 options = st.sampled_from("ABCD")
 

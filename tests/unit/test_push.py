@@ -52,14 +52,23 @@ def test_small_files_are_known_by_the_id_that_git_gives_them(tmp_path: Path) -> 
         ("hf:name", None),
         ("s3:org/name", None),
         ("hf:org/name@", None),
+        ("hf:datasets/org/name", None),
     ],
 )
 def test_addresses(to: str, parts: tuple[str, str, str] | None) -> None:
     if parts:
-        assert hub.parts(Push(package="p", to=to).to) == parts
+        assert hub.parts(Push(package="p", to=to).to) == (*parts, "model", "")
     else:
         with pytest.raises(ValueError, match="pattern"):
             Push(package="p", to=to)
+
+
+def test_addresses_of_data() -> None:
+    found = [hub.parts(f"ms:datasets/org/name{more}") for more in ("", "@v1", "/main/test@refs/convert/parquet")]
+    assert found == [
+        ("ms", "org/name", revision, "dataset", folder)
+        for revision, folder in (("", ""), ("v1", ""), ("refs/convert/parquet", "main/test"))
+    ]
 
 
 def test_the_push_of_an_export_is_a_stage_and_whether_it_is_public_changes_no_bytes() -> None:
