@@ -1,6 +1,7 @@
 """Ask an OpenAI endpoint many things at once, and lose nothing.
 
-Every answer is appended to a journal as it arrives, so a killed run continues where it was. What is sent again is only
+Every answer is appended to a journal as it arrives, so a killed run continues where it was; a thread does so, because
+what a journal makes of an answer may take long, and nothing else would be read meanwhile. What is sent again is only
 what the endpoint did not answer at all or asked to have sent again (no connection, 429, 5xx), after a growing pause.
 Whatever else goes wrong with a request, a time-out and an unreadable answer too, is a failed reply with its reason.
 """
@@ -12,6 +13,8 @@ import contextlib
 import hashlib
 import json
 import math
+import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import uvloop
 
 from suite.errors import SuiteError, near
 
@@ -110,8 +114,40 @@ class Journal:
             yield write
 
 
+@contextlib.contextmanager
+def _aside(work: Callable[[Request, Reply], None]) -> Iterator[Callable[[Request, Reply], None]]:
+    """What hands its arguments to a thread that does `work` with them in order; all is done after the block.
+
+    Raises what `work` raised, with the next call or after the block.
+    """
+    waiting: queue.SimpleQueue[tuple[Request, Reply] | None] = queue.SimpleQueue()
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            while arrived := waiting.get():
+                work(*arrived)
+        except Exception as error:
+            raised.append(error)
+
+    def hand(request: Request, reply: Reply) -> None:
+        if raised:
+            raise raised[0]
+        waiting.put((request, reply))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield hand
+    finally:
+        waiting.put(None)
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
 Progress = Callable[[Reply, bool], None]
-"""Called with each reply, and whether it was asked now rather than found in the journal."""
+"""Called with each reply, one after the other, and whether it was asked now rather than found in the journal."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +177,7 @@ class Client:
 
         Raises SuiteError when nothing answers at the URL, or the API key is refused.
         """
-        return asyncio.run(self._models())
+        return uvloop.run(self._models())
 
     async def _models(self) -> dict[str, dict[str, Any]]:
         async with self.session() as session, self._answers(session.get(f"{self.root}/models")) as response:
@@ -188,8 +224,15 @@ class Client:
             if progress:
                 progress(reply, False)
         with journal.writing() as write:
-            run = _Run(self, iter([r for r in wanted if r.id not in replies]), write, progress, replies)
-            asyncio.run(run.all())
+
+            def arrived(request: Request, reply: Reply) -> None:
+                write(request, reply)
+                if progress:
+                    progress(reply, True)
+
+            with _aside(arrived) as keep:
+                run = _Run(self, iter([r for r in wanted if r.id not in replies]), keep, replies)
+                uvloop.run(run.all())
         return replies
 
     def session(self) -> aiohttp.ClientSession:
@@ -200,8 +243,9 @@ class Client:
         # aiohttp because a shared httpx client spends 9 ms on a request at 64 at a time, where aiohttp spends 0.2
         connector = aiohttp.TCPConnector(limit=self.concurrency)
         return aiohttp.ClientSession(
-            connector=connector, headers=headers, timeout=aiohttp.ClientTimeout(total=self.timeout), read_bufsize=2**20
-        )
+            connector=connector, headers=headers, timeout=aiohttp.ClientTimeout(total=self.timeout), read_bufsize=2**20,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )  # fmt: skip
 
 
 @dataclass
@@ -209,9 +253,8 @@ class _Run:
     """The state that the workers of one `ask` share."""
 
     client: Client
-    queue: Iterator[Request]
-    write: Callable[[Request, Reply], None]
-    progress: Progress | None
+    requests: Iterator[Request]
+    keep: Callable[[Request, Reply], None]
     replies: dict[str, Reply]
     lost: int = 0  # requests in a row that the endpoint did not answer
 
@@ -220,15 +263,13 @@ class _Run:
             await asyncio.gather(*(self.worker(session) for _ in range(self.client.concurrency)))
 
     async def worker(self, session: aiohttp.ClientSession) -> None:
-        for request in self.queue:
+        for request in self.requests:
             if self.lost >= max(FEWEST_LOST, self.client.concurrency):
                 reply = Reply(request.id, request.digest, attempts=0, error="not asked: the endpoint does not answer")
             else:
                 reply = await self.one(session, request)
-            self.write(request, reply)
             self.replies[request.id] = reply
-            if self.progress:
-                self.progress(reply, True)
+            self.keep(request, reply)
 
     async def one(self, session: aiohttp.ClientSession, request: Request) -> Reply:
         """One request until it is answered, or given up."""

@@ -4,14 +4,15 @@
     report.json            the figures, for `evalsets.compare` and machines
     report.md              the same for people, with what failed and what could not be read
 
-All of them are the same bytes for the same answers: times and ports are in none.
+All of them are the same bytes for the same answers: times and ports are in none. Latencies are in the journals, to
+which every answer is appended as it comes.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,40 @@ def silent(step: float, total: float, what: str = "", **values: float) -> None:
     """Report nothing."""
 
 
+class Answers(Journal):
+    """The replies to a set as they come, each with its prompt and, where it answers a question, what it is worth.
+
+    `rows` are the questions answered so far, each scored by the reply alone.
+    """
+
+    def __init__(self, path: Path, asked: EvalSet, questions: list[Question]) -> None:
+        super().__init__(path)
+        self.asked, self.questions = asked, {question.id: question for question in questions}
+        self.rows: dict[str, Row] = {}
+
+    def score(self, reply: Reply) -> Row:
+        """The row of the question that `reply` answers."""
+        found = self.rows[reply.id] = row(self.asked, self.questions[reply.id], {reply.id: reply})
+        return found
+
+    def line(self, request: Request, reply: Reply) -> dict[str, Any]:
+        """What is kept of a reply: all of it, and how it was read and scored when it came."""
+        found = self.score(reply) if reply.id in self.questions else {}
+        judged: Row = {name: found[name] for name in ("expected", "parsed", "score", "nll") if name in found}
+        return {
+            "prompt": request.body.get("messages") or request.body["prompt"],
+            **super().line(request, reply),
+            **judged,
+        }
+
+    def reply(self, line: dict[str, Any]) -> Reply:
+        """The reply that left a line; how it is scored is decided anew."""
+        return super().reply({name: value for name, value in line.items() if name in REPLY})
+
+
+REPLY = {each.name for each in fields(Reply)}
+
+
 @dataclass(frozen=True)
 class Judge:
     """The model that grades replies, and where it is asked."""
@@ -47,11 +82,13 @@ class Judge:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: `sets` by name as in report.json, and how fast the endpoint was."""
+    """What an evaluation found: `sets` by name as in report.json, how fast the endpoint was, and how many answers were
+    `kept` from an earlier run."""
 
     model: str
     sets: dict[str, dict[str, Any]]
     speed: dict[str, float]
+    kept: int = 0
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -60,7 +97,7 @@ class Evaluation:
 
     @property
     def failed(self) -> int:
-        """How many questions got no answer."""
+        """How many questions got no answer, or not to all that was asked of them."""
         return sum(found["total"].get("failed", 0) for found in self.sets.values())
 
 
@@ -87,7 +124,7 @@ def evaluate(
         else:
             found[asked.name] = asking.one(asked, questions[asked.name])
     report.write(out, model, found)
-    return Evaluation(model, found, speed(asking.meters))
+    return Evaluation(model, found, speed(asking.meters), asking.kept)
 
 
 @dataclass
@@ -101,42 +138,43 @@ class _Asking:
     judge: Judge | None
     progress: Progress
     meters: list[Meter] = field(default_factory=list)
+    kept: int = 0
 
     def one(self, asked: EvalSet, questions: list[Question]) -> dict[str, Any]:
         """Everything about one set, as report.json has it."""
         about = {"kind": asked.kind, "title": asked.file.title, "digest": asked.digest, "headline": headline(asked)}
         wanted = [requests(asked, q, self.model) for q in questions]
-        journal = Journal(self.journals / f"{asked.name}.jsonl")
+        journal = Answers(self.journals / f"{asked.name}.jsonl", asked, questions)
         first, options = [of[0] for of in wanted], [r for of in wanted for r in of[1:]]
-        rows: dict[str, Row] = {}
         if asked.kind == "perplexity":
             # one by one: which texts share a batch moves the last digits of their probabilities
             replies = self._measured(replace(self.client, concurrency=1), first, journal, asked.name)
             if (probe := replies[_shortest(first).id]).refused:
                 return about | {"total": {"not_available": probe.error}, "subsets": {}, "problems": []}
         else:
-            replies = self._answers(asked, questions, first, journal, rows)
+            replies = self._answers(first, journal)
             more = self._measured(self.client, options, journal, asked.name) | self._grades(asked, questions, replies)
             if more:
-                rows, replies = {}, replies | more
-        scores = total(asked, questions, [rows.get(q.id) or row(asked, q, replies) for q in questions])
+                journal.rows.clear()
+                replies |= more
+        scores = total(asked, questions, [journal.rows.get(q.id) or row(asked, q, replies) for q in questions])
         self._write(asked.name, scores.rows)
         problems = report.problems(scores.rows) + scores.remarks
         return about | {"total": scores.total, "subsets": scores.subsets, "problems": problems}
 
-    def _answers(
-        self, asked: EvalSet, questions: list[Question], wanted: list[Request], journal: Journal, rows: dict[str, Row]
-    ) -> dict[str, Reply]:
-        """The generated replies; each is scored into `rows` as it comes, while others are waited for."""
-        meter, by_id = Meter(asked.name, len(wanted), self.progress), {q.id: q for q in questions}
+    def _answers(self, wanted: list[Request], journal: Answers) -> dict[str, Reply]:
+        """The generated replies; each is scored as it comes, while others are waited for."""
+        meter = Meter(journal.asked.name, len(wanted), self.progress)
 
         def arrived(reply: Reply, fresh: bool) -> None:
             meter(reply, fresh)
-            rows[reply.id] = row(asked, by_id[reply.id], {reply.id: reply})
+            if not fresh:
+                journal.score(reply)
 
         replies = self.client.ask(wanted, journal, arrived)
         meter.ended = time.perf_counter()
         self.meters.append(meter)
+        self.kept += meter.kept
         return replies
 
     def _grades(self, asked: EvalSet, questions: list[Question], replies: dict[str, Reply]) -> dict[str, Reply]:
@@ -148,13 +186,19 @@ class _Asking:
         return self.judge.client.ask(wanted, journal, Meter(asked.name, len(wanted), self.progress))
 
     def _measured(self, client: Client, wanted: list[Request], journal: Journal, name: str) -> dict[str, Reply]:
-        """Replies to requests for log-probabilities; only one where the endpoint refuses even the shortest."""
+        """Replies to requests for log-probabilities; only one where the endpoint refuses even the shortest.
+
+        One that answers it does give them: what it refuses after that has failed.
+        """
         if not wanted:
             return {}
-        probe = client.ask([_shortest(wanted)], journal)
-        if any(reply.refused for reply in probe.values()):
-            return probe
-        return client.ask(wanted, journal, Meter(name, len(wanted), self.progress))
+        first, meter = _shortest(wanted), Meter(name, len(wanted), self.progress)
+        replies = client.ask([first], journal, meter)
+        if not replies[first.id].refused:
+            later = client.ask([request for request in wanted if request is not first], journal, meter)
+            replies |= {of: replace(reply, refused=False) if reply.refused else reply for of, reply in later.items()}
+        self.kept += meter.kept
+        return replies
 
     def elsewhere(self, asked: External, settings: harness.Settings, limit: int | None) -> dict[str, Any]:
         """The same about a set of another program."""
@@ -195,6 +239,7 @@ class Meter:
     progress: Progress
     done: int = 0
     failed: int = 0
+    kept: int = 0
     tokens: int = 0
     latencies: list[float] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
@@ -204,6 +249,7 @@ class Meter:
         """Count one reply; only `fresh` ones, asked now, count for the speed."""
         self.done += 1
         self.failed += bool(reply.error)
+        self.kept += not fresh
         if fresh and not reply.error:
             self.tokens += reply.tokens
             self.latencies.append(reply.latency)

@@ -43,6 +43,7 @@ def write(out: Path, model: str, sets: Sets) -> None:
 def problems(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """What a person should look at: failed questions first, then replies without an answer, then truncated ones."""
     failed = [(r, "failed", r["error"]) for r in rows if r["error"]]
+    failed += [(r, "failed", f"options: {r['likely_error']}") for r in rows if not r["error"] and "likely_error" in r]
     unparsed = [(r, "unparsed", r["reply"]) for r in rows if not r["error"] and r.get("parsed", "") is None]
     truncated = [(r, "truncated", r["reply"]) for r in rows if r["finish"] == "length"]
     return [
@@ -85,7 +86,7 @@ def cases(suite: str, sets: Sets) -> Iterator[junit.Case]:
     """A test case for each set: it passes when every question was answered; whether the score is enough, gates say."""
     for name, found in sets.items():
         total = found["total"]
-        if "not_available" in total:
+        if "not_available" in total and not total.get("failed"):
             yield junit.Case(suite, name, total["not_available"], "skipped")
             continue
         score, interval = next(_rows({name: found}))[1:3]
@@ -120,8 +121,11 @@ def _also(total: Mapping[str, Any], headline: str) -> Iterator[str]:
     for name, value in {**total, **{f"metrics.{name}": value for name, value in metrics.items()}}.items():
         if isinstance(value, float) and name not in (headline, *PLAIN):
             yield f"{label(name.removeprefix('metrics.'))} {number(name, value)}{_within(name, sure.get(name))}"
+    if total.get("ungraded"):
+        yield f"{total['ungraded']} not graded"
     if "acc" in (likelihood := total.get("likelihood", {})):
-        yield f"by likelihood {number('acc', likelihood['acc'])}{_within('acc', likelihood)}"
+        failed = f" ({likelihood['failed']} failed)" if likelihood["failed"] else ""
+        yield f"by likelihood {number('acc', likelihood['acc'])}{_within('acc', likelihood)}{failed}"
     if second := total.get("second"):
         yield f"by our reading {number('acc', second['acc'])}{_within('acc', sure.get('second.acc'))}"
 

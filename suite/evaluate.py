@@ -6,12 +6,14 @@ What is evaluated is what users will talk to, with its server, its chat template
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,7 +23,7 @@ from evalsets import leakage, named, report
 from evalsets.compare import Report, compare
 from evalsets.external import harness
 from evalsets.external.harness import External
-from evalsets.sets import EvalSet
+from evalsets.sets import EvalSet, Remote, at_hub
 from suite import envs, processes
 from suite.config import ArtifactType, Config, Launch, ModelRef, Names, Takes
 from suite.errors import StageFailed, SuiteError
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_SETS", "Evaluate", "compare", "evaluate_url"]
 
+AUTO, GGUF = "auto", "llamacpp"
 DEFAULT_SETS = ["ceval-mini", "summaries", "perplexity"]
+CLOCK = 60.0
+"""Seconds within which a model's `created` is the time of the request, as some endpoints have it, and tells nothing."""
+NOT_SAID = "an endpoint does not say what its model learnt from: name the files with --leakage"
 
 
 class Judge(Config):
@@ -58,21 +64,23 @@ class Judge(Config):
 
 
 class Evaluate(Stage):
-    """Score a model, a quantized model or an adapter through its served endpoint."""
+    """Score a model, a quantized model, an adapter or a package such as a GGUF file through its served endpoint."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = (
         "torch", "transformers", "rouge-score", "rouge-chinese", "jieba", "sacrebleu",
     )  # fmt: skip
+    optional: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers", "serve.torch.engine", "serve.gateway")
 
-    model: Annotated[str, Takes("model", "quantized", "adapter")]
-    """What to evaluate; an adapter is served on its base and asked by its own name."""
+    model: Annotated[str, Takes("model", "quantized", "adapter", "package")]
+    """What to evaluate, a .gguf file too; an adapter is served on its base and asked by its own name."""
     base: ModelRef | None = None
     """The model under an adapter; the one it was trained on when left out."""
     sets: Annotated[list[str], Names()] = DEFAULT_SETS
-    """Question sets: names of shipped ones, paths of folders with a set.toml or with data in a published layout,
-    `evalscope:NAME`, `lmeval:TASK`; the last two with `=FOLDER` where their data is local."""
+    """Question sets: names of shipped ones, paths of folders with a set.toml or with data in a published layout, such
+    data at a hub (`hf:org/name`, `ms:org/name`, with a folder in it and `@commit` if need be), `evalscope:NAME`,
+    `lmeval:TASK`; the last two with `=FOLDER` where their data is local."""
     external: harness.Settings = harness.Settings()
     """How the sets of other programs are asked."""
     judge: Judge | None = None
@@ -81,12 +89,12 @@ class Evaluate(Stage):
     """Solved examples before each question of choice and numeric sets; what each set says when left out."""
     limit: int | None = Field(default=None, ge=1)
     """Questions of each set, for a quick look; all when left out."""
-    backend: str = "torch"
-    """Engine that serves the artifact."""
+    backend: str = "auto"
+    """Engine that serves the artifact; auto is llamacpp for a GGUF file and torch for all else."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the served weights; auto is float32 on a CPU and what the artifact says on a GPU."""
     concurrency: Annotated[int, Launch()] = Field(default=16, ge=1)
-    """Requests at the same time."""
+    """Requests at the same time; llama.cpp takes one."""
     timeout: Annotated[float, Launch()] = Field(default=120.0, gt=0)
     """Seconds after which a question counts as failed."""
     max_failed: int = Field(default=0, ge=0)
@@ -95,9 +103,22 @@ class Evaluate(Stage):
     def makes(self) -> ArtifactType:
         return "report"
 
+    def references(self) -> dict[str, list[str]]:
+        """Data of sets that lies at hubs is fetched by stages before this one."""
+        addresses = [*dict.fromkeys(filter(None, map(at_hub, self.sets)))]
+        return super().references() | ({"sets": addresses} if addresses else {})
+
+    def accepts(self) -> dict[str, Takes]:
+        return super().accepts() | {"sets": Takes("data")}
+
+    def _fetched(self, inputs: Mapping[str, Sequence[Artifact | None]]) -> dict[str, Path]:
+        """The folders of what lay at hubs, by address, as far as it is here."""
+        found = zip(self.references().get("sets", ()), inputs.get("sets", ()), strict=False)
+        return {address: artifact.path for address, artifact in found if artifact}
+
     def recipe(self) -> dict[str, Any]:
         """The settings, with the content of each set and how it is asked in place of where it lies."""
-        sets = named.load(self.sets, self.shots)
+        sets = named.planned(self.sets, self.shots)
         whole = super().recipe() | {"sets": {asked.name: asked.digest for asked in sets}}
         del whole["shots"]
         if not any(isinstance(asked, External) for asked in sets):
@@ -112,21 +133,36 @@ class Evaluate(Stage):
         from serve.backends import check_backend
 
         with _at("backend"):
-            check_backend(self.backend)
+            if self.backend != AUTO:
+                check_backend(self.backend)
         with _at("sets"):
-            for asked in named.load(self.sets, self.shots):
+            for asked in named.planned(self.sets, self.shots, self._fetched(inputs)):
                 _check(asked, self.external, self.judge)
-                if not isinstance(asked, External):
+                if isinstance(asked, EvalSet):
                     asked.questions(self.limit)
         subject = next(iter(inputs.get("model", ())), None)
         if subject is None:
             return
-        if subject.type != "adapter" and self.base:
+        if _is_gguf(subject) or self.backend == GGUF:
+            self._check_gguf(subject)
+        if not _is_adapter(subject) and self.base:
             hint = "base is what an adapter is served on; remove it"
             raise SuiteError(f"'{subject.name}' is no adapter", where="base", hint=hint)
-        if subject.type == "adapter" and not self.base and subject.input("base") is None:
+        if _is_adapter(subject) and not self.base and subject.input("base") is None:
             hint = "give the model that it was trained on as 'base'"
             raise SuiteError(f"the adapter '{subject.name}' does not say where its base is", where="model", hint=hint)
+
+    def _check_gguf(self, subject: Artifact) -> None:
+        """That llama.cpp serves it, which serves nothing else, and is there to do so."""
+        from serve.settings import Settings
+
+        if self.backend not in (AUTO, GGUF):
+            hint = f"leave backend out: {GGUF} serves it"
+            raise SuiteError(
+                f"'{subject.name}' is a GGUF file, which {self.backend} does not serve", where="backend", hint=hint
+            )
+        with _at("model"):
+            Settings(model=subject.path, backend=GGUF).check()
 
     def run(self, job: Job) -> dict[str, Any]:
         import psutil
@@ -137,7 +173,8 @@ class Evaluate(Stage):
 
         subject = job.input("model")
         model, adapters, name = subject, {}, "model"
-        if subject.type == "adapter":
+        backend = self._backend(subject)
+        if _is_adapter(subject):
             base = job.optional("base") or subject.input("base")
             if base is None:
                 raise SuiteError(f"the base of the adapter '{subject.name}' is gone", hint="give it as 'base'")
@@ -145,10 +182,11 @@ class Evaluate(Stage):
         log = job.scratch / "server.log"
         options = {"env_python": str(job.python)} if self.environment() else {}
         with endpoint(
-            model.path, adapters, name="model", backend=self.backend, log=log, dtype=self.dtype, **options
+            model.path, adapters, name="model", backend=backend, log=log, dtype=self.dtype, **options
         ) as served:
-            client = Client(served.url, concurrency=self.concurrency, timeout=self.timeout)
-            sets = named.load(self.sets, self.shots)
+            # what waits for its turn would be timed as if it were answered
+            client = Client(served.url, concurrency=1 if backend == GGUF else self.concurrency, timeout=self.timeout)
+            sets = named.load(self.sets, self.shots, self._fetched(job.inputs))
             journals = job.scratch / "answers"
             found = evaluate(
                 client, name, sets, job.out, journals,
@@ -156,7 +194,8 @@ class Evaluate(Stage):
                 judge=self.judge.client(self.concurrency, self.timeout) if self.judge else None,
             )  # fmt: skip
             memory = processes.peak_memory(child.pid for child in psutil.Process().children(recursive=True))
-        find_leaks(job, name, found.sets)
+        known = training_data(subject)
+        find_leaks(job.out, name, found.sets, known.files, known.unknown, job.progress)
         for asked_name, set_found in found.sets.items():
             for text in _doubts(asked_name, set_found["total"]):
                 job.warn(text)
@@ -167,22 +206,40 @@ class Evaluate(Stage):
                 hint = f"the server's log is {log}; run again to ask only these, or raise max_failed"
                 raise StageFailed(text, hint=hint)
             job.warn(text)
-        return found.metrics | ({"memory": memory} if memory else {})
+        return found.metrics | {"backend": backend} | ({"memory": memory} if memory else {})
+
+    def _backend(self, subject: Artifact) -> str:
+        if self.backend != AUTO:
+            return self.backend
+        return GGUF if _is_gguf(subject) else "torch"
 
 
-def find_leaks(job: Job, name: str, sets: dict[str, dict[str, Any]]) -> None:
-    """Look for the questions in what the model learnt from; the report in `job.out` and `sets` get what was found."""
-    known = training_data(job.input("model"))
-    answers = {asked: Report.read(job.out).answers(asked) for asked in sets}
-    leakage.annotate(sets, answers, known.files, known.unknown, job.progress)
-    report.write(job.out, name, sets)
+def _is_gguf(subject: Artifact) -> bool:
+    return subject.path.suffix == ".gguf" or (subject.type == "package" and any(subject.path.glob("*.gguf")))
 
 
-def _check(asked: EvalSet | External, settings: harness.Settings, judge: Judge | None) -> None:
+def _is_adapter(subject: Artifact) -> bool:
+    return subject.type == "adapter" or (subject.path / "adapter_config.json").is_file()
+
+
+def find_leaks(
+    out: Path, name: str, sets: dict[str, dict[str, Any]], files: Sequence[Path], unknown: Sequence[str],
+    progress: leakage.Progress = lambda *_: None,
+) -> None:  # fmt: skip
+    """Look for questions in the `files` that a model learnt from; `sets` and the report in `out` get what was found.
+
+    `unknown` are reasons why there may be more of them.
+    """
+    written = Report.read(out)
+    leakage.annotate(sets, {asked: written.answers(asked) for asked in sets}, files, unknown, progress)
+    report.write(out, name, sets)
+
+
+def _check(asked: EvalSet | External | Remote, settings: harness.Settings, judge: Judge | None) -> None:
     """Raise SuiteError where a set needs what is not there."""
     if isinstance(asked, External):
         asked.check(settings)
-    elif "judge" in asked.file.metrics:
+    elif asked.file and "judge" in asked.file.metrics:
         if judge is None:
             hint = 'give one: judge = {url = "...", model = "..."}, or --judge url=... --judge model=...'
             raise SuiteError(f"a judge grades the replies to '{asked.name}', and there is none", hint=hint)
@@ -215,28 +272,76 @@ def _at(field: str) -> Iterator[None]:
 def evaluate_url(
     url: str, model: str, sets: list[str], out: Path | None = None, *, concurrency: int = 16, limit: int | None = None,
     api_key: str | None = None, timeout: float = 120.0, external: harness.Settings | None = None,
-    judge: Judge | None = None, shots: int | None = None, show: bool = False,
+    judge: Judge | None = None, shots: int | None = None, fetched: Mapping[str, Path] | None = None,
+    learnt: Sequence[Path] = (), show: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Score `model` behind any OpenAI endpoint; returns the same metrics as the stage.
 
-    `out` gets answers and report. An interrupted run, or one in which questions failed, is continued there by the next.
-    A finished one is asked anew, but at a server of ours, which says which files it serves: while they are the same,
-    their answers are used again. `show` prints progress to stderr and a table to stdout. Raises SuiteError when nothing
-    answers there or the model is unknown.
+    `out` gets answers and report. An interrupted run, or one in which questions failed, is continued there by the next,
+    while the endpoint says the same of itself. A finished one is asked anew, but at a server of ours, which says which
+    files it serves by which engine: while they are the same, their answers are used again. `fetched` are the
+    folders of sets at hubs, by address, `learnt` files that the model was trained on. `show` prints progress to stderr
+    and a table to stdout. Raises SuiteError when nothing answers there or the model is unknown.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from evalsets.ask import Client
     from evalsets.evaluation import evaluate
     from evalsets.report import table
 
     client = Client(url, api_key=api_key, concurrency=concurrency, timeout=timeout)
-    loaded = named.load(sets, shots)
+    loaded = named.load(sets, shots, fetched)
     external = external or harness.Settings()
     for asked in loaded:
         _check(asked, external, judge)
-    known = client.models().get(model, {}).get("fingerprint")
+    card = client.models().get(model, {})
+    with tempfile.TemporaryDirectory() as scratch, _bars([asked.name for asked in loaded], show) as progress:
+        folder = out or Path(scratch)
+        journals = _journals(folder, client.root, model, card)
+        last = max((path.stat().st_mtime for path in journals.glob("*.jsonl")), default=0.0)
+        found = evaluate(
+            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress,
+            judge=judge.client(concurrency, timeout) if judge else None,
+        )  # fmt: skip
+        if "fingerprint" not in card and not found.failed:
+            shutil.rmtree(journals)
+            with contextlib.suppress(OSError):  # another endpoint's lie there too
+                journals.parent.rmdir()
+        find_leaks(folder, model, found.sets, learnt, () if learnt else (NOT_SAID,))
+    if out:
+        (out / report.MEASURED).write_text(json.dumps(found.metrics, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    if found.kept:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
+        print(f"{found.kept} answers of {when} are used again; to ask anew, remove {journals}", file=sys.stderr)
+    if show:
+        Console().print(table(model, found.sets))
+        for name, asked_found in found.sets.items():
+            for text in _doubts(name, asked_found["total"]):
+                print(f"warning: {text}")
+    return found.metrics
+
+
+def _journals(folder: Path, root: str, model: str, card: Mapping[str, Any]) -> Path:
+    """Where answers of this very model lie: of a server of ours by its fingerprint, else by all that the endpoint says.
+
+    What its `card` leaves open nobody knows: other weights under the same name and date look like the same model.
+    """
+    if known := card.get("fingerprint"):
+        return folder / "asked" / str(known)
+    said = {name: value for name, value in card.items() if isinstance(value, str | int | float)}
+    created = said.get("created")
+    if isinstance(created, int | float) and abs(time.time() - created) < CLOCK:
+        del said["created"]
+    whole = json.dumps([root, model, said], sort_keys=True)
+    return folder / "unfinished" / hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _bars(names: Sequence[str], show: bool) -> Iterator[evaluation.Progress]:
+    """A bar on stderr for each set, if they are shown, and what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -244,29 +349,11 @@ def evaluate_url(
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not show) as bars,
-    ):
-        tasks = {asked.name: bars.add_task(asked.name, total=None) for asked in loaded}
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not show) as bars:
+        tasks = {name: bars.add_task(name, total=None) for name in names}
 
         def progress(step: float, total: float, what: str = "", **values: float) -> None:
             failed = f", {values['failed']:.0f} failed" if values["failed"] else ""
             bars.update(tasks[what], completed=step, total=total, description=what + failed)
 
-        folder = out or Path(scratch)
-        journals = folder / "asked" / known if known else folder / "unfinished"
-        found = evaluate(
-            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress,
-            judge=judge.client(concurrency, timeout) if judge else None,
-        )  # fmt: skip
-        if not known and not found.failed:
-            shutil.rmtree(journals)
-    if out:
-        (out / report.MEASURED).write_text(json.dumps(found.metrics, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    if show:
-        Console().print(table(model, found.sets))
-        for name, asked_found in found.sets.items():
-            for text in _doubts(name, asked_found["total"]):
-                print(f"warning: {text}")
-    return found.metrics
+        yield progress

@@ -45,6 +45,9 @@ def external(reference: str, takes: Takes, folder: Path) -> External | SuiteErro
         path = nano()
     if not path.exists():
         return SuiteError(f"no such file or folder: {reference}", hint=f"looked for {path}")
+    if "package" in takes.types and path.suffix == ".gguf" and (path.parent / RECORD).is_file():
+        only = len([*path.parent.glob("*.gguf")]) == 1
+        path = path.parent if only else path  # where it stands what the file was made from
     try:
         found = detect(path, takes)
     except OSError as error:
@@ -59,6 +62,8 @@ def detect(path: Path, takes: Takes) -> ArtifactType | SuiteError:
     wanted = " or ".join(takes.types)
     if takes.types == ("dataset",):
         return "dataset"
+    if path.is_file() and path.suffix == ".gguf" and "package" in takes.types:
+        return "package"
     if path.is_file():
         return SuiteError(f"this is a file, and a folder with {wanted} is expected")
     if (path / RECORD).is_file():
@@ -74,6 +79,8 @@ def detect(path: Path, takes: Takes) -> ArtifactType | SuiteError:
             return error
     elif "report" in takes.types and (path / "report.json").is_file():
         found = "report"
+    elif "package" in takes.types and any(path.glob("*.gguf")):
+        found = "package"
     else:
         names = {"adapter": "adapter_config.json", "report": "report.json", "package": "checksums.txt"}
         files = " or ".join(dict.fromkeys(names.get(t, "config.json") for t in takes.types))

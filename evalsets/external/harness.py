@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from evalsets.extract import letter, named
+from evalsets.extract import letter, named, number, same
 from evalsets.intervals import intervals
 from evalsets.sets import LETTERS, Generation
 from evalsets.statistics import mean_interval
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 HARNESSES = ("evalscope", "lmeval")
 NAME = re.compile(rf"({'|'.join(HARNESSES)}):([^=]*)(?:=(.*))?", re.DOTALL)
 OPTION = re.compile(rf"^\(?([{LETTERS}])[).．、:：]\s*(.*\S)", re.MULTILINE)
+ANSWERS = "answers.jsonl"
+"""To which the scripts append what they are answered."""
+NUMERIC = re.compile(r"[-+]?[$¥€£]?\d[\d,]*(?:\.\d+)?\s*%?")
 ROUNDED = 1e-3
 """The programs round what they report."""
 
@@ -137,7 +140,7 @@ class Run:
 
 
 def run(work: Run, progress: Progress) -> dict[str, Any]:
-    """Ask and report; answers in `work.folder` from a run with nothing changed and nothing failed are used again.
+    """Ask and report; answers in `work.folder` from a run with nothing changed are used again, what failed is not.
 
     Returns the set's part of report.json with the rows in "rows". Raises StageFailed when the program fails.
     """
@@ -147,8 +150,7 @@ def run(work: Run, progress: Progress) -> dict[str, Any]:
     identity = json.dumps([work.asked.digest, work.model, work.limit, work.settings.model_dump()], sort_keys=True)
     done, key = work.folder / "done", hashlib.sha256(identity.encode()).hexdigest()
     if not (done.is_file() and done.read_text("utf-8") == key):
-        shutil.rmtree(work.folder, ignore_errors=True)
-        work.folder.mkdir(parents=True)
+        _clear(work.folder, key)
         bridge.prepare(work)
         file = work.folder / "job.json"
         file.write_text(json.dumps(job), "utf-8")
@@ -166,6 +168,19 @@ def run(work: Run, progress: Progress) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _clear(folder: Path, key: str) -> None:
+    """Make a folder ready for a run: nothing but the answers of one with the same `key` stays in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = folder / "key"
+    same = identity.is_file() and identity.read_text("utf-8") == key
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not (same and path.name in (identity.name, ANSWERS)):
+            path.unlink()
+    identity.write_text(key, "utf-8")
+
+
 def _bridge(asked: External) -> Any:
     from evalsets.external import evalscope, lmeval
 
@@ -173,7 +188,7 @@ def _bridge(asked: External) -> Any:
 
 
 def _row(row: Row) -> Row:
-    """A row with its digest and, where the answer is a letter, our own reading of the reply beside the program's."""
+    """A row with its digest and, where the answer is a letter or a number, our own reading beside theirs."""
     whole = json.dumps([row["prompt"], row["expected"]], ensure_ascii=False)
     row = {**row, "digest": hashlib.sha256(whole.encode()).hexdigest()[:16]}
     if row["error"]:
@@ -181,7 +196,18 @@ def _row(row: Row) -> Row:
     if options := _options(row):
         second = letter(row["reply"], "".join(options)) or named(row["reply"], options)
         row |= {"second": second, "second_score": float(second == row["expected"])}
+    elif (right := _number(row["expected"])) and not isinstance(row["parsed"], int):
+        second, read = number(row["reply"]), number(str(row["parsed"] or ""))
+        row |= {"second": second, "second_score": float(second is not None and same(second, right))}
+        if second and read and same(second, read):  # however they write it
+            row["second"] = row["parsed"]
     return row
+
+
+def _number(expected: object) -> str | None:
+    """The number that is expected, alone or at the end of a solution as in GSM8K; None for all else."""
+    last = expected.rpartition("####")[2].strip() if isinstance(expected, str) else ""
+    return number(last) if NUMERIC.fullmatch(last) else None
 
 
 def _options(row: Row) -> dict[str, str]:

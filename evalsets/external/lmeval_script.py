@@ -15,6 +15,7 @@ clients end a run with the first question that fails and do not say where a repl
 is that of its tokens in context + continuation, those after as many tokens as the context alone has, which is how
 lm-evaluation-harness does it; the endpoint counts them, so no tokenizer is needed.
 
+Each answer is appended to `answers.jsonl` beside JOB.json as it comes; those that lie there are not asked for again.
 Prints a line `{"step": ..., "total": ..., "what": ...}` for each request that is done. The result has "results" and
 "samples" as lm-evaluation-harness gives them, and "replies": by task and document what came back, or why nothing did.
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import runpy
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -35,6 +37,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
+Kept = runpy.run_path(str(Path(__file__).with_name("kept.py")))["Kept"]
+
 
 class Refused(Exception):
     """What an endpoint says in place of an answer."""
@@ -43,9 +47,9 @@ class Refused(Exception):
 class Endpoint(LM):  # type: ignore[misc]
     """A model behind an OpenAI endpoint. A request that fails is an empty reply, or -inf, and noted in `replies`."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: dict[str, Any], kept: Any) -> None:
         super().__init__()
-        self.job = job
+        self.job, self.kept = job, kept
         self.replies: dict[str, dict[str, Any]] = {}
 
     @property
@@ -131,6 +135,13 @@ class Endpoint(LM):  # type: ignore[misc]
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """What the endpoint answers; asked again where it was not there, too busy or broken. Raises Refused."""
+        if (known := self.kept.take([path, body])) is not None:
+            return dict(known)
+        answer = await self._answer(session, path, body)
+        self.kept.add([path, body], answer)
+        return answer
+
+    async def _answer(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> dict[str, Any]:
         error = ""
         for attempt in range(self.job["attempts"]):
             if attempt:
@@ -162,8 +173,9 @@ def _completion(said: str) -> dict[str, Any]:
     return dict(body)
 
 
-def main(job: dict[str, Any]) -> None:
-    model = Endpoint(job)
+def main(file: Path) -> None:
+    job = json.loads(file.read_text("utf-8"))
+    model = Endpoint(job, Kept(file.with_name("answers.jsonl")))
     manager = TaskManager(include_path=job["include"])
     kinds = {task.OUTPUT_TYPE == "generate_until" for task in manager.load([job["task"]])["tasks"].values()}
     if len(kinds) > 1:
@@ -181,4 +193,4 @@ def main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    main(Path(sys.argv[1]))

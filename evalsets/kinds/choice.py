@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from evalsets.ask import Reply
-from evalsets.extract import letter, letters, named
+from evalsets.extract import letter, letters, named, narrowed
 from evalsets.kinds.kind import Kind, Replies, Row, accuracy, judged
 from evalsets.sets.question import Question
 from evalsets.sets.settings import SetFile
@@ -32,7 +32,8 @@ def continuations(question: Question) -> dict[str, str]:
 
 def _row(file: SetFile, question: Question, reply: Reply, replies: Replies) -> Row:
     options = dict(zip(question.letters, question.options, strict=True))
-    chosen = (letters if file.multiple else letter)(reply.text, question.letters) or named(reply.text, options)
+    said = narrowed(file.extract, reply.text)
+    chosen = (letters if file.multiple else letter)(said, question.letters) or named(said, options)
     row: Row = {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
     if file.multiple:
         row["partial"] = _partial(chosen or "", question.expected)
@@ -45,20 +46,26 @@ def _partial(chosen: str, right: str) -> float:
 
 
 def _likely(question: Question, replies: Replies) -> Row:
-    """The option whose letter is likeliest; None where not every option was measured."""
-    found = [replies.get(name) for name in continuations(question)]
-    measured = [reply.logprobs for reply in found if reply and reply.logprobs]
-    why = next((reply.error for reply in found if reply and reply.refused), "")
-    row: Row = {"likely": None, "likely_score": 0.0} | ({"likely_refused": why} if why else {})
-    if len(measured) < len(found):
-        return row
-    sums = [math.fsum(logprobs) for logprobs in measured]
-    likely = question.letters[sums.index(max(sums))]
-    return {"likely": likely, "likely_score": float(likely == question.expected)}
+    """The option whose letter is likeliest; None where not every option was measured.
+
+    Why not is in `likely_error`, or in `likely_refused` where the endpoint gives no log-probabilities at all.
+    """
+    found = [reply for name in continuations(question) if (reply := replies.get(name))]
+    measured = [reply.logprobs for reply in found if reply.logprobs]
+    if len(measured) == len(question.letters):
+        sums = [math.fsum(logprobs) for logprobs in measured]
+        likely = question.letters[sums.index(max(sums))]
+        return {"likely": likely, "likely_score": float(likely == question.expected)}
+    row: Row = {"likely": None, "likely_score": 0.0}
+    for name, lost in (("likely_error", False), ("likely_refused", True)):
+        if why := next((reply.error for reply in found if reply.error and reply.refused is lost), ""):
+            return row | {name: why}
+    return row
 
 
 def _figures(file: SetFile, rows: list[Row]) -> dict[str, Any]:
     found = judged(rows)
+    found["failed"] = sum(bool(r["error"] or r.get("likely_error")) for r in rows)
     if file.multiple:
         found["partial"] = sum(r["partial"] for r in rows) / len(rows)
     if file.likelihood:
@@ -68,11 +75,11 @@ def _figures(file: SetFile, rows: list[Row]) -> dict[str, Any]:
 
 def _likelihood(rows: list[Row]) -> dict[str, Any]:
     """How often the likeliest option is right, or why nobody knows."""
-    unmeasured = sum(r["likely"] is None for r in rows)
-    if unmeasured == len(rows):
-        why = next((r["likely_refused"] for r in rows if "likely_refused" in r), "the options were not answered")
+    unmeasured = [r for r in rows if r["likely"] is None]
+    if len(unmeasured) == len(rows) and not any("likely_error" in r for r in rows):
+        why = next((r["likely_refused"] for r in rows if "likely_refused" in r), "the options were not asked")
         return {"not_available": why}
-    return {**accuracy(rows, "likely_score"), "failed": unmeasured}
+    return {**accuracy(rows, "likely_score"), "failed": len(unmeasured)}
 
 
 KIND = Kind(lambda _: "acc", _row, _figures)

@@ -103,9 +103,11 @@ def of_run(run_dir: Path) -> Iterator[Subject]:
     folders = (runs.link(run_dir, name).resolve() for name in stages if runs.link(run_dir, name).exists())
     records = ((folder, json.loads((folder / RECORD).read_text("utf-8"))) for folder in folders)
     made = [Artifact(folder, record["type"], record["digest"]) for folder, record in records]
-    yield from (of_evaluation(artifact) for artifact in made if artifact.type == "report")
+    evaluated = [of_evaluation(artifact) for artifact in made if artifact.type == "report"]
+    yield from evaluated
+    known = {subject.digest for subject in evaluated}
     for artifact in made:
-        if artifact.type == "package":
+        if artifact.type == "package" and artifact.digest not in known:
             subject = Subject(artifact.name, artifact, None, {}, digest=artifact.digest)
             if subject.parity:
                 yield subject

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from suite.errors import StageFailed, SuiteError
 
 
 def command(verb: str, arguments: list[str]) -> int:
-    """Without --url this is the `eval` stage; with it, the endpoint there is asked."""
+    """Without --url this is the `eval` stage, whose `model` may stand first; with it, the endpoint there is asked."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
     if not any(a == "--url" or a.startswith("--url=") for a in arguments):
         if any(a in ("-h", "--help") for a in arguments):
             print(
+                "suite eval MODEL evaluates an artifact, a GGUF file too.\n"
                 "suite eval --url URL --model NAME [--sets A,B] asks any OpenAI endpoint: suite eval --url x --help\n"
             )
         return stage.command(verb, arguments)
@@ -31,6 +36,9 @@ def command(verb: str, arguments: list[str]) -> int:
         or given.timeout <= 0
     ):
         raise SuiteError("--concurrency, --limit and --timeout must be more than 0, --max-failed and --shots not less")
+    for file in given.leakage:
+        if not file.is_file():
+            raise SuiteError(f"--leakage: no file {file}", hint="name .json or .jsonl files that the model learnt from")
     outputs.check(given)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.out or Path(scratch)
@@ -41,10 +49,12 @@ def command(verb: str, arguments: list[str]) -> int:
             out=folder,
             concurrency=given.concurrency,
             shots=given.shots,
+            fetched=_fetched(given.sets.split(",")),
             limit=given.limit,
             api_key=key_in(given.api_key_env),
             timeout=given.timeout,
             external=parse(Settings, pairs("--external", given.external), Where()),
+            learnt=given.leakage,
             judge=parse(Judge, pairs("--judge", given.judge), Where()) if given.judge else None,
             show=not given.json,
         )
@@ -55,6 +65,15 @@ def command(verb: str, arguments: list[str]) -> int:
         where = f"{given.out}/report.md says why" if given.out else "--out FOLDER keeps what came back"
         raise StageFailed(f"{failed} questions failed", hint=f"{where}; the same command asks only them again")
     return 0
+
+
+def _fetched(sets: list[str]) -> dict[str, Path]:
+    """The folders of the sets whose data is at hubs, by address, downloaded where they are not here."""
+    from evalsets.sets import at_hub
+    from suite.commands.named import artifact
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return {address: artifact(address, "--sets", "data").path for address in filter(None, map(at_hub, sets))}
 
 
 def _failed(metrics: dict[str, Any]) -> int:
@@ -70,7 +89,7 @@ def _parser(verb: str) -> Parser:
     flag("--model", required=True, help="the name to ask for")
     flag(
         "--sets", default=",".join(DEFAULT_SETS),
-        help=f"shipped sets, folders, evalscope:NAME, lmeval:TASK [{','.join(DEFAULT_SETS)}]",
+        help=f"shipped sets, folders, hf:org/name, evalscope:NAME, lmeval:TASK [{','.join(DEFAULT_SETS)}]",
     )  # fmt: skip
     flag("--out", type=Path, help="folder for answers and report; a second run there asks only what is missing")
     flag("--concurrency", type=int, default=16, help="requests at the same time [16]")
@@ -85,6 +104,10 @@ def _parser(verb: str) -> Parser:
     flag(
         "--judge", action="append", default=[], metavar="KEY=VALUE",
         help="who grades replies, where a set wants it: url, model, api_key_env",
+    )  # fmt: skip
+    flag(
+        "--leakage", action="extend", nargs="+", type=Path, default=[], metavar="FILE",
+        help="what the model was trained on (.json, .jsonl): questions that stand there are counted",
     )  # fmt: skip
     flag("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     flag("--json", action="store_true", help="JSON on stdout, for machines")

@@ -67,7 +67,7 @@ def of_evaluation(made: Artifact, digest: str = "") -> Subject:
         metrics = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return Subject(made.path.name, None, report, metrics, digest=digest)
     artifact = Artifact(Path(asked["path"]), asked["type"], asked["digest"])
-    backend = str(record.get("settings", {}).get("backend", ""))
+    backend = str(made.metrics.get("backend") or record.get("settings", {}).get("backend", ""))
     return Subject(asked["name"], artifact, report, made.metrics, backend, asked["digest"])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from suite.errors import SuiteError
 from suite.evaluate import Evaluate, evaluate_url
 
 ABOUT = 'title = "t"\nlanguages = ["en", "zh"]\nlicense = "CC0-1.0"\nsource = "a test"\n'
+OVERFLOW = b'{"error": {"message": "maximum context length is 16 tokens"}}'
 TEXTS = ["one two three", "四五六 seven", "eight"]
 
 
@@ -75,6 +78,7 @@ def run(rule: Any, wanted: list[str], out: Path, **settings: Any) -> Evaluation:
 def test_a_right_model_scores_all(tmp_path: Path) -> None:
     wanted = make_sets(tmp_path)
     found = run(good, wanted, tmp_path / "out").metrics
+    found["choice"].pop("intervals")
     assert found["choice"] == {
         "acc": 1.0, "low": wilson(40, 40).low, "high": 1.0, "n": 40, "failed": 0, "truncated": 0, "unparsed": 0, "macro": 1.0,
     }  # fmt: skip
@@ -122,6 +126,7 @@ def test_faults_are_counted_and_nothing_leaves_the_denominator(tmp_path: Path) -
     found = run(rule, choice, tmp_path / "out")
     total = found.metrics["choice"]
     low, high = wilson(24, 40)
+    total.pop("intervals")
     assert total == {
         "acc": 0.6, "low": low, "high": high, "n": 40, "failed": 8, "truncated": 8, "unparsed": 4, "macro": pytest.approx(0.6),
     }  # fmt: skip
@@ -161,13 +166,12 @@ def test_an_endpoint_without_echo_has_no_perplexity_and_says_so(tmp_path: Path) 
     assert compare(tmp_path / "other", tmp_path / "out")["texts"]["verdict"] == "cannot tell"
 
 
-def test_a_text_that_fails_is_no_reason_to_skip_the_set(tmp_path: Path) -> None:
+def test_without_one_of_the_texts_there_is_no_perplexity_and_the_text_has_failed(tmp_path: Path) -> None:
     wanted = make_sets(tmp_path)[2:]
     found = run(lambda b: Say(status=500) if b["prompt"] == TEXTS[0] else scored(b), wanted, tmp_path / "out")
-    assert (found.metrics["texts"]["failed"], found.metrics["texts"]["n"]) == (1, 3)
-    assert found.metrics["texts"]["ppl"] == pytest.approx(math.exp(2))
-    nothing = run(lambda b: Say(status=500), wanted, tmp_path / "none").metrics["texts"]
-    assert (nothing["failed"], nothing["ppl"]) == (3, None)
+    assert (found.metrics["texts"]["failed"], found.metrics["texts"]["n"], found.failed) == (1, 3, 1)
+    assert found.metrics["texts"]["not_available"] == "1 of 3 texts were not measured"
+    assert found.sets["texts"]["problems"] == [{"id": "default/00001", "what": "failed", "text": "HTTP 500: (empty)"}]
 
 
 def test_progress_counts_each_set(tmp_path: Path) -> None:
@@ -234,26 +238,128 @@ def test_an_unfinished_evaluation_continues_and_a_finished_one_starts_anew(tmp_p
     wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
     with serve(lambda b: Say(status=400) if number(b) % 2 else good(b)) as fake:
         assert evaluate_url(fake.url, "m", wanted, out)["choice"]["failed"] == 20
+        port = int(fake.url.rpartition(":")[2])
     for expected in (20, 40):
-        with serve(good) as fake:
+        with serve(good, port=port) as fake:
             assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
             assert len(fake.asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("other", "asked"),
+    [
+        ({}, 20), ({"created": 7, "root": "a"}, 40), ({"created": 9, "root": "b"}, 40),
+        ({"created": 9, "root": "a", "owned_by": "x"}, 40),
+    ],
+)  # fmt: skip
+def test_answers_of_an_unfinished_run_are_used_while_the_endpoint_says_the_same_of_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], other: dict[str, Any], asked: int
+) -> None:
+    wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
+    card = {"created": 9, "root": "a", "permission": [{"id": "another each time"}]} if other else {}
+    with serve(lambda b: Say(status=400) if number(b) % 2 else good(b), card=card) as fake:
+        port = int(fake.url.rpartition(":")[2])
+        assert evaluate_url(fake.url, "m", wanted, out)["choice"]["failed"] == 20
+    with serve(good, card=other, port=port) as fake:
+        assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
+        assert len(fake.asked) == asked
+    assert ("20 answers of 2" in capsys.readouterr().err) == (asked == 20)
+    assert (out / "unfinished").exists() == (asked == 40)  # the other one's
+
+
+def test_a_clock_in_a_card_tells_nothing(tmp_path: Path) -> None:
+    """vLLM and others say the time of the request where others say when the model was made."""
+    wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
+    with serve(lambda b: Say(status=400) if number(b) % 2 else good(b), card={"created": int(time.time())}) as fake:
+        port = int(fake.url.rpartition(":")[2])
+        evaluate_url(fake.url, "m", wanted, out)
+    with serve(good, card={"created": int(time.time()) + 1}, port=port) as fake:
+        evaluate_url(fake.url, "m", wanted, out)
+        assert len(fake.asked) == 20
+
+
+def test_another_endpoint_is_another_model(tmp_path: Path) -> None:
+    wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
+    with serve(lambda b: Say(status=400)) as first, serve(good) as second:
+        for fake in (first, second):
+            evaluate_url(fake.url, "m", wanted, out)
+            assert len(fake.asked) == 40
 
 
 def test_answers_of_a_server_that_says_what_it_serves_are_used_while_it_serves_that(tmp_path: Path) -> None:
     wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
     for fingerprint, asked in (("one", 40), ("one", 0), ("two", 40), ("one", 0)):
-        with serve(good, fingerprint=fingerprint) as fake:
+        with serve(good, card={"fingerprint": fingerprint}) as fake:
             assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
             assert len(fake.asked) == asked
 
 
+def test_what_is_written_as_answers_come_says_what_they_are_worth(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)
+    run(good, wanted, tmp_path / "out")
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / f"out/journal/{name}.jsonl").read_text("utf-8").splitlines()]
+        for name in ("choice", "short", "texts")
+    }
+    line = lines["choice"][0]
+    assert line["prompt"][0]["content"].startswith("Item")
+    assert (line["parsed"], line["score"]) == (line["expected"], 1.0)
+    assert (line["text"], line["finish"], line["tokens"], line["latency"] > 0) == (line["expected"], "stop", 1, True)
+    assert sum(line["score"] for line in lines["short"]) > 2
+    assert {(line["prompt"], line["nll"]) for line in lines["texts"]} == {(t, 2.0 * (len(t) - 1)) for t in TEXTS}
+
+
+def test_leakage_is_looked_for_where_the_training_data_is_named(tmp_path: Path) -> None:
+    wanted, data = make_sets(tmp_path)[1:2], tmp_path / "train.jsonl"
+    with (tmp_path / "short/default.jsonl").open("a", encoding="utf-8") as file:
+        text = "Where did the old grey goose lay its very first golden egg?"
+        file.write("\n" + json.dumps({"query": text, "response": "there"}))
+    data.write_text(json.dumps({"text": text}), "utf-8")
+    with serve(lambda body: Say("there")) as fake:
+        found = evaluate_url(fake.url, "m", wanted, tmp_path / "out", learnt=[data])
+        unknown = evaluate_url(fake.url, "m", wanted, tmp_path / "other")
+    assert found["short"]["leakage"]["n"] == 1
+    assert "--leakage" in unknown["short"]["leakage"]["not_available"]
+    assert "1 questions (20.0 %) overlap" in (tmp_path / "out/report.md").read_text("utf-8")
+    assert "Leakage is not known" in (tmp_path / "other/report.md").read_text("utf-8")
+
+
+def with_likelihoods(folder: str) -> None:
+    file = Path(folder) / "set.toml"
+    file.write_text("likelihood = true\n" + file.read_text("utf-8"), "utf-8")
+
+
+def test_an_option_that_was_not_measured_is_a_failed_question(tmp_path: Path) -> None:
+    wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
+    with_likelihoods(wanted[0])
+
+    def rule(body: dict[str, Any]) -> Say | dict[str, Any]:
+        if "prompt" not in body:
+            return good(body)
+        found = re.search(r"Item (\d+) \(key (.)\)", body["prompt"])
+        assert found
+        if int(found[1]) % 4 == 0 and body["prompt"].endswith("B"):
+            return Say(status=400, body=OVERFLOW) if found[1] == "0" else Say(status=500)
+        return scored(body, 1.0 if body["prompt"].endswith(found[2]) else 1.1)
+
+    with serve(rule) as fake:
+        found = evaluate_url(fake.url, "m", wanted, out)["choice"]
+        asked = len(fake.asked)
+        port = int(fake.url.rpartition(":")[2])
+    assert (found["acc"], found["failed"], found["likelihood"]["acc"]) == (1.0, 10, 0.75)
+    assert found["likelihood"]["failed"] == 10
+    shown = (out / "report.md").read_text("utf-8")
+    assert re.search(r"by likelihood 75.0 %.* \(10 failed\)", shown)
+    assert "options: HTTP 500" in shown
+    assert "options: HTTP 400: maximum context" in shown
+    with serve(lambda b: scored(b) if "prompt" in b else good(b), port=port) as fake:
+        assert evaluate_url(fake.url, "m", wanted, out)["choice"]["failed"] == 0
+        assert (len(fake.asked), asked > 200) == (10, True)
+
+
 def test_likelihoods_of_options_stand_beside_what_was_generated(tmp_path: Path) -> None:
     (choice,) = make_sets(tmp_path)[:1]
-    with (Path(choice) / "set.toml").open("r+", encoding="utf-8") as file:
-        text = file.read()
-        file.seek(0)
-        file.write("likelihood = true\n" + text)
+    with_likelihoods(choice)
 
     def rule(body: dict[str, Any]) -> Say | dict[str, Any]:
         if "prompt" not in body:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,35 @@ def test_several_letters_must_all_be_named(tmp_path: Path) -> None:
     assert (found.total["acc"], found.total["partial"], found.total["unparsed"]) == (0.4, 0.5, 1)
 
 
+def test_a_set_may_say_where_the_answer_is(tmp_path: Path) -> None:
+    about = 'title = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "a test"\n'
+    (tmp_path / "set.toml").write_text(f"kind = 'numeric'\n{about}extract = 'RESULT<(.*?)>'\n", "utf-8")
+    asked = rows(tmp_path, *({"question": "?", "answer": "3"} for _ in range(5)))
+    texts = ["7, no: RESULT<3.0>, not RESULT<4>", "3", "RESULT<three>", "<think>RESULT<4></think>RESULT<3>", "RESULT<4>"]
+    found = answered(asked, lambda i, _: texts[i])
+    assert [r["parsed"] for r in found.rows] == ["3.0", None, None, "3", "4"]
+    assert (found.total["acc"], found.total["unparsed"]) == (0.4, 2)
+
+
+def test_letters_too_are_read_where_the_set_says(tmp_path: Path) -> None:
+    about = 'title = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "a test"\n'
+    (tmp_path / "set.toml").write_text(f"kind = 'choice'\n{about}extract = 'verdict = (\\w*)'\n", "utf-8")
+    asked = rows(tmp_path, *({"question": "?", "A": "w", "B": "x", "answer": "B"} for _ in range(4)))
+    texts = ["A, so verdict = b", "B", "verdict = ", "verdict = x"]
+    assert [r["parsed"] for r in answered(asked, lambda i, _: texts[i]).rows] == ["B", None, None, "B"]
+
+
+def test_a_perplexity_without_all_texts_is_none(tmp_path: Path) -> None:
+    asked = rows(tmp_path, *({"text": f"text {i}"} for i in range(3)))
+    questions = asked.questions()
+    replies = {q.id: Reply(q.id, "", logprobs=(-1.0, -2.0)) for q in questions}
+    assert score(asked, questions, replies).total["ppl"] == pytest.approx(math.exp(1.5))
+    replies[questions[1].id] = Reply("", "", error="HTTP 400: too long")
+    total = score(asked, questions, replies).total
+    assert (total["not_available"], total["failed"]) == ("1 of 3 texts were not measured", 1)
+    assert "ppl" not in total
+
+
 def choices(folder: Path, *answers: str) -> tuple[EvalSet, list[Question]]:
     path = folder / "val" / "law_val.csv"
     path.parent.mkdir(parents=True)
@@ -116,7 +146,7 @@ def test_the_likeliest_option_is_scored_beside_the_one_that_is_said(tmp_path: Pa
     ]  # fmt: skip
     low, high = wilson(2, 4)
     assert found.total["likelihood"] == {"acc": 0.5, "low": low, "high": high, "failed": 1}
-    assert (found.total["acc"], found.total["failed"]) == (0.25, 0)
+    assert (found.total["acc"], found.total["failed"]) == (0.25, 1)
 
 
 def test_an_endpoint_without_log_probabilities_says_why(tmp_path: Path) -> None:
