@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from serve.engines.causes import ended
+from serve.engines.guard import end_session
 from suite.errors import SuiteError
 from suite.processes import importing, tail
 
@@ -154,7 +155,8 @@ class EngineProcess:
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            await asyncio.shield(process.wait())
+            if await asyncio.shield(process.wait()) < 0:
+                end_session(process.pid)
 
     async def _until_ready(self, process: asyncio.subprocess.Process) -> bool:
         deadline = time.monotonic() + self._patience.start

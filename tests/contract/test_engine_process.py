@@ -91,8 +91,7 @@ def test_one_that_dies_is_started_again_with_what_it_left_behind_gone(tmp_path: 
         watched.process.start()
         await watched.at("ready")
         child = int((tmp_path / "child").read_text())
-        (victim,) = (int(pid.name) for pid in Path("/proc").glob("[0-9]*") if is_upstream(pid, watched.ports[0]))
-        os.kill(victim, signal.SIGKILL)
+        os.kill(upstream(watched.ports[0]), signal.SIGKILL)
         await watched.until(lambda: watched.states[-2:] == ["starting", "ready"] and watched.process.starts == 2)
         assert not alive(child)
         await watched.process.stop()
@@ -100,12 +99,32 @@ def test_one_that_dies_is_started_again_with_what_it_left_behind_gone(tmp_path: 
     asyncio.run(scenario())
 
 
-def is_upstream(folder: Path, port: int) -> bool:
-    try:
-        words = (folder / "cmdline").read_text().split("\0")
-    except OSError:
-        return False
-    return str(UPSTREAM) in words and str(port) in words and "serve.engines.guard" not in words
+def test_a_guard_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        watched = Watched(tmp_path, child=str(tmp_path / "child"))
+        watched.process.start()
+        await watched.at("ready")
+        left = [upstream(watched.ports[0]), int((tmp_path / "child").read_text())]
+        os.kill(upstream(watched.ports[0], guard=True), signal.SIGKILL)
+        await watched.until(lambda: watched.process.starts == 2 and watched.process.state == "ready")
+        await watched.until(lambda: not any(map(alive, left)))
+        await watched.process.stop()
+
+    asyncio.run(scenario())
+
+
+def upstream(port: int, *, guard: bool = False) -> int:
+    """The process that listens there, or the one that guards it."""
+
+    def is_it(folder: Path) -> bool:
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+        except OSError:
+            return False
+        return str(UPSTREAM) in words and str(port) in words and ("serve.engines.guard" in words) == guard
+
+    (found,) = (int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_it(folder))
+    return found
 
 
 def test_one_that_never_answered_fails_at_once_with_its_last_lines(tmp_path: Path) -> None:
@@ -122,10 +141,10 @@ def test_one_that_never_answered_fails_at_once_with_its_last_lines(tmp_path: Pat
 
 def test_one_that_never_answers_is_given_up(tmp_path: Path) -> None:
     async def scenario() -> None:
-        watched = Watched(tmp_path, patience=replace(HASTY, start=0.3), delay=600, child=str(tmp_path / "child"))
+        watched = Watched(tmp_path, patience=replace(HASTY, start=1.5), delay=600, child=str(tmp_path / "child"))
         watched.process.start()
         await watched.at("failed")
-        assert "was not ready after 0.3 s" in str(watched.process.error)
+        assert "was not ready after 1.5 s" in str(watched.process.error)
         assert not alive(int((tmp_path / "child").read_text()))
 
     asyncio.run(scenario())
@@ -158,8 +177,7 @@ def test_one_that_dies_again_and_again_fails(tmp_path: Path) -> None:
         watched.process.start()
         await watched.at("ready")
         watched.settings["refuse"] = "out of memory"
-        (victim,) = (int(pid.name) for pid in Path("/proc").glob("[0-9]*") if is_upstream(pid, watched.ports[0]))
-        os.kill(victim, signal.SIGKILL)
+        os.kill(upstream(watched.ports[0]), signal.SIGKILL)
         await watched.at("failed")
         assert watched.process.starts == HASTY.starts
         assert "died 3 times" in str(watched.process.error)
