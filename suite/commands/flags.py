@@ -36,13 +36,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_settings(parser: argparse.ArgumentParser | argparse._ArgumentGroup, settings: type[BaseModel]) -> None:
-    """A flag for every field of `settings`, fields of tables inside it as `--table.field`."""
+    """A flag for every field of `settings`, fields of tables inside it as `--table.field`.
+
+    A switch is `--NAME`, `--NAME=false` or `--no-NAME`; the last one given counts.
+    """
     for name, info in walk(settings):
         required = " (required)" if info.is_required() else _default(info)
         text = f"{info.description or ''}{required}".replace("%", "%%")
-        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if set(_kinds(info.annotation)) == {bool} else {}
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, dest=f"setting {name}", metavar=type_text(info), help=text, action="append", **bare)
+        flag, dest = "--" + name.replace("_", "-"), f"setting {name}"
+        if set(_kinds(info.annotation)) == {bool}:
+            off = f"--no-{flag[2:]}"
+            parser.add_argument(
+                flag, dest=dest, metavar="BOOL", help=f"{text}; {off}: false", action="append", nargs="?", const="true"
+            )
+            parser.add_argument(off, dest=dest, action="append_const", const="false", help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, dest=dest, metavar=type_text(info), help=text, action="append")
 
 
 def walk(settings: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -13,6 +13,7 @@ from export.package import Export
 from suite import references
 from suite.cli import VERBS, main
 from suite.commands.flags import Parser, add_settings, values_of
+from suite.errors import SuiteError
 from suite.stages import KINDS, kind
 from tests.unit.kinds import pipeline_file
 
@@ -131,5 +132,13 @@ def test_json_events_are_one_object_a_line(tmp_path: Path, capsys: pytest.Captur
 def test_a_switch_needs_no_value() -> None:
     parser = Parser("suite export", "")
     add_settings(parser, Export)
-    values = [values_of(Export, parser.read(words)) for words in (["--create"], ["--create", "false", "--name", "x"])]
-    assert values == [{"create": True}, {"create": False, "name": "x"}]
+    given = (["--create"], ["--create", "false", "--name", "x"], ["--no-create"], ["--no-create", "--create"])
+    values = [values_of(Export, parser.read(words)) for words in given]
+    assert values == [{"create": True}, {"create": False, "name": "x"}, {"create": False}, {"create": True}]
+    assert "--no-create:false" in "".join(parser.format_help().split())  # lines break at hyphens
+    assert "--no-name" not in parser.format_help()
+    with pytest.raises(SuiteError, match="ignored explicit argument 'true'"):
+        parser.read(["--no-create=true"])
+    with pytest.raises(SuiteError) as unknown:
+        parser.read(["--no-crate"])
+    assert "--no-create" in unknown.value.hint
