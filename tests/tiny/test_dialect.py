@@ -15,8 +15,10 @@ from serve.reply import ReasoningParser, Reply
 from suite.chat import Chat
 from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
-TEMPLATES = Path(__file__).parents[3] / "shared" / "chat-templates"
+OURS = Path(__file__).parent / "templates"
+REAL = Path(__file__).parents[3] / "shared" / "chat-templates"
 FIRST = {
+    "json-calls": "<tool_call>",
     "Bielik-11B-v3.0-Instruct": "<tool_call>",
     "Cohere2MoE": "<|START_ACTION|>",
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|START_ACTION|>",
@@ -35,6 +37,8 @@ FIRST = {
 }
 """The mark before a call, of the templates that write names and JSON arguments."""
 MARKED = {
+    "keyed-calls": "<tool_call>",
+    "tagged-calls": "<function=",
     "GLM-4.7-Flash": "<tool_call>",
     "MiniMax-M2": '<invoke name="',
     "Qwen3-Coder": "<function=",
@@ -48,6 +52,9 @@ MARKED = {
 }
 """The same of the templates that put every argument between marks of its own."""
 THINKING = {
+    "json-calls": ("<think>", "</think>"),
+    "keyed-calls": ("<think>", "</think>"),
+    "tagged-calls": None,
     "GLM-4.7-Flash": ("<think>", "</think>"),
     "Cohere2MoE": ("<|START_THINKING|>", "<|END_THINKING|>"),
     "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": ("<think>", "</think>"),
@@ -67,9 +74,9 @@ def chat_of(template: str) -> Chat:
     return Chat(tokenizer)
 
 
-def real(name: str) -> Chat:
-    file = TEMPLATES / f"{name}.jinja"
-    if not file.is_file():
+def named(name: str) -> Chat:
+    file = next((file for folder in (OURS, REAL) if (file := folder / f"{name}.jinja").is_file()), None)
+    if file is None:
         pytest.skip("no shared/chat-templates beside the checkout")
     return chat_of(file.read_text("utf-8"))
 
@@ -93,9 +100,9 @@ def test_a_template_without_tools() -> None:
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_real_templates_are_read_back(name: str) -> None:
+def test_json_arguments_are_read_back(name: str) -> None:
     """The template's own rendering of a call, token borders aside, is what a model trained on it would write."""
-    chat = real(name)
+    chat = named(name)
     dialect = Dialect.of(chat)
     form = dialect.calls
     assert form
@@ -115,7 +122,7 @@ def test_real_templates_are_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", MARKED)
 def test_arguments_between_marks_are_read_back(name: str) -> None:
-    chat = real(name)
+    chat = named(name)
     dialect = Dialect.of(chat)
     assert isinstance(dialect.calls, MarkedForm)
     assert dialect.calls.opening == MARKED[name]
@@ -134,7 +141,7 @@ def test_arguments_between_marks_are_read_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", THINKING)
 def test_marks_of_reasoning(name: str) -> None:
-    marks = Dialect.of(real(name)).reasoning
+    marks = Dialect.of(named(name)).reasoning
     assert marks == THINKING[name]
     if marks:
         reply = Reply(ReasoningParser(marks))
