@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
+from serve.engines.process import Patience
 from serve.server import listen, run
 from serve.settings import Settings
 from suite.errors import SuiteError, near
@@ -35,8 +36,8 @@ BACKENDS: dict[str, str] = {
 }
 """What each backend is."""
 
-START_SECONDS = 900.0
-"""How long loading may take: large checkpoints on slow disks."""
+START_SECONDS = 2 * Patience.start
+"""How long a start may take: the probe's references, and then an engine, whose own end says why it is none."""
 STOP_SECONDS = 10.0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from serve.engines.fleet import Ask, Loaded
 from suite import store
 from suite.errors import SuiteError
 from suite.processes import importing
+
+log = logging.getLogger("serve")
 
 FORMAT = 2
 QUESTIONS = (
@@ -36,6 +39,10 @@ EXACT, ROUNDED = 0.05, 0.4
 """How much a token's log probability may differ: in float32, and where one of the two computes in 16 bits."""
 NOISE = 1e-3
 """Differences in log probability that mean nothing at all."""
+UNSEEN = (
+    "the probe cannot tell whether the adapter '%s' is heeded: it changes log probabilities by %.2g at most, which is "
+    "what rounding may change too"
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,12 @@ def distance(heard: Sequence[tuple[int, float]], known: Sequence[Token]) -> floa
     return largest if len(heard) == len(known) else math.inf
 
 
+def effect(adapter: Sequence[Known], base: Sequence[Known]) -> float:
+    """The largest difference in log probability that an adapter makes in our engine's answers."""
+    answers = ([(token.id, token.logprob) for token in known.answer] for known in adapter)
+    return max(distance(answer, known.answer) for answer, known in zip(answers, base, strict=True))
+
+
 def compare(
     name: str, heard: Sequence[Heard], known: Sequence[Known], base: Sequence[Known] | None, tolerance: float
 ) -> None:
@@ -126,14 +139,14 @@ def _evidence(told: Heard, ours: Known) -> str:
 
 
 def _hint(name: str, why: str) -> str:
-    return f"{why + '; ' if why else ''}--probe=false serves '{name}' all the same"
+    return f"{why + '; ' if why else ''}--no-probe serves '{name}' all the same"
 
 
 class ParityProbe:
     """The probe of one model, whose reference answers are computed when they are first needed, and kept."""
 
     def __init__(self, model: Path, name: str, *, exact: bool) -> None:
-        self.model, self.name = model, name
+        self.model, self.name, self.exact = model, name, exact
         self.tolerance = EXACT if exact else ROUNDED
 
     async def prepare(self, adapters: Mapping[str, Path]) -> None:
@@ -148,6 +161,8 @@ class ParityProbe:
         heard = await asyncio.gather(*(_ask_all(ask, theirs, known[name]) for name, theirs in inside.items()))
         for name, told in zip(inside, heard, strict=True):
             compare(name or self.name, told, known[name], known[""] if name else None, self.tolerance)
+            if name and (most := effect(known[name], known[""])) <= (NOISE if self.exact else self.tolerance):
+                log.warning(UNSEEN, name, most)
 
 
 async def _ask_all(ask: Ask, name: str, known: Sequence[Known]) -> list[Heard]:
@@ -169,7 +184,7 @@ async def _ask(ask: Ask, name: str, known: Known) -> Heard:
 async def _said(ask: Ask, path: str, body: Mapping[str, Any]) -> Any:
     status, said = await ask.post(path, body)
     if status != 200:
-        raise SuiteError(f"the engine answers the probe with {status}: {said}", hint="--probe=false serves without it")
+        raise SuiteError(f"the engine answers the probe with {status}: {said}", hint="--no-probe serves without it")
     return said
 
 
@@ -215,7 +230,7 @@ def _compute(model: Path, adapters: Mapping[str, Path]) -> dict[str, Any]:
     if ran.returncode:
         said = "\n".join(ran.stderr.strip().splitlines()[-8:])
         raise SuiteError(
-            f"our own engine has no reference answers for the probe:\n{said}", hint="--probe=false serves without them"
+            f"our own engine has no reference answers for the probe:\n{said}", hint="--no-probe serves without them"
         )
     found: dict[str, Any] = json.loads(ran.stdout)
     return found

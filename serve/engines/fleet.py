@@ -79,7 +79,7 @@ log = logging.getLogger("serve")
 class Fleet(Upstream):
     """Replicas of one engine with the same model and adapters.
 
-    `probe` is asked about each replica before it gets its first request, and about adapters that are added later. The
+    `probe` is asked about each replica each time that it was started, and about adapters that are added later. The
     replicas are counted from `first` among all on this machine, so that each has GPUs of its own.
     """
 
@@ -120,7 +120,6 @@ class Fleet(Upstream):
             )
             for i, replica in enumerate(self.replicas.members)
         ]
-        self._probed = [False] * settings.replicas
         self._taken = [0] * settings.replicas
         """Adapters that each process was given in its life."""
 
@@ -196,9 +195,9 @@ class Fleet(Upstream):
                 elif new:
                     await self._tell(replica, "load", new)
                     self._taken[index] += 1
+                    if self._probe and replica.ready:
+                        await self._probe(self._ask(replica), {name: new})
                 lives[index] = replica.life
-                if new and self._probe and index == 0:
-                    await self._probe(self._ask(replica), {name: new})
         except SuiteError:
             self.adapters = before
             await self._undo(new)
@@ -240,7 +239,7 @@ class Fleet(Upstream):
         process.start()
         await self._settled(replica)
         if replica.failed:
-            raise process.error or SuiteError(replica.failed)
+            raise process.error or self._refusal or SuiteError(replica.failed)
 
     async def _settled(self, replica: Replica) -> None:
         await self.replicas.until(lambda: replica.ready or bool(replica.failed))
@@ -286,7 +285,7 @@ class Fleet(Upstream):
     async def _admit(self, index: int, life: int) -> None:
         """Let a replica that has just come up have requests, once the probe has nothing against it."""
         process, replica = self.processes[index], self.replicas.members[index]
-        if self._probe and not self._probed[index]:
+        if self._probe:
             try:
                 await self._probe(self._ask(replica), self.adapters)
             except SuiteError as error:
@@ -296,7 +295,6 @@ class Fleet(Upstream):
                     self._note(replica, error)
                     self.replicas.changed()
                 return
-            self._probed[index] = True
         if process.starts == life and process.state == "ready":
             replica.ready = True
             self.replicas.changed()

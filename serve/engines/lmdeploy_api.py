@@ -18,7 +18,7 @@ from typing import Any
 
 from serve.bodies import checked
 from serve.engines.stopping import Ending
-from serve.engines.translation import AsIs, events, openai_error
+from serve.engines.translation import AsIs, events
 from serve.errors import ApiError
 from serve.forms import encoded, event, new_id
 from serve.prompts import overflow
@@ -94,14 +94,6 @@ class LmdeployApi(AsIs):
         if path == "/v1/chat/completions":
             return self._chat(fields)
         return self._text(fields) if path == "/v1/completions" else fields
-
-    def error(self, status: int, body: bytes) -> tuple[int, bytes]:
-        """In OpenAI's form, with OpenAI's code in place of the status where there is one."""
-        status, body = openai_error(status, body)
-        error = json.loads(body)["error"]
-        code = "context_length_exceeded" if "context length" in error["message"] else None
-        known = {name: error[name] for name in ("message", "type", "param")}
-        return status, encoded({"error": {**known, "code": code}})
 
     def answer(self, fields: Mapping[str, Any], body: bytes) -> bytes:
         """Cut at the first stop string, with log probabilities in OpenAI's form."""

@@ -105,20 +105,29 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def openai_error(status: int, body: bytes) -> tuple[int, bytes]:
     """An error in OpenAI's form: as it is, or made from a flat one, from FastAPI's `detail`, or from plain text.
 
-    What FastAPI calls 422 is 400 with OpenAI.
+    What FastAPI calls 422 is 400 with OpenAI, and a number is no `code`.
     """
     try:
         said = json.loads(body)
     except ValueError:
         said = body.decode("utf-8", "replace")
     nested = said.get("error") if isinstance(said, dict) else None
-    if isinstance(nested, dict) and {"message", "type", "param", "code"} <= nested.keys():
-        return status, body
-    status = 400 if status == 422 else status
     given = nested if isinstance(nested, dict) else said if isinstance(said, dict) else {}
+    whole = given is nested and {"message", "type", "param", "code"} <= given.keys()
+    if whole and isinstance(given["code"], str | None):
+        return status, body
+    status = 400 if status == 422 and not whole else status
     kind = str(given.get("type") or ("invalid_request_error" if status < 500 else "server_error"))
-    error = ApiError(status, _message(nested or said), kind=kind, param=given.get("param"), code=given.get("code"))
+    message = _message(nested or said)
+    error = ApiError(status, message, kind=kind, param=given.get("param"), code=_code(given.get("code"), message))
     return status, json.dumps(error.body).encode()
+
+
+def _code(given: Any, message: str) -> str | None:
+    """OpenAI's code of an error; engines that put the status there say what happened in words only."""
+    if isinstance(given, str):
+        return given
+    return "context_length_exceeded" if "context length" in message else None
 
 
 def _message(said: Any) -> str:

@@ -18,15 +18,17 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
+from serve.backends import START_SECONDS
 from serve.engines import remote
-from serve.engines.process import Launch
+from serve.engines.fleet import Ask
+from serve.engines.process import Launch, Patience
 from serve.engines.translation import AsIs
 from serve.gateway import create_app
-from serve.server import listen
 from serve.settings import Settings
 from suite.envs import Environment
+from suite.errors import SuiteError
+from tests.contract.threaded import threaded
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 UPSTREAM = Path(__file__).parents[1] / "upstream.py"
@@ -105,7 +107,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def gateway(folder: Path, scratch: Path, kind: Pretended, **options: Any) -> Iterator[Running]:
+def gateway(folder: Path, scratch: Path, kind: Pretended, *, wait: bool = True, **options: Any) -> Iterator[Running]:
+    """It has started inside the block, or with `wait` False may be starting."""
     journal = scratch / "journal"
     kind.given = {"journal": str(journal), **kind.given}
     given = {"probe": False, "log": "off", "adapters": {"a": folder / "a"}, **options}
@@ -121,27 +124,30 @@ def gateway(folder: Path, scratch: Path, kind: Pretended, **options: Any) -> Ite
             ready.set()
 
         app = create_app(settings, loaded=loaded)
-    sock = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-    thread.start()
-    try:
-        assert ready.wait(30)
-        if failed[0]:
-            raise failed[0]
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    with threaded(app) as url:
+        if wait:
+            assert ready.wait(30)
+            if failed[0]:
+                raise failed[0]
         with httpx.Client(base_url=url, timeout=60) as http:
             yield Running(http, journal, url)
-    finally:
-        server.should_exit = True
-        thread.join()
-        sock.close()
 
 
 @pytest.fixture(scope="module")
 def running(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with gateway(folder, tmp_path_factory.mktemp("running"), Pretended({})) as found:
         yield found
+
+
+def test_an_engine_that_starts_slowly(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({"delay": 1.5}), wait=False) as running:
+        for answer in (running.http.get("/ready"), running.chat("x")):
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "loading" in answer.json()["error"]["message"]
+        assert running.http.get("/health").json() == {"status": "loading"}
+        running.until(lambda: running.http.get("/ready").status_code == 200)
+        assert running.chat("x").status_code == 200
+    assert Patience.start < START_SECONDS  # or its last words would not be waited for
 
 
 def test_what_the_engine_may_understand_reaches_it(running: Running) -> None:
@@ -167,7 +173,7 @@ def test_an_engine_that_dies_in_a_stream_is_an_error_in_it(running: Running) -> 
 def test_errors_get_openais_form(running: Running) -> None:
     answer = running.chat("fail")
     assert answer.status_code == 500
-    assert answer.json() == {"error": {"message": "out of luck", "type": "X", "param": None, "code": 500}}
+    assert answer.json() == {"error": {"message": "out of luck", "type": "X", "param": None, "code": None}}
 
 
 def test_nothing_is_lost_when_the_engine_dies_under_load(folder: Path, tmp_path: Path) -> None:
@@ -243,6 +249,50 @@ def test_adapters_come_and_go_while_the_engine_runs(folder: Path, tmp_path: Path
         change("unload", lora_name="dé")
         assert running.chat("x", "dé").status_code == 404
         assert json.loads(running.lines("/v1/unload_lora_adapter")[-1].partition(" ")[2])["lora_name"] == inside
+
+
+def test_every_replica_is_probed_and_again_in_its_next_life(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    class Probe:
+        """Finds "x" wrong on the replica that is asked second."""
+
+        async def prepare(self, _: Any) -> None:
+            pass
+
+        async def __call__(self, ask: Ask, adapters: Any) -> None:
+            asked.append((ask.url, [*adapters]))
+            if ["x"] in [names for _, names in asked[:-1]] and "x" in adapters:
+                raise SuiteError("the adapter 'x' has no effect in this engine")
+
+    monkeypatch.setattr(remote, "ParityProbe", lambda *_, **__: Probe())
+    options: dict[str, Any] = {"probe": True, "replicas": 2, "lora_dir": [str(folder / "more")]}
+    with gateway(folder, tmp_path, Pretended({}), **options) as running:
+
+        def load(name: str, path: str) -> httpx.Response:
+            return running.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+
+        def news(count: int) -> list[list[str]]:
+            """What replicas were asked about since the last time: each once."""
+            running.until(lambda: len(asked) >= count)
+            assert len({url for url, _ in asked}) == count
+            found = [names for _, names in asked]
+            asked.clear()
+            return found
+
+        assert news(2) == [["a"], ["a"]]
+        running.until(lambda: len({a.json()["id"] for a in running.together(["x"] * 4)}) == 2)
+        assert load("d", "b").status_code == 200
+        assert news(2) == [["d"], ["d"]]
+        refused = load("x", "c")
+        assert (refused.status_code, "no effect" in refused.text) == (400, True)
+        assert news(2) == [["x"], ["x"]]
+        assert running.chat("x", "x").status_code == 404
+        assert len(running.lines("/v1/unload_lora_adapter")) == 2
+        assert running.chat("die once").status_code == 200
+        assert news(1) == [["a", "d"]]
 
 
 @pytest.mark.parametrize(

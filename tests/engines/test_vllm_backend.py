@@ -178,7 +178,7 @@ def test_an_adapter_that_the_engine_ignores_is_refused(
     fake.write_bytes(real.read_bytes())
     said = refused(adapters={"a": empty})
     assert "the adapter 'a' has no effect in this engine" in said
-    assert "--probe=false" in said
+    assert "--no-probe" in said
 
 
 def test_another_chat_template_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:

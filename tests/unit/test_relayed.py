@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.engines.fleet import Loaded
 from serve.engines.kind import flags
 from serve.engines.translation import AsIs, JoinedText, openai_error
 from serve.engines.vllm import Vllm
-from serve.probe import Heard, Known, Token, compare, distance
+from serve.probe import Heard, Known, ParityProbe, Token, compare, distance
 from serve.relay import Tally, _limited, _renamed
 from serve.settings import Settings
 from suite.errors import SuiteError
@@ -93,6 +94,11 @@ def test_answers_are_limited(path: str, fields: dict[str, Any], most: int | None
             (400, "no model", "invalid_request_error", None),
         ),
         (
+            400,
+            b'{"error":{"message":"too long","type":"BadRequestError","param":"input_tokens","code":400}}',
+            (400, "too long", "BadRequestError", "input_tokens"),
+        ),
+        (
             422,
             b'{"detail":[{"loc":["body","messages"],"msg":"Field required"}]}',
             (400, "messages: Field required", "invalid_request_error", None),
@@ -103,11 +109,19 @@ def test_errors_of_other_forms(status: int, body: bytes, wanted: tuple[int, str,
     got, raw = openai_error(status, body)
     error = json.loads(raw)["error"]
     assert (got, error["message"], error["type"], error["param"]) == wanted
+    assert error["code"] is None
 
 
-def test_openais_own_errors_stay_as_they_are() -> None:
-    body = b'{"error": {"message":"m",  "type":"t","param":null,"code":404}}'
-    assert openai_error(404, body) == (404, body)
+@pytest.mark.parametrize("code", [b"null", b'"model_not_found"'])
+def test_openais_own_errors_stay_as_they_are(code: bytes) -> None:
+    body = b'{"error": {"message":"m",  "type":"t","param":null,"code":%b}}' % code
+    assert openai_error(422, body) == (422, body)
+
+
+def test_a_prompt_that_is_too_long_has_the_code_that_clients_look_for() -> None:
+    said = {"message": "This model's maximum context length is 8 tokens.", "type": "t", "param": None, "code": 400}
+    for body in (said, {"error": said}):
+        assert json.loads(openai_error(400, json.dumps(body).encode())[1])["error"]["code"] == "context_length_exceeded"
 
 
 def test_only_lists_of_nothing_but_text_are_joined() -> None:
@@ -154,6 +168,29 @@ def test_distance() -> None:
     assert distance([(3, -1.0), (7, -2.1), (9, -50.0)], ours) == 0.5  # what follows a near tie says nothing
     assert distance([(3, -1.0), (8, -2.0)], ours) == float("inf")
     assert distance([(3, -1.0)], ours) == float("inf")
+
+
+class Echo:
+    """An engine that answers as ours does."""
+
+    translation = AsIs()
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        ours = known((3, -1.0 if body["model"] == "base" else -1.2))
+        content = [{"logprob": token.logprob} for token in ours.answer]
+        choice = {"logprobs": {"content": content}, "token_ids": [3], "finish_reason": "length"}
+        return 200, {"choices": [choice], "prompt_token_ids": ours.prompt, "usage": {"prompt_tokens": 2}}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_probe_says_what_it_cannot_see(
+    exact: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    references = {"": [known((3, -1.0))], "a": [known((3, -1.2))]}
+    monkeypatch.setattr("serve.probe.references", lambda *_: references)
+    probe = ParityProbe(Path("model"), "base", exact=exact)
+    asyncio.run(probe(Echo(), {"a": Loaded("a", Path("a"))}))  # type: ignore[arg-type]
+    assert ("'a' is heeded: it changes log probabilities by 0.2 at most" in caplog.text) == (not exact)
 
 
 def test_the_probe_tells_what_is_wrong() -> None:
