@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from serve.errors import ApiError
 from serve.traffic import Exchange
@@ -42,16 +42,16 @@ class Rate:
 
 
 class Admission:
-    """Refuses requests while `max_queue` wait."""
+    """Refuses requests to one of the `models`, with all its adapters, while `max_queue` wait for it."""
 
-    def __init__(self, max_queue: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_queue: int, models: Iterable[str], clock: Callable[[], float] = time.monotonic) -> None:
         self.max_queue = max_queue
-        self._ended = Rate(clock)
+        self._ended = {model: Rate(clock) for model in models}
 
-    def check(self, waiting: int) -> None:
+    def check(self, model: str, waiting: int) -> None:
         """Raise ApiError 429 that says when those that wait will be gone."""
         if waiting >= self.max_queue:
-            seconds = waiting / rate if (rate := self._ended.now) else MOST_SECONDS
+            seconds = waiting / rate if (rate := self._ended[model].now) else MOST_SECONDS
             raise ApiError(
                 429,
                 f"{waiting} requests wait already",
@@ -62,4 +62,5 @@ class Admission:
 
     def __call__(self, exchange: Exchange) -> None:
         """A request has ended."""
-        self._ended.note(len(exchange.answers))
+        if exchange.base:
+            self._ended[exchange.base].note(len(exchange.answers))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from serve.errors import ApiError
-from serve.generation import Generation, Request, Stats
+from serve.generation import EngineEnded, Generation, Request, Stats, UnknownAdapter
 from serve.text import TextStream
 from suite.errors import SuiteError
 
@@ -21,7 +21,7 @@ class Engine(Protocol):
     max_length: int
 
     def submit(self, request: Request) -> Generation:
-        """Queue a request; raises SuiteError for one that can never run."""
+        """Queue a request; raises SuiteError: EngineEnded, UnknownAdapter, or for one that can never run."""
 
     def cancel(self, generation: Generation) -> None:
         """End a generation; its row is free before the next step."""
@@ -128,7 +128,7 @@ class Bridge:
     def open(self, engine: Engine, requests: list[tuple[Request, TextStream]], stream: bool) -> Iterator[Group]:
         """Submit requests; what still runs at the end of the block is cancelled.
 
-        Raises ApiError for a request that can never run.
+        Raises ApiError: 503 where the engine has ended, 404 for an adapter that is gone, 400 for what can never run.
         """
         answers: list[Answer] = []
 
@@ -144,6 +144,10 @@ class Bridge:
                 answers.append(Answer(generation, text))
                 self._groups[generation] = (group, stream)
             yield group
+        except EngineEnded as error:
+            raise ApiError(503, error.message, kind="server_error") from None
+        except UnknownAdapter as error:
+            raise ApiError(404, error.message, param="model", code="model_not_found") from None
         except SuiteError as error:
             raise ApiError(400, error.message, param=error.where or "prompt") from None
         finally:

@@ -16,14 +16,14 @@ _ANY_OBJECT = {"type": "object"}
 def constraint(body: Body, served: Served, thinking: str = "") -> Constraint | None:
     """The constraint of `body`, which begins behind the mark `thinking` where the prompt has opened reasoning.
 
-    Raises ApiError 400, naming the field, for what is no grammar or too much work.
+    Raises ApiError 422, naming the field, for what is no grammar or too much work.
     """
     try:
         found = _format(body.response_format) or _structured(body.structured_outputs)
         if isinstance(body, ChatBody):
             found = _calls(body, served, found) or found
     except SuiteError as error:
-        raise ApiError(400, error.message, param=error.where) from None
+        raise ApiError(422, error.message, param=error.where) from None
     return grammar.after(thinking, found, served.tokenizer) if found and thinking else found
 
 

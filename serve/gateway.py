@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -31,6 +31,12 @@ from suite.errors import SuiteError
 
 log = logging.getLogger("serve")
 
+BODIES: list[type[BaseModel]] = [
+    ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, ResponsesBody, adapters.LoadBody,
+    adapters.UnloadBody, aliases.SplitBody,
+]  # fmt: skip
+"""Of all requests that have one."""
+
 
 def create_app(
     settings: Settings,
@@ -43,7 +49,7 @@ def create_app(
 
     Its `state.serving` is what a server needs to end it.
     """
-    admission = Admission(settings.max_queue)
+    admission = Admission(settings.max_queue, [each.name for each in settings.models])
     server = Serving(settings, admission, named=not keys)
     metrics = Metrics(lambda: {name: engine.stats() for name, engine in server.engines.items()})
 
@@ -83,7 +89,7 @@ def create_app(
 
         server.upstreams = upstreams(settings.models)
         relay.add(app, server)
-    document(app, [ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, ResponsesBody])
+    document(app, BODIES)
     # the last one added is the first one asked
     app.add_middleware(BodyLimit, limit=settings.max_body)
     if keys:
@@ -107,17 +113,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part != "body"]
-        if first["type"] == "json_invalid":
-            refused = ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
-        else:
-            what = first["msg"].removeprefix("Value error, ")
-            refused = ApiError(400, f"{'.'.join(path)}: {what}" if path else what, param=path[0] if path else None)
-        return refused.response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

@@ -19,6 +19,10 @@ Pooling = Literal["mean", "last"]
 _arrivals = count()
 
 
+class UnknownAdapter(SuiteError):
+    """A request names an adapter that the engine does not have, or has no more."""
+
+
 class EngineEnded(SuiteError):
     """An engine takes no requests any more: it was closed, or its thread ended with an error."""
 

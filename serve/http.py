@@ -1,8 +1,10 @@
-"""How requests are read: by httptools, with a bound on what is no body, which it would gather without end."""
+"""How requests are read, by httptools, and answers written: with a bound on what is no body, which it would gather
+without end, and on how long a client may leave its answer unread."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -12,11 +14,18 @@ TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, which ends a connection that sends more than `HEAD` bytes, and one read, of anything but bodies."""
+    """uvicorn's, which ends a connection that sends more than `HEAD` bytes, and one read, of anything but bodies.
+
+    One whose client reads nothing for `patience` seconds while more of its answer waits is ended too, and what was
+    computed for it with it: to the routes it is a client that has left.
+    """
+
+    patience: ClassVar[float] = 60.0
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._head = 0  # bytes since the last that belonged to a body, or ended a head
+        self._unread: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         """The next bytes of the client."""
@@ -40,3 +49,24 @@ class Protocol(HttpToolsProtocol):
         """What comes next is another request."""
         self._head = 0
         super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """More is written than the client reads."""
+        super().pause_writing()
+        # not closed, which would wait until all of it is read
+        self._unread = self.loop.call_later(self.patience, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read most of it."""
+        super().resume_writing()
+        self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has left, or was made to."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
+        if self._unread:
+            self._unread.cancel()
+            self._unread = None

@@ -15,9 +15,11 @@ from serve.traffic import Exchange
 
 M = TypeVar("M", Counter, Histogram)
 
-FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-"""Bounds of histograms in seconds."""
+WAIT = (0.01, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0)
+EACH = (0.0025, 0.01, 0.025, 0.05, 0.1, 0.5)
+"""Bounds in seconds of histograms that exist for every model: few, for there may be hundreds of adapters."""
+WHOLE = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Of those that exist for every route."""
 
 ENGINE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str]] = {
     "running": (GaugeMetricFamily, "Answers that are computed at the moment"),
@@ -57,10 +59,14 @@ class Metrics:
         self._prompt = self._counter("prompt_tokens", "Tokens of prompts", ["model"])
         self._new = self._counter("generation_tokens", "Tokens generated", ["model"])
         self._finished = self._counter("answers", "Answers by how they ended", ["finish"])
-        self._queued = self._histogram("queue_seconds", "Time that an answer waited for its first step", SLOW)
-        self._first = self._histogram("time_to_first_token_seconds", "From a prompt's arrival to its first token", SLOW)
-        self._each = self._histogram("time_per_output_token_seconds", "Of each token after the first", FAST)
-        self._total = self._histogram("request_seconds", "From a request's arrival to its end", SLOW, ["route"])
+        self._queued = self._histogram("queue_seconds", "Time that an answer waited for its first step", WAIT, "model")
+        first, each = "From a prompt's arrival to its first token", "Of each token after the first"
+        self._first = self._histogram("time_to_first_token_seconds", first, WAIT, "model")
+        self._each = self._histogram("time_per_output_token_seconds", each, EACH, "model")
+        self._of_models = (
+            self._requests, self._aliased, self._prompt, self._new, self._queued, self._first, self._each,
+        )  # fmt: skip
+        self._total = self._histogram("request_seconds", "From a request's arrival to its end", WHOLE, "route")
         ProcessCollector(registry=self.registry)
         self.registry.register(_OfEngine(stats))
         self._child = cache(_child)
@@ -77,16 +83,17 @@ class Metrics:
             child(self._new, exchange.model).inc(answer.new_tokens)
             child(self._finished, answer.finish).inc()
             if answer.queued is not None:
-                self._queued.observe(answer.queued)
+                child(self._queued, exchange.model).observe(answer.queued)
             if answer.first_token is not None:
-                self._first.observe(answer.first_token)
+                child(self._first, exchange.model).observe(answer.first_token)
                 if answer.ended is not None and answer.new_tokens > 1:
-                    self._each.observe((answer.ended - answer.first_token) / (answer.new_tokens - 1))
+                    each = (answer.ended - answer.first_token) / (answer.new_tokens - 1)
+                    child(self._each, exchange.model).observe(each)
 
     def forget(self, model: str) -> None:
         """A model is gone, and what was counted of it: adapters that come and go leave nothing behind."""
-        for counter in (self._requests, self._aliased, self._prompt, self._new):
-            counter.remove_by_labels({"model": model})
+        for metric in self._of_models:
+            metric.remove_by_labels({"model": model})
         self._child.cache_clear()
 
     def text(self) -> bytes:
@@ -96,10 +103,8 @@ class Metrics:
     def _counter(self, name: str, about: str, labels: list[str]) -> Counter:
         return Counter(f"suite_{name}", about, labels, registry=self.registry)
 
-    def _histogram(
-        self, name: str, about: str, bounds: tuple[float, ...], labels: list[str] | None = None
-    ) -> Histogram:
-        return Histogram(f"suite_{name}", about, labels or [], buckets=bounds, registry=self.registry)
+    def _histogram(self, name: str, about: str, bounds: tuple[float, ...], label: str) -> Histogram:
+        return Histogram(f"suite_{name}", about, [label], buckets=bounds, registry=self.registry)
 
 
 def _child(metric: M, *labels: str) -> M:

@@ -114,7 +114,7 @@ class Relay:
 
     async def _relay(self, request: Request, body: bytes, send: Send) -> None:
         asked = await self._asked(request, body)
-        self._server.admission.check(asked.upstream.load[1])
+        self._server.admission.check(asked.exchange.base, asked.upstream.load[1])
         tried: set[tuple[Replica, int]] = set()
         while True:
             try:

@@ -142,20 +142,21 @@ class Serving:
     async def _find(self, request: HttpRequest, name: str, user: str | None) -> Found:
         found = await self.names.find(name, user or "", visible(request))
         exchange = Exchange.of(request)
-        exchange.model, exchange.adapter, exchange.alias = found.name, found.adapter, name if name != found.name else ""
+        exchange.model, exchange.base, exchange.adapter = found.name, found.base, found.adapter
+        exchange.alias = name if name != found.name else ""
         return found
 
     async def constrain(
         self, jobs: Sequence[tuple[Request, TextStream]], constraint: Constraint | None, served: Served
     ) -> list[tuple[Request, TextStream]]:
-        """The jobs of one request, bound to its `constraint`; raises ApiError 400 where that cannot be kept to."""
+        """The jobs of one request, bound to its `constraint`; raises ApiError 422 where that cannot be kept to."""
         if constraint is None:
             return [*jobs]
         hidden = frozenset(jobs[0][1].hidden)
         try:
             grammar = await self.grammars.compile(constraint, served.tokenizer, served.stops, hidden)
         except SuiteError as error:
-            raise ApiError(400, error.message, param=error.where) from None
+            raise ApiError(422, error.message, param=error.where) from None
         return [(replace(request, grammar=grammar), text) for request, text in jobs]
 
     @contextlib.contextmanager
@@ -167,7 +168,7 @@ class Serving:
         Raises ApiError: 429 when too many wait, 400 for a prompt that is too long.
         """
         engine, _, bridge = self.ready()
-        self.admission.check(engine.load[1])
+        self.admission.check(self.settings.name, engine.load[1])
         exchange = Exchange.of(request)
         bounded = [(self._bounded(prompt, exchange.started), text) for prompt, text in prompts]
         with bridge.open(engine, bounded, stream) as group:

@@ -192,3 +192,27 @@ class Detokenized(TypedDict):
     """The answer of /detokenize."""
 
     prompt: str
+
+
+class Alias(TypedDict):
+    """A name that stands for others: the share of each, and the shares `before` these, where there were any."""
+
+    id: str
+    object: Literal["alias"]
+    targets: dict[str, float]
+    before: dict[str, float] | None
+
+
+class Aliases(TypedDict):
+    """The answer of /v1/aliases."""
+
+    object: Literal["list"]
+    data: list[Alias]
+
+
+class Deleted(TypedDict):
+    """What is there no more."""
+
+    id: str
+    object: Literal["alias"]
+    deleted: Literal[True]

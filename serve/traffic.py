@@ -67,6 +67,8 @@ class Exchange:
     key: Key | None = None
     model: str = ""
     """The name of the model that answers, "" where none was found."""
+    base: str = ""
+    """The model that this name is of: itself, or the one whose adapter it is."""
     alias: str = ""
     """The name that was asked for, where it stands for others."""
     adapter: str = ""

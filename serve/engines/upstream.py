@@ -63,7 +63,8 @@ class Upstream(ABC):
     def stats(self) -> Stats:
         """What is known of it from outside."""
         running, waiting = self.load
-        return Stats(running=running, waiting=waiting, failures=self.deaths)
+        failed = next((member.failed for member in self.replicas.members if member.failed), "")
+        return Stats(running=running, waiting=waiting, failures=self.deaths, last_failure=failed)
 
     def family(self) -> Family:
         """The names that it answers to."""

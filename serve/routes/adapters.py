@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, Field
 
+from serve.bodies import read
 from serve.catalog import Catalog
+from serve.document import CHANGING, TEXT, refuses, takes
 from serve.errors import ApiError
 from serve.families import Family
 from serve.metrics import Metrics
@@ -37,10 +39,12 @@ class UnloadBody(BaseModel):
 
 def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
     """Both routes."""
+    responses = {**TEXT, **refuses(*CHANGING)}
 
-    @app.post("/v1/load_lora_adapter")
-    async def load(body: LoadBody, request: Request) -> PlainTextResponse:
+    @app.post("/v1/load_lora_adapter", response_class=Response, responses=responses, openapi_extra=takes(LoadBody))
+    async def load(request: Request) -> PlainTextResponse:
         server.administer(request)
+        body = await read(request, LoadBody)
         catalog = server.names
         _check_name(body, catalog)
         trusting = server.settings.trusting
@@ -53,9 +57,15 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
         Exchange.of(request).adapter = body.lora_name
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @app.post("/v1/unload_lora_adapter")
-    async def unload(body: UnloadBody, request: Request) -> PlainTextResponse:
+    @app.post(
+        "/v1/unload_lora_adapter",
+        response_class=Response,
+        responses={**responses, **refuses(409)},
+        openapi_extra=takes(UnloadBody),
+    )
+    async def unload(request: Request) -> PlainTextResponse:
         server.administer(request)
+        body = await read(request, UnloadBody)
         catalog, name = server.names, body.lora_name
         if not name:
             raise ApiError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name")

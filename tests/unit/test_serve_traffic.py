@@ -236,11 +236,14 @@ def test_metrics_of_two_applications_are_apart() -> None:
     assert one.metric("suite_alias_requests_total") == {("prod", "law@v2"): 3.0}
     assert one.metric("suite_prompt_tokens_total") == {("law@v2",): 21.0}
     assert one.metric("suite_generation_tokens_total") == {("law@v2",): 15.0}
-    assert one.metric("suite_time_to_first_token_seconds_sum") == {(): 1.5}
-    assert one.metric("suite_time_per_output_token_seconds_sum")[()] == pytest.approx(0.03)
-    assert two.metric("suite_time_per_output_token_seconds_count") == {(): 0.0}  # one token has no next
+    assert one.metric("suite_time_to_first_token_seconds_sum") == {("law@v2",): 1.5}
+    assert one.metric("suite_time_per_output_token_seconds_sum")["law@v2",] == pytest.approx(0.03)
+    assert two.metric("suite_time_to_first_token_seconds_count") == {("base",): 1.0}
+    assert two.metric("suite_time_per_output_token_seconds_count") == {}  # one token has no next
+    one.post(model="base")
     one.metrics.forget("law@v2")
-    assert one.metric("suite_requests_total") == one.metric("suite_prompt_tokens_total") == {}
+    assert "law@v2" not in one.metrics.text().decode()
+    assert one.metric("suite_time_to_first_token_seconds_count") == {("base",): 1.0}
 
 
 def test_the_present_rate() -> None:
@@ -261,19 +264,21 @@ def test_the_present_rate() -> None:
 
 def test_a_full_queue_says_when_it_will_be_gone() -> None:
     now = 0.0
-    admission = Admission(10, lambda: now)
-    admission.check(9)
+    admission = Admission(10, ["base", "slow"], lambda: now)
+    admission.check("base", 9)
 
-    def retry_after(waiting: int) -> int:
+    def retry_after(waiting: int, model: str = "base") -> int:
         with pytest.raises(ApiError) as refused:
-            admission.check(waiting)
+            admission.check(model, waiting)
         assert refused.value.status == 429
         return int(refused.value.headers["Retry-After"])
 
     assert retry_after(10) == 60  # nothing is known of the rate
-    done = Exchange("id", "POST", 0, answers=[Answered(1, 1, "stop", 0, 0, 0)])
+    done = Exchange("id", "POST", 0, base="base", answers=[Answered(1, 1, "stop", 0, 0, 0)])
     for _ in range(100):
         now += 0.25
         admission(done)
     assert 10 <= retry_after(44) <= 13  # at four a second
+    assert retry_after(44, "slow") == 60  # which has a rate of its own
+    admission(Exchange("id", "GET", 0))  # of no model
     assert retry_after(100_000) == 60
