@@ -79,6 +79,96 @@ def test_how_many_examples_is_a_part_of_what_a_stage_makes(tmp_path: Path) -> No
     assert none == zero != one
 
 
+ARC = {"question": "Why?", "choices": {"text": ["w", "x", "y"], "label": ["A", "B", "C"]}, "answerKey": "C"}
+COUNTED = {"question": "Why?", "choices": {"text": ["w", "x", "y"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+
+
+@pytest.mark.parametrize(
+    ("row", "right"),
+    [
+        ({"question": "Why?", "choices": ["w", "x", "y"], "answer": 0}, "A"), ({"question": "Why?", "choices": ["w", "x", "y"], "answer": 2}, "C"),
+        ({"question": "Why?", "choices": ["w", "x", "y"], "answer": "b"}, "B"), ({"question": "Why?", "choices": '["w", "x", "y"]', "answer": "1"}, "B"),
+        ({"question": "Why?", "choices": ["w", "x", "y"], "answer": [2, 0]}, "AC"), (ARC, "C"), (COUNTED, "B"),
+        ({"question": "Why?", "A": "w", "B": "x", "C": "y", "answer": "C"}, "C"),
+    ],
+)  # fmt: skip
+def test_options_in_lists_as_hubs_keep_them(tmp_path: Path, row: dict[str, Any], right: str) -> None:
+    lines(tmp_path / "x.jsonl", row)
+    asked = sets.load(str(tmp_path))
+    (question,) = asked.questions()
+    assert (asked.kind, question.options, question.letters, question.expected) == (
+        "choice",
+        ("w", "x", "y"),
+        "ABC",
+        right,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"answer": 3}, "answer is '3'\n  hint: write one of A, B, C, 0, 1, 2"), ({"answer": -1}, "often withheld"), ({"answer": None}, "often withheld"),
+        ({"choices": ["w"]}, "at least two options"), ({"choices": list("abcdefghijk")}, "has 11 options, and at most 10"), ({"choices": [1, None]}, "'choices' must hold texts"),
+        ({"choices": {"text": ["w", "x"], "label": ["A"]}}, "a label of one letter or digit for each text"), ({"choices": {"text": ["w", "x"], "label": ["A", "A"]}}, "a label of one letter"),
+        ({"choices": {"label": ["A"]}}, "'choices' must hold texts"), ({"choices": 5}, "'choices' must be a list"), ({"choices": "w, x"}, "'choices' is not valid JSON"),
+    ],
+)  # fmt: skip
+def test_lists_of_options_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    lines(tmp_path / "x.jsonl", {"question": "Why?", "choices": ["w", "x", "y"], "answer": 1} | changed)
+    with pytest.raises(SuiteError, match=message) as caught:
+        sets.load(str(tmp_path)).questions()
+    assert str(tmp_path / "x.jsonl:1") in str(caught.value)
+
+
+def parquet(path: Path, *rows: dict[str, Any]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+def test_c_eval_and_cmmlu_as_hubs_keep_them(tmp_path: Path) -> None:
+    row = {"question": "问", "A": "1.10", "B": "2", "C": "3", "D": "4"}
+    for subject in sorted(categories("C-Eval")):
+        parquet(
+            tmp_path / f"ceval/{subject}/val-00000-of-00001.parquet", {"id": 0, **row, "answer": "D", "explanation": ""}
+        )
+        parquet(
+            tmp_path / f"ceval/{subject}/test-00000-of-00001.parquet", {"id": 0, **row, "answer": "", "explanation": ""}
+        )
+        parquet(
+            tmp_path / f"ceval/{subject}/dev-00000-of-00001.parquet",
+            {"id": 0, **row, "answer": "A", "explanation": "因为"},
+        )
+    asked = sets.load(str(tmp_path / "ceval"), 1)
+    assert (asked.layout.name, asked.file.languages, len(asked.questions())) == ("C-Eval", ["zh"], 52)
+    (first, *_) = asked.questions()
+    assert (first.id, first.options[0], first.expected, first.messages[1]["content"]) == (
+        "accountant/0",
+        "1.10",
+        "D",
+        "A",
+    )
+    assert asked.category["law"] == "humanities"
+    renamed = {"Question": "问", **row, "Answer": "B"}
+    del renamed["question"]
+    for split in ("dev", "test"):
+        parquet(tmp_path / f"cmmlu/agronomy/{split}/0000.parquet", renamed)
+    (question,) = sets.load(str(tmp_path / "cmmlu"), 1).questions()
+    assert (question.id, question.expected, len(question.messages)) == ("agronomy/1", "B", 3)
+
+
+def test_the_split_of_a_configuration(tmp_path: Path) -> None:
+    for split, answer in (("train", 0), ("validation", 1), ("test", 2)):
+        lines(tmp_path / f"s/easy/{split}.jsonl", {"question": "Why?", "choices": ["w", "x", "y"], "answer": answer})
+    (question,) = sets.load(str(tmp_path / "s")).questions()
+    assert (question.id, question.expected) == ("easy/1", "C")
+    (tmp_path / "s/easy/test-00001-of-00002.jsonl").write_text("{}")
+    with pytest.raises(SuiteError, match="is the first of 2 files of a split"):
+        sets.load(str(tmp_path / "s"))
+
+
 def test_withheld_answers_are_no_score(tmp_path: Path) -> None:
     folder = ceval(tmp_path / "ceval")
     for path in folder.glob("val/*"):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from evalsets import metrics
+from evalsets.extract import pattern
 from suite.errors import SuiteError
 
 with warnings.catch_warnings():
@@ -104,6 +105,12 @@ def test_token_f1_and_jaccard(reply: str, reference: str, f1: float, jaccard: fl
 def test_a_pattern_is_found_or_not() -> None:
     assert metrics.regex("born in 1912.", r"\b1912\b") == 1
     assert metrics.regex("born in 19123", r"\b1912\b") == 0
+
+
+def test_a_pattern_that_takes_forever_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattern, "LONGEST", 0.2)
+    with pytest.raises(SuiteError, match=r"takes more than 0\.2 s on one reply"):
+        metrics.regex("a" * 50 + "!", "(a+)+$|(a|aa)+$|(.*a){30}b")
 
 
 def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,13 @@ def test_a_set_may_say_where_the_answer_is(tmp_path: Path) -> None:
     about = 'title = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "a test"\n'
     (tmp_path / "set.toml").write_text(f"kind = 'numeric'\n{about}extract = 'RESULT<(.*?)>'\n", "utf-8")
     asked = rows(tmp_path, *({"question": "?", "answer": "3"} for _ in range(5)))
-    texts = ["7, no: RESULT<3.0>, not RESULT<4>", "3", "RESULT<three>", "<think>RESULT<4></think>RESULT<3>", "RESULT<4>"]
+    texts = [
+        "7, no: RESULT<3.0>, not RESULT<4>",
+        "3",
+        "RESULT<three>",
+        "<think>RESULT<4></think>RESULT<3>",
+        "RESULT<4>",
+    ]
     found = answered(asked, lambda i, _: texts[i])
     assert [r["parsed"] for r in found.rows] == ["3.0", None, None, "3", "4"]
     assert (found.total["acc"], found.total["unparsed"]) == (0.4, 2)

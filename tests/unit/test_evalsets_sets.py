@@ -149,6 +149,35 @@ def test_a_wrong_set_file_has_its_line(tmp_path: Path, more: str, message: str) 
         sets.load(str(choice_set(tmp_path / "s", more, law_val=[law(0)])))
 
 
+def test_shots_may_be_drawn_by_chance_and_always_the_same(tmp_path: Path) -> None:
+    dev = [law(i, "ABCD"[i % 4], f"Solved {i}?") for i in range(20)]
+
+    def shown(name: str, more: str) -> list[str]:
+        asked = sets.load(str(choice_set(tmp_path / name, f"shots = 3\n{more}", law_val=[law(50)], law_dev=dev)))
+        return [m["content"].partition("\n")[0] for m in asked.questions()[0].messages if m["role"] == "user"][:-1]
+
+    first, drawn = shown("a", ""), shown("b", "shots_random = true\n")
+    assert first == ["Solved 0?", "Solved 1?", "Solved 2?"]
+    assert drawn == shown("c", "shots_random = true\n") != first
+    assert shown("d", "shots_random = true\n[generation]\nseed = 5\n") not in (first, drawn)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("extract = '(a'", r"set.toml:6: extract: missing \)"), ("extract = 'a|b'", "set.toml:6: extract has 0 groups, and needs one"),
+        ("extract = '(a)(b)'", "extract has 2 groups"), ("metrics = ['f1']\nextract = '(a)'", "'extract' is for choice and numeric sets"),
+    ],
+)  # fmt: skip
+def test_patterns_are_checked_when_a_set_is_read(tmp_path: Path, more: str, message: str) -> None:
+    kind = "qa" if "f1" in more else "choice"
+    folder = rows_set(
+        tmp_path / "s", kind, [{"question": "?", "A": "1", "B": "2", "answer": "A", "response": "x"}], more
+    )
+    with pytest.raises(SuiteError, match=message):
+        sets.load(str(folder))
+
+
 def test_what_does_not_fit_the_kind_is_refused(tmp_path: Path) -> None:
     row = {"query": "a", "response": "b", "text": "c"}
     for kind, more, message in (
