@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from evalsets import sets
+from evalsets.ask import Reply
+from evalsets.evaluation import Meter, silent, speed
+from evalsets.kinds import KINDS as SET_KINDS
+from evalsets.metrics import KNOWN, figures, toolbench
+from evalsets.score import requests, score
+from export.parity import Sums
 from suite import envs
 from suite.cli import VERBS
 from suite.commands.flags import type_text, walk
@@ -37,6 +46,60 @@ def table(settings: type, without: Collection[str] = ()) -> list[str]:
     return [*rows, ""]
 
 
+def gate_names() -> list[str]:
+    """What a gate may name, as evaluations of shipped sets and a comparison with a parent have it."""
+    found = dict.fromkeys(SET_KINDS, "")
+    for name in sets.names():
+        asked = sets.load(name)
+        if asked.kind == "choice":  # what its settings can add
+            asked = replace(asked, file=asked.file.model_copy(update={"likelihood": True, "multiple": True}))
+        questions = asked.questions(2)
+        ids = [request.id for question in questions for request in requests(asked, question, "")]
+        replies = {id: Reply(id, "", "A", logprobs=(-1.0, -1.0)) for id in ids}
+        found[asked.kind] = _named(score(asked, questions, replies).total)
+    found["choice"] += ", `categories.NAME.acc`"
+    found["toolbench"] = ", ".join(f"`{name}`" for name in ("step", *toolbench.FIGURES))
+    found["qa"] = ", ".join(f"`{name}`" for metric in KNOWN for name in figures(metric) or (metric,))
+    meter = Meter("", 1, silent, tokens=1, latencies=[1.0], ended=1.0, began=0.0)
+    return [
+        *GATES.split("\n"),
+        "| where | names |",
+        "| --- | --- |",
+        *(f"| `eval`: `SET.` of a set of kind {kind} | {names} |" for kind, names in found.items()),
+        "| `eval`: `SET.` of any set | `low`, `high`, `n`, `failed`, `truncated`, `leakage.n`, `leakage.share`, "
+        "`leakage.clean`, `intervals.FIGURE.low`, `intervals.FIGURE.high` |",
+        "| `eval`: `SET.` of EvalScope and lm-evaluation-harness | `score`, `reported`, `metrics.NAME`, `second.acc` |",
+        f"| `eval` | {_named({'speed': speed([meter])})}, `memory`; `bytes` and `parity` of what was evaluated |",
+        f"| `merge`, `quantize`, `eval` | {_named({'parity': Sums(positions=1, predicted=1).result()})} |",
+        "| `eval`, beside another | `forgotten(@stage.SET)` and `learnt(@stage.SET)`; without `.SET` of all sets |",
+        "",
+    ]
+
+
+GATES = """\
+## What a gate may name
+
+Any number that a stage measured, by its path in `report.json`. Its own values may begin with its name, as in
+`score.ceval-mini.acc`; those of another stage begin with `@` and that one's. All stages have `bytes`, the size of their
+files, and `seconds`. What was not measured fails its gate.
+
+With `at 95 %` at its end a condition must hold at both ends of an interval: that of a score, or of its difference from
+the same score of another stage on the same questions. All scores of questions have one.
+"""
+COMMON = ("low", "high", "n", "failed", "truncated", "intervals")
+
+
+def _named(metrics: Mapping[str, Any], path: str = "") -> str:
+    """The paths of numbers, in code."""
+    found = []
+    for name, value in metrics.items():
+        if isinstance(value, Mapping) and name not in COMMON:
+            found.append(_named(value, f"{path}{name}."))
+        elif name not in COMMON and not isinstance(value, str | Mapping):
+            found.append(f"`{path}{name}`")
+    return ", ".join(filter(None, found))
+
+
 def _values(text: str) -> str:
     return IN_TOML.get(text) or f"`{text}`"
 
@@ -57,7 +120,7 @@ def page() -> str:
         *(f"| `suite {v}` | {text} |" for v, (text, _) in VERBS.items()),
         "",
     ]
-    lines += ["## Every stage's table", "", *table(Wiring), "## `[serve]`", "", *table(Serve)]
+    lines += ["## Every stage's table", "", *table(Wiring), *gate_names(), "## `[serve]`", "", *table(Serve)]
     lines += [
         "## `[serve.models.NAME]`",
         "",
