@@ -23,7 +23,7 @@ def _call_row(_: SetFile, question: Question, reply: Reply, __: Replies) -> Row:
     valid = fmean(calls.valid(call, question.tools) for call in made) if made else None
     row: Row = {"expected": expected, "parsed": made, "name": None, "arguments": None, "valid": valid}
     if reply.error:
-        return row | {"score": 0.0}
+        return row | {"name": 0.0, "score": 0.0}
     if isinstance(expected, bool):
         return row | {"name": float(bool(made) == expected), "score": float(valid == 1 if expected else not made)}
     row["name"] = float(calls.same_names(made, expected))
@@ -34,10 +34,23 @@ def _call_row(_: SetFile, question: Question, reply: Reply, __: Replies) -> Row:
 
 
 def _call_figures(_: SetFile, rows: list[Row]) -> dict[str, Any]:
-    """`acc`: the right calls and no others; `no_call` is that of questions that need none, `valid` a share of calls."""
-    silent = [r for r in rows if not r["expected"]]
+    """`acc`: the right calls and no others; `no_call` is that of questions that need none, `valid` a share of calls.
+
+    `tool_call_f1` of whether a tool is called, over the questions that need one, and `schema_accuracy`, the share of
+    replies with calls all of which their schemas allow, are EvalScope's, 0 where nothing is called.
+    """
+    silent, called = [r for r in rows if not r["expected"]], [r for r in rows if r["parsed"]]
     shares = {name: mean(rows, name) for name in ("name", "arguments", "valid")}
-    return judged(rows) | shares | {"no_call": mean(silent, "score")}
+    rightly = sum(bool(r["expected"]) for r in called)
+    return (
+        judged(rows)
+        | shares
+        | {
+            "no_call": mean(silent, "score"),
+            "tool_call_f1": 2 * rightly / max(len(called) + len(rows) - len(silent), 1),
+            "schema_accuracy": sum(r["valid"] == 1 for r in called) / max(len(called), 1),
+        }
+    )
 
 
 CALLS = Kind(lambda _: "acc", _call_row, _call_figures)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from evalsets import sets
 from evalsets.ask import Reply, said
+from evalsets.kinds import tools
 from evalsets.metrics import calls
 from evalsets.score import requests, score
 
@@ -59,7 +62,7 @@ def test_the_shipped_set_is_scored_by_value() -> None:
     found = score(asked, questions, replies)
     assert found.total["acc"] == 74 / 80
     assert (found.total["n"], found.total["failed"], found.total["unparsed"]) == (80, 1, 0)
-    assert found.total["name"] == pytest.approx(75 / 79)
+    assert found.total["name"] == 75 / 80
     assert found.total["arguments"] == pytest.approx(55 / 56)
     assert found.total["no_call"] == 19 / 20
     assert found.subsets["two"]["acc"] == 19 / 20
@@ -80,3 +83,23 @@ def test_questions_that_only_ask_whether_to_call(tmp_path: Path) -> None:
     assert [row["score"] for row in found.rows] == [1, 0, 0, 1, 0]
     assert (found.total["acc"], found.total["name"], found.total["no_call"]) == (2 / 5, 3 / 5, 1 / 2)
     assert found.total["valid"] == pytest.approx(2 / 3)
+    # two of three that are called should be, and one that should be is not
+    assert found.total["tool_call_f1"] == pytest.approx(2 / 3)
+    assert found.total["schema_accuracy"] == pytest.approx(2 / 3)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["", "right", "wrong"])), min_size=1, max_size=12))
+def test_figures_of_calling_are_those_of_a_confusion_matrix(asked: list[tuple[bool, str]]) -> None:
+    """Precision and recall as EvalScope's general_fc defines them."""
+    rows = [
+        {"expected": should, "parsed": [made] * bool(made), "valid": float(made == "right") if made else None, "score": 0.0,
+         "name": 0.0, "arguments": None, "error": "", "finish": ""}
+        for should, made in asked
+    ]  # fmt: skip
+    found = tools.CALLS.figures(sets.load("tool-calls").file, rows)
+    both = sum(should and bool(made) for should, made in asked)
+    precision = both / called if (called := sum(bool(made) for _, made in asked)) else 0.0
+    recall = both / wanted if (wanted := sum(should for should, _ in asked)) else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    assert found["tool_call_f1"] == pytest.approx(f1)
+    assert found["schema_accuracy"] == (sum(made == "right" for _, made in asked) / called if called else 0.0)
