@@ -50,11 +50,11 @@ class LlamaCpp:
         return None
 
     def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:  # noqa: ARG002
-        """`python -m llama_cpp.server`; it reads its key from a variable."""
+        """`llamacpp_server`; it reads its key from a variable."""
         layers = "-1" if envs.device() == "cuda" else "0"
         command = [
             "env", f"PYTHONPATH={importing()['PYTHONPATH']}",
-            str(environment.python), "-m", "llama_cpp.server", "--model", str(gguf_file(settings.model)),
+            str(environment.python), "-m", "serve.engines.llamacpp_server", "--model", str(gguf_file(settings.model)),
             "--model_alias", settings.name, "--host", "127.0.0.1", "--port", str(port),
             "--n_ctx", str(settings.max_length or CONTEXT), "--n_gpu_layers", layers,
             "--interrupt_requests", "false", "--disable_ping_events", "true", "--verbose", "false",
