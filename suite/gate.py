@@ -145,6 +145,8 @@ def value_at(metrics: Mapping[str, Any], path: str, stage: str | None) -> float:
     """The number at a dotted path such as `ceval-mini.acc`; raises Unmeasured with what there is."""
     node: Any = metrics
     for part in path.split("."):
+        if isinstance(node, Mapping) and "not_available" in node and part not in node:
+            raise Unmeasured(f"'{path}' is not available: {node['not_available']}")
         if not isinstance(node, Mapping) or part not in node:
             known = ", ".join(sorted(node)) if isinstance(node, Mapping) and node else "nothing"
             by = f" by @{stage}" if stage else ""

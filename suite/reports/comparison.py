@@ -16,6 +16,8 @@ from suite.reports.subjects import Subject
 PARENT = "parent"
 CHANGED = 500
 """Questions of a set in a page; it says how many more there are."""
+NAMED = 20
+"""Forgotten questions of a set that are named in a line; the JSON has them all."""
 WORST = 5
 """Subjects of a set that are named among what was forgotten."""
 
@@ -116,11 +118,13 @@ def tested(found: Comparison) -> list[Part]:
     """The differences with their verdicts, and what to know of them; nothing where no set is on both sides."""
     if not any(pair.differences for pair in found.pairs):
         return []
-    remarks = [
-        f"{name}, {pair.subject.name} beside {pair.reference.name}: {remark}"
-        for pair in found.pairs for name, one in pair.differences.items() for remark in one.remarks
-    ]  # fmt: skip
+    about: dict[tuple[str, str], list[str]] = {}
+    for pair in found.pairs:
+        for name, one in pair.differences.items():
+            for remark in one.remarks:
+                about.setdefault((name, f"beside {pair.reference.name}: {remark}"), []).append(pair.subject.name)
     parts: list[Part] = [Heading("Differences"), explanation(found), differences(found)]
+    remarks = [f"{name} of {', '.join(subjects)} {text}" for (name, text), subjects in about.items()]
     return [*parts, Bullets(remarks)] if remarks else parts
 
 
@@ -143,14 +147,15 @@ def questions(found: Comparison) -> list[Part]:
 def quality(subjects: Sequence[Subject]) -> Table:
     """The deciding figure of every set with its 95 % interval; and of how many questions, where these differ."""
     names = list(dict.fromkeys(name for subject in subjects for name in subject.sets))
-    header = ["artifact", *(f"{name}, {_headline(name, subjects)}" for name in names)]
+    header = ["artifact", *(_called(name, subjects) for name in names)]
     several = {name for name in names if len({s.sets[name]["total"].get("n") for s in subjects if name in s.sets}) > 1}
     rows = [(s.name, *(_score(s.sets.get(name), name in several) for name in names)) for s in subjects]
     return Table(header, rows)
 
 
-def _headline(name: str, subjects: Sequence[Subject]) -> str:
-    return label(next(subject.sets[name]["headline"] for subject in subjects if name in subject.sets))
+def _called(name: str, subjects: Sequence[Subject]) -> str:
+    score = label(next(subject.sets[name]["headline"] for subject in subjects if name in subject.sets))
+    return name if name == score else f"{name}, {score}"
 
 
 def _score(found: Mapping[str, Any] | None, counted: bool) -> str:
@@ -167,7 +172,7 @@ def _score(found: Mapping[str, Any] | None, counted: bool) -> str:
 
 def cost(subjects: Sequence[Subject]) -> Table:
     """Size, speed, memory, and how far each is from what it was made from."""
-    header = ("artifact", "backend", "size", "tokens/s", "latency, median", "95 % within", "memory", "KL to parent",
+    header = ("artifact", "backend", "size", "tokens/s", "latency, median", "latency, 95 %", "memory", "KL to parent",
               "same token", "perplexity, parent's and own")  # fmt: skip
     rows = []
     for s in subjects:
@@ -242,8 +247,10 @@ def forgetting(pairs: Sequence[Pair]) -> list[Part]:
             rows.append((pair.subject.name, pair.reference.name, name, f"{len(lost)} of {right}", str(len(learnt)),
                          ", ".join(_worst(found))))  # fmt: skip
             if lost:
-                ids = ", ".join(str(row["id"]) for row in lost)
-                named.append(f"{pair.subject.name} forgot of {name}, beside {pair.reference.name}: {ids}")
+                ids = [str(row["id"]) for row in lost[:NAMED]] + (
+                    [f"{len(lost) - NAMED} more"] if len(lost) > NAMED else []
+                )
+                named.append(f"{pair.subject.name} forgot of {name}, beside {pair.reference.name}: {', '.join(ids)}")
     if not rows:
         return []
     header = ("artifact", "beside", "set", "forgotten", "learnt", "most in")

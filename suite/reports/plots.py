@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from typing import Any
 
-from evalsets.report import label
+from evalsets.report import label, number
 from suite.document import Image
 from suite.reports.subjects import Subject
 
 WIDTH = 7.0
 """Inches; 100 dots each."""
+ABREAST = 4
+"""Panels in a row."""
+MARKERS = "osD^vPX*"
+"""Told apart without colours, too."""
 
 
 def plots(subjects: Sequence[Subject]) -> Iterator[Image]:
@@ -46,15 +52,24 @@ def _ends(subject: Subject, name: str) -> list[float]:
 
 
 def _figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure whose rows of panels are `height` inches each, and the axes of its panels."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(max(WIDTH, 1.5 + 2.5 * panels), height), dpi=100, layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
+    columns = min(panels, ABREAST)
+    rows = math.ceil(panels / columns)
+    size = (max(WIDTH, 1.5 + 2.5 * columns), height * rows)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
-    return figure, axes
+        if columns > 1:
+            axis.xaxis.set_major_locator(MaxNLocator(4))
+    for unused in axes[panels:]:
+        unused.set_visible(False)
+    return figure, axes[:panels]
 
 
 def _image(figure: Any, name: str, about: str) -> Image:
@@ -72,32 +87,48 @@ def _scores(measured: dict[str, list[Subject]]) -> Image:
         rows = [names.index(s.name) for s in found]
         ends = zip(*(_ends(s, name) for s in found), strict=True)
         axis.errorbar([_score(s, name) for s in found], rows, xerr=[list(e) for e in ends], fmt="o", capsize=3)
-        axis.set_title(f"{name}\n{label(found[0].sets[name]['headline'])}", fontsize="medium")
+        axis.set_title("\n".join(_about(found[0], name)), fontsize="medium")
+        _percents(axis.xaxis, found[0], name)
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     return _image(figure, "scores", "Scores with 95 % intervals")
+
+
+def _about(subject: Subject, name: str) -> list[str]:
+    """The set's name, and what its score is called."""
+    called = label(subject.sets[name]["headline"])
+    return [name, f"{called}, lower is better" if _lower(subject, name) else called]
+
+
+def _percents(axis: Any, subject: Subject, name: str) -> None:
+    """Shares are read as per cent."""
+    from matplotlib.ticker import PercentFormatter
+
+    if number(subject.sets[name]["headline"], 1.0).endswith("%"):
+        axis.set_major_formatter(PercentFormatter(1.0))
 
 
 def _quality(found: list[Subject], name: str) -> Image:
     figure, (axis,) = _figure(4.0)
-    for subject in found:
+    for subject, marker in zip(found, cycle(MARKERS), strict=False):
         low, high = _ends(subject, name)
         x, y = (subject.bytes or 0) / 1e6, _score(subject, name)
-        axis.errorbar([x], [y], yerr=[[low], [high]], fmt="o", capsize=3, label=subject.name)
+        axis.errorbar([x], [y], yerr=[[low], [high]], fmt=marker, capsize=3, label=subject.name)
     axis.set_xlim(left=0)
     axis.set_xlabel("size of the files, MB")
-    axis.set_ylabel(f"{name}, {label(found[0].sets[name]['headline'])}")
+    axis.set_ylabel(", ".join(_about(found[0], name)))
+    _percents(axis.yaxis, found[0], name)
     figure.legend(loc="outside right upper", fontsize="small")
-    return _image(figure, "quality", "Quality against size")
+    return _image(figure, "quality", "Quality with 95 % intervals against size")
 
 
 def _latency(found: list[Subject]) -> Image:
-    figure, (axis,) = _figure(1.2 + 0.35 * len(found))
+    figure, (axis,) = _figure(1.4 + 0.35 * len(found))
     rows = range(len(found))
     for percentile, about, tint in (("latency_p95", "95 % within", 0.35), ("latency_p50", "median", 1.0)):
         axis.barh(rows, [s.speed[percentile] for s in found], color="tab:blue", alpha=tint, label=about)
     axis.set_yticks(rows, [s.name for s in found])
     axis.invert_yaxis()
     axis.set_xlabel("seconds from request to the whole reply")
-    axis.legend(fontsize="small")
+    figure.legend(loc="outside upper right", ncols=2, fontsize="small")
     return _image(figure, "latency", "Latency")

@@ -21,7 +21,8 @@ from suite.reports.subjects import Subject, of_evaluation, unique
 from suite.runner import Outcome
 from suite.runs import link
 
-COLUMNS = ("artifact", "size", "accuracy (95 %)", "ROUGE-L", "perplexity", "KL to parent", "against parent", "verdict")
+ACCURACY = "accuracy (95 %)"
+COLUMNS = ("artifact", "size", ACCURACY, "ROUGE-L", "perplexity", "KL to parent", "against parent", "verdict")
 TITLE = "Every artifact against the one it came from"
 SHORT = (("acc", "acc"), ("rougeL", "ROUGE-L"), ("ppl", "ppl"))
 """Figures whose change is shown in one line, and what they are called there."""
@@ -48,15 +49,15 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, in the order of COLUMNS."""
-        accuracy = next(
-            (f"{_percent(s['acc'])} [{_percent(s['low'])}, {_percent(s['high'])}]" for s in self._sets("acc")), "-"
-        )
-        rouge = next((f"{s['rougeL']:.3f}" for s in self._sets("rougeL")), "-")
-        perplexity = next((f"{s['ppl']:.3f}" for s in self._sets("ppl")), "-")
+        acc, rouge, ppl = (self.scores.get(first(self.scores, metric)) for metric, _ in SHORT)
+        accuracy = f"{_percent(acc['acc'])} [{_percent(acc['low'])}, {_percent(acc['high'])}]" if acc else "-"
         kl = f"{self.parity['kl']:.1e}" if "kl" in self.parity else "-"
         changes = ", ".join(f"{name} {change:+.3f}" for name, change in self.changes.items())
         against = f"{changes} ({self.parent})" if self.parent else "-"
-        return self.artifact, size_text(self.bytes), accuracy, rouge, perplexity, kl, against, self.verdict
+        return (
+            self.artifact, size_text(self.bytes), accuracy, f"{rouge['rougeL']:.3f}" if rouge else "-",
+            f"{ppl['ppl']:.3f}" if ppl else "-", kl, against, self.verdict,
+        )  # fmt: skip
 
     @property
     def verdict(self) -> str:
@@ -66,8 +67,15 @@ class Row:
         order = ("worse", "cannot tell", "better")
         return next((v for v in order if v in self.verdicts.values()), "measured")
 
-    def _sets(self, metric: str) -> Iterator[dict[str, Any]]:
-        return (s for s in self.scores.values() if isinstance(s, dict) and s.get(metric) is not None)
+
+def first(scores: Mapping[str, Any], metric: str) -> str:
+    """The first set that has a figure; empty where none has."""
+    return next(iter(having(scores, metric)), "")
+
+
+def having(scores: Mapping[str, Any], metric: str) -> list[str]:
+    """The sets that have a figure, in the order in which they were asked."""
+    return [name for name, found in scores.items() if isinstance(found, dict) and found.get(metric) is not None]
 
 
 def _percent(share: float) -> str:
@@ -125,7 +133,8 @@ def _base(subject: Subject, others: Sequence[Subject]) -> Subject | None:
 
 
 def _row(subject: Subject, made: list[Outcome], beside: Pair | None, origin: Pair | None) -> Row:
-    row = Row(subject.name, subject.backend, None, subject.bytes or 0, subject.metrics, subject.parity)
+    scores = {name: subject.metrics[name] for name in (*subject.sets, *subject.metrics)}  # sets first, as asked
+    row = Row(subject.name, subject.backend, None, subject.bytes or 0, scores, subject.parity)
     row.gates_held = all(v.held for outcome in made for v in outcome.verdicts)
     row.state = made[0].state
     if beside:
@@ -141,16 +150,12 @@ def _row(subject: Subject, made: list[Outcome], beside: Pair | None, origin: Pai
 
 
 def changes(scores: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
-    """Differences of the deciding figures that both have: accuracy, ROUGE-L, perplexity."""
-    found = {}
-    for name, score in scores.items():
-        old = before.get(name)
-        if not isinstance(score, dict) or not isinstance(old, dict):
-            continue
-        for metric, short in SHORT:
-            if score.get(metric) is not None and old.get(metric) is not None:
-                found[short] = score[metric] - old[metric]
-    return found
+    """How accuracy, ROUGE-L and perplexity differ, each on the first set that has it, where both were asked that."""
+    named = {short: (first(scores, metric), metric) for metric, short in SHORT}
+    return {
+        short: scores[name][metric] - before[name][metric]
+        for short, (name, metric) in named.items() if name in having(before, metric)
+    }  # fmt: skip
 
 
 def show(console: Console, found: Ending) -> None:
@@ -160,7 +165,11 @@ def show(console: Console, found: Ending) -> None:
 
 
 def _table(found: Ending) -> Table:
-    return Table(COLUMNS, [row.cells() for row in found.rows])
+    """A row for each artifact; what was asked by several sets is shown of the first, which the header names."""
+    several = {name for row in found.rows for name in having(row.scores, "acc")}
+    named = next(filter(None, (first(row.scores, "acc") for row in found.rows)), "")
+    header = [f"{named}, {column}" if column == ACCURACY and len(several) > 1 else column for column in COLUMNS]
+    return Table(header, [row.cells() for row in found.rows])
 
 
 def write(run_dir: Path, found: Ending) -> None:

@@ -269,7 +269,7 @@ def test_sets_that_are_not_the_same_are_not_compared_as_if_they_were(
     assert (found["verdict"], found["n"]) == ("worse", 100)
     edited(tmp_path / "b", headline="exact")
     assert main(["compare", a, b]) == 0
-    assert "quiz, b beside a: acc and exact are different scores" in capsys.readouterr().out
+    assert "quiz of b beside a: acc and exact are different scores" in capsys.readouterr().out
     path = tmp_path / "b/answers/quiz.jsonl"
     path.write_text(path.read_text("utf-8").replace('"digest": "', '"digest": "other '), "utf-8")
     edited(tmp_path / "b", headline="acc")
@@ -288,7 +288,7 @@ def test_a_perplexity_without_all_texts_is_not_measured(tmp_path: Path, capsys: 
     (tmp_path / "b/report.json").write_text(json.dumps(whole), "utf-8")
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     shown = capsys.readouterr().out
-    assert "texts, b beside a: not available: 2 of 20 texts were not measured" in shown
+    assert "texts of b beside a: not available: 2 of 20 texts were not measured" in shown
     assert "not available" in shown
     found = said(capsys, str(tmp_path / "a"), str(tmp_path / "b"))
     assert found["comparisons"][0]["sets"]["texts"]["verdict"] == "cannot tell"
@@ -430,6 +430,15 @@ def test_the_report_of_a_run(made: Made, tmp_path: Path) -> None:
     page = (run_dir / "report.html").read_text("utf-8")
     assert "Questions whose score changed" in page
     assert json.loads((run_dir / "report.json").read_text("utf-8"))["artifacts"][2]["verdict"] == "gate failed"
+
+
+def test_the_table_of_a_run_speaks_of_one_set_in_all_its_columns() -> None:
+    figures = [{"acc": acc, "low": 0.0, "high": 1.0} for acc in (0.9, 0.1, 0.8, 0.5)]
+    scores, before = dict(zip("ab", figures, strict=False)), dict(zip("ab", figures[2:], strict=False))
+    row = report.Row("x", "torch", "y", 1000, scores, {}, changes=report.changes(scores, before))
+    assert row.cells()[2] == "90.0 % [0.0 %, 100.0 %]"
+    assert row.cells()[6] == "acc +0.100 (y)"
+    assert report.changes(scores, {"b": figures[3]}) == {}  # the parent was not asked what is shown
 
 
 def test_ci_sees_each_stage_gate_and_set(made: Made, tmp_path: Path) -> None:

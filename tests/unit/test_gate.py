@@ -67,9 +67,11 @@ def test_values_may_begin_with_the_name_of_their_stage(text: str, held: bool) ->
     assert gate.parse(text, "score").judge(OWN, OTHERS).held is held
 
 
-def test_a_metric_goes_before_a_stage_of_its_name() -> None:
+def test_a_metric_goes_before_a_stage_of_its_name_and_what_is_not_there_is_said() -> None:
     own = Known({"quiz": {"acc": 0.5, "quiz": {"acc": 0.7}}})
     assert gate.parse("quiz.acc == 0.5", "quiz").judge(own, {}).held
+    without = Known({"quiz": {"leakage": {"not_available": "no training data"}}})
+    assert "is not available: no training data" in gate.parse("quiz.leakage.share < 1").judge(without, {}).reason
     assert "begins with @" in gate.parse("quizz.acc == 0.5", "quiz").judge(own, {}).reason
 
 
