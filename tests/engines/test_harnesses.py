@@ -7,7 +7,9 @@ same, every question lists its options both ways.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from evalsets import named, sets
 from evalsets.ask import Client
 from evalsets.evaluation import evaluate
 from evalsets.external.harness import Settings
+from evalsets.metrics import toolbench
 from evalsets.sets import Question
 from serve.backends import endpoint
 from suite.envs import Environment
+from suite.processes import foreign
 from tests.unit.openai_fake import Say, serve
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
@@ -49,6 +53,22 @@ doc_to_target: "{{answer}}"
 generation_kwargs: {until: [], max_gen_toks: 8}
 filter_list: [{name: letter, filter: [{function: regex, regex_pattern: "([ABCD])"}, {function: take_first}]}]
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+NUMBERS = """
+task: numbers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+output_type: generate_until
+generation_kwargs: {{until: [], max_gen_toks: 512}}
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    regexes_to_ignore: [",", "\\\\$", "(?s).*#### "]
+filter_list: [{{name: strict, filter: [{{function: regex, regex_pattern: "#### (-?[0-9.,]+)"}}, {{function: take_first}}]}}]
 """
 CHOSEN = """
 output_type: multiple_choice
@@ -159,6 +179,8 @@ def test_what_fails_is_counted_by_all(asked: Path, tmp_path: Path) -> None:
     expected = {q.messages[-1]["content"]: q.expected for q in questions}
 
     def rule(body: dict[str, Any]) -> Say:
+        if "prompt" in body:
+            return Say(status=400)
         text = body["messages"][-1]["content"]
         assert (body["max_tokens"], body["temperature"], body["seed"]) == (MAX_TOKENS, 0, 0)
         return {
@@ -166,9 +188,8 @@ def test_what_fails_is_counted_by_all(asked: Path, tmp_path: Path) -> None:
             2: Say("？"), 3: Say(f"答案：{expected[text]}\n\n下一题 答案：E", finish="length"),
         }.get(number[text] % 10, Say(f"答案：{expected[text]}"))  # fmt: skip
 
-    wanted = ["evalscope:general_mcq={}/mcq", "lmeval:generated={}/tasks"]
     with serve(rule) as fake:
-        found = run(fake.url, "m", asked, wanted, tmp_path, attempts=2, pause=0.01)
+        found = run(fake.url, "m", asked, ALL[:3], tmp_path, attempts=2, pause=0.01)
     n = len(questions)
     of = [sum(i % 10 == rest for i in range(n)) for rest in range(10)]
     for name, one in found.items():
@@ -179,8 +200,119 @@ def test_what_fails_is_counted_by_all(asked: Path, tmp_path: Path) -> None:
         assert sum("500" in error for error in errors) == of[1]
         assert total["unparsed"] >= of[2]
     right = n - of[0] - of[1] - of[2]
-    assert found["lmeval:generated"]["total"]["score"] == right / n
+    assert found["lmeval:generated"]["total"]["score"] == found["mini"]["total"]["acc"] == right / n
+    ours, others = found["mini"]["rows"], found["lmeval:generated"]["rows"]
+    assert {text: row["score"] for text, row in ours.items()} == {text: row["score"] for text, row in others.items()}
     theirs = found["evalscope:general_mcq"]["total"]
     assert theirs["score"] == pytest.approx((right - of[3]) / n)  # it takes the last answer of a reply that ran on
     assert (theirs["second"]["acc"], theirs["second"]["differ"]) == (right / n, of[3])
     assert theirs["reported"] == pytest.approx(theirs["score"] * n / (n - of[1]), abs=1e-3)  # lost ones left out
+
+
+def test_numbers_get_the_same_score(environments: None, tmp_path: Path) -> None:
+    """GSM8K's form and lm-evaluation-harness' own way to read it; of every 6 one fails, one is wrong and one no number."""
+    data, n = tmp_path / "numbers" / "test.jsonl", 36
+    (tmp_path / "tasks").mkdir()
+    data.parent.mkdir()
+    rows = [{"question": f"How much is {i} times 250?", "answer": f"They are #### {i * 250:,}"} for i in range(n)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    (tmp_path / "tasks" / "numbers.yaml").write_text(NUMBERS.format(data=data), "utf-8")
+
+    def rule(body: dict[str, Any]) -> Say:
+        i = int(body["messages"][-1]["content"].split()[3])
+        says = {
+            0: Say(status=500), 1: Say(f"First 3, then 4. #### {i * 250 + 1}"), 2: Say("Who knows?"),
+            3: Say(f"First 3, then 4.\n#### {i * 250:,}"), 4: Say(f"#### {i * 250}", finish="length"),
+        }  # fmt: skip
+        return says.get(i % 6, Say(f"Thus\n#### {i * 250}"))
+
+    with serve(rule) as fake:
+        found = run(
+            fake.url, "m", tmp_path, ["{}/numbers", "lmeval:numbers={}/tasks"], tmp_path, attempts=2, pause=0.01
+        )
+    ours, theirs = found["numbers"], found["lmeval:numbers"]
+    for name in ("n", "failed", "truncated", "unparsed"):
+        assert ours["total"][name] == theirs["total"][name] == (n if name == "n" else n / 6), name
+    scores = {text: row["score"] for text, row in ours["rows"].items()}
+    assert scores == {text: row["score"] for text, row in theirs["rows"].items()}
+    assert ours["total"]["acc"] == theirs["total"]["score"] == theirs["total"]["second"]["acc"] == 0.5
+
+
+def test_what_failed_is_all_that_a_second_run_asks(asked: Path, tmp_path: Path) -> None:
+    """As after a kill, for answers are written as they come."""
+    wanted, seen = ["evalscope:general_mcq={}/mcq", "lmeval:generated={}/tasks"], list[str]()
+
+    def half(body: dict[str, Any]) -> Say:
+        seen.append(body["messages"][-1]["content"])
+        return Say(status=500) if len(seen[-1]) % 2 else Say("答案：A")
+
+    with serve(half) as fake:
+        first = run(fake.url, "m", asked, wanted, tmp_path, attempts=1)
+    failed = sorted(text for text in seen if len(text) % 2)
+    assert {one["total"]["failed"] for one in first.values()} == {len(failed) / 2}
+    assert 0 < len(failed) < len(seen)
+    seen.clear()
+
+    def well(body: dict[str, Any]) -> Say:
+        seen.append(body["messages"][-1]["content"])
+        return Say("答案：A")
+
+    with serve(well) as fake:
+        second = run(fake.url, "m", asked, wanted, tmp_path, attempts=1)
+    assert sorted(seen) == failed
+    assert {one["total"]["failed"] for one in second.values()} == {0}
+
+
+def test_english_bleu_is_not_available_without_its_tokenizer(environments: None, tmp_path: Path) -> None:
+    """NLTK's punkt_tab is on no machine by itself; EvalScope says 0 then."""
+    data = tmp_path / "qa" / "default.jsonl"
+    data.parent.mkdir()
+    rows = [{"query": f"Say number {i}.", "response": f"number {i} it is"} for i in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with serve(lambda body: Say(f"number {body['messages'][-1]['content'].split()[-1][0]} it is")) as fake:
+        found = run(fake.url, "m", tmp_path, ["evalscope:general_qa={}/qa"], tmp_path)["evalscope:general_qa"]
+    total = found["total"]
+    assert {f"bleu-{i}" for i in range(1, 5)} <= set(total["unavailable"])
+    assert "punkt_tab" in total["unavailable"]["bleu-4"]
+    assert not any(name.startswith("bleu") for name in total["metrics"])
+    assert (total["score"], total["n"], total["metrics"]["Rouge-L-R"]) == (pytest.approx(1), 4, pytest.approx(1))
+
+
+TARGETS = (
+    "Action: ring\nAction Input: {}", 'Thought: so\nAction: ring\nAction Input: {"bell": "big", "times": 2}',
+    "Action: ring\nAction Input: no object",
+    'Action: Finish\nAction Input: {"return_type": "give_answer", "final_answer": "it rang twice today"}',
+    'Action: Finish\nAction Input: {"return_type": "give_up_and_restart"}',
+)  # fmt: skip
+REPLIES = (
+    *TARGETS, "", "I cannot.", "Action: fly\nAction Input: {}", 'Action: ring\nAction Input: {"bell": "small", "times": 2}',
+    'Action: ring\nAction Input: {"times": 2, "bell": "big", "more": null}', "Action: ring", "Action: ring\nAction Input: [1]",
+    'Action: Finish\nAction Input: {"return_type": "give_answer", "final_answer": "it rang once"}',
+    'Action: Finish\nAction Input: {"return_type": "give_answer"}', "Action: Finish\nAction Input: {",
+    "Action: fly\nAction Input: {}\nAction: ring\nAction Input: {}",
+)  # fmt: skip
+FIGURES = {
+    "Act.EM": "act_em", "F1": "f1", "Easy_F1": "easy_f1", "Hard_F1": "hard_f1", "Rouge-L": "rougeL", "plan_em": "plan_em",
+    "HalluRate": "hallu_rate",
+}  # fmt: skip
+ASK = """
+import json, sys
+from evalscope.benchmarks.tool_bench.utils import calculate_metrics
+print(json.dumps([calculate_metrics(case) for case in json.load(sys.stdin)]))
+"""
+
+
+def test_figures_of_toolbench_are_evalscopes(installed: Callable[[str], Environment]) -> None:
+    tools = [{"name": "ring"}, {"name": "Finish"}]
+    cases = [{"target": t, "predictions": r, "tools": tools} for t, r in itertools.product(TARGETS, REPLIES)]
+    command = [str(installed("evalscope").python), "-I", "-c", ASK]
+    ran = subprocess.run(command, input=json.dumps(cases), env=foreign(), capture_output=True, text=True, check=True)
+    gave_up = 0
+    for case, theirs in zip(cases, json.loads(ran.stdout.splitlines()[-1]), strict=True):
+        ours = toolbench.figures("en", str(case["predictions"]), str(case["target"]), [tool["name"] for tool in tools])
+        gave_up += not theirs  # which it leaves out, and we count
+        if theirs:
+            assert {FIGURES[name]: value for name, value in theirs.items()} == pytest.approx(
+                {name: value for name, value in ours.items() if value is not None}
+            ), case
+    assert gave_up == sum(case["target"] == TARGETS[-1] for case in cases) - 2  # but where the reply gives up too
