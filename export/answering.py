@@ -96,7 +96,7 @@ class AnsweringStreamed(Answering):
         """All of them share one pass over the weights."""
         return self._together(questions, tell, 1)
 
-    def passes(self, questions: int) -> int:
+    def passes(self, _questions: int) -> int:
         """One."""
         return 1
 

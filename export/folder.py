@@ -20,6 +20,8 @@ TOKENIZER = (
     "vocab.json",
     "merges.txt",
 )
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+"""Under what terms a model is given; who passes it on must pass them on too."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 OF_THE_PARENT = (RECORD, "README.md", "checksums.txt")
 """Files that describe the folder they lie in, and would be untrue in a copy."""
@@ -71,6 +73,13 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     for name in TOKENIZER:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+
+
+def copy_licences(source: Path, out: Path) -> None:
+    """Copy the terms under which `source` is given."""
+    for file in sorted(file for pattern in LICENCES for file in source.glob(pattern)):
+        if file.is_file():
+            shutil.copyfile(file, out / file.name)
 
 
 def eos_ids(folder: Path) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export import older
-from export.folder import copy_beside, copy_tokenizer, eos_ids, read_config, read_json, write_json
+from export.folder import copy_beside, copy_licences, copy_tokenizer, eos_ids, read_config, read_json, write_json
 from export.gguf.tokenizer import chat_template
 from suite.chat import Chat
 from suite.errors import SuiteError
@@ -36,6 +36,7 @@ def write_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
 def write_adapter(source: Path, out: Path, base_model: str, progress: Progress) -> dict[str, Any]:
     """Copy the PEFT adapter in `source` to `out`; its base is called `base_model` when that is given."""
     copy_tokenizer(source, out)
+    copy_licences(source, out)
     copied = _copy_weights(source, out, progress)
     config = read_json(source / "adapter_config.json")
     if base_model:
@@ -67,7 +68,12 @@ def sha256(file: Path) -> str:
 def _copy_weights(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
     files = sorted({file for pattern in WEIGHTS for file in source.glob(pattern)})
     if not files:
-        raise SuiteError("the folder has no *.safetensors", where=str(source))
+        raise SuiteError(
+            "the folder has no *.safetensors",
+            where=str(source),
+            hint="save it again with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other) "
+            "writes safetensors, of pickled weights too",
+        )
     for i, file in enumerate(files):
         shutil.copyfile(file, out / file.name)
         if sha256(file) != sha256(out / file.name):

@@ -10,7 +10,6 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from export.folder import copy_beside, copy_tokenizer, read_config, write_json
-from export.limits import Limits
 from export.lora.adapter import Adapter
 from export.lora.fit import ALONE, Combination, Edit, Method, fit
 from export.tensors import Tensor, is_pickled, read_checkpoint
@@ -18,7 +17,8 @@ from export.writer import Block, Source, write_checkpoint
 from suite import quantized
 from suite.config import AdapterRef, ArtifactType, Takes
 from suite.errors import SuiteError
-from suite.stages import Artifact, Job, Stage
+from suite.stages import RECORD, Artifact, Job, Stage
+from suite.store import Store, home
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 ROUNDED = "the base is quantized: its weights are rounded, and a merge would round them once more"
@@ -26,11 +26,6 @@ INSTEAD = "merge into the model that it was quantized from, and quantize the res
 THREADS = 4
 """More than these wait for each other: the pages of a file are handed out one by one."""
 Progress = Callable[[float, float, str], None]
-LIMITS = {
-    dtype: Limits(kl=kl, cure="the merged weights are not those of base and adapter: please report this")
-    for dtype, kl in {"F32": 1e-6, "F16": 1e-3, "BF16": 2e-2}.items()
-}
-"""How far rounding a merged weight to its type may move the answers."""
 
 
 class Merge(Stage):
@@ -40,7 +35,7 @@ class Merge(Stage):
     the base.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft")
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft")
 
@@ -99,37 +94,31 @@ class Merge(Stage):
             if is_zero(edits, source):
                 job.warn("the adapter changes nothing: all its B matrices are zero")
         metrics = merge(base.path, adapters, job.out, parse_size(self.max_shard_size), job.progress, how)
-        metrics["parity"] = self._prove(job, base.path, adapters, how, edits)
+        metrics["parity"] = self._prove(job, base.path, how, edits)
         return metrics
 
-    def _prove(
-        self, job: Job, base: Path, adapters: Sequence[Path], how: Combination, edits: Sequence[Edit]
-    ) -> dict[str, Any]:
-        """Compare the merged model with base plus adapter, and require that it differs by rounding only."""
-        from export import parity
-        from export.lora import combine
+    def _prove(self, job: Job, base: Path, how: Combination, edits: Sequence[Edit]) -> dict[str, Any]:
+        """Compare the merged model with base plus adapter, and require that it differs by rounding only.
 
+        Where no library computes what the merge did, it is compared with what it was made of, and nothing is required.
+        """
+        from export import parity
+        from export.lora import combine, proof
+
+        merged, given = proof.Merged(job.out, base, edits), job.inputs["adapter"]
+        adapters = [a.path for a in given]
+        reads = next((a for a in adapters[:1] if (a / "tokenizer.json").is_file()), base)
+        probes = parity.probes(job.out, parent=reads)
         with Source() as source:
             together = [Adapter.read(a) for a in adapters]
             adapter = adapters[0] if how.single else combine.as_one(together, how, job.scratch / "adapter", source)
-        if adapter is None:
-            job.say("not compared: there is no other way to ask the base with these adapters together")
-            return {}
-        rows = {e.target.name: e.target.shape[0] for e in edits}
-        tokens = next(
-            (rows[n] for n, t in read_checkpoint(base).items() if rows.get(n, t.shape[0]) != t.shape[0]), None
-        )
-        result = parity.measure(
-            lambda: parity.load(base, adapter) if tokens is None else resized(base, adapter, tokens),
-            lambda: parity.load(job.out),
-            parity.probes(job.out, parent=next((a for a in adapters[:1] if (a / "tokenizer.json").is_file()), base)),
-            job.progress,
-        )
-        changed = {e.target.dtype for e in edits if e.changed}
-        parity.require(
-            result, max((LIMITS[d] for d in changed if d in LIMITS), key=lambda limits: limits.kl, default=Limits())
-        )
-        return result
+        if adapter:
+            return proof.prove(merged, adapter, probes, job.progress)
+        found = proof.distances(merged, [(a.name, a.path) for a in given], probes, job.progress)
+        parity.require_prompts(found, str(job.out))
+        near = ", ".join(f"{other['kl']:.2g} to '{other['name']}'" for other in found["against"])
+        job.warn(f"there is no model that this merge should equal; KL in nats a token: {near}")
+        return found
 
     def _how(self, adapters: int) -> Combination:
         weights = tuple(self.weights) or (1.0,) * adapters
@@ -189,17 +178,6 @@ def merge(
     return {"tensors": len(edits), "changed": sum(e.changed for e in edits), "bytes": size}
 
 
-def resized(base: Path, adapter: Path, tokens: int) -> Any:
-    """Base and adapter in memory, for an adapter that brings new tokens."""
-    from peft import PeftModel
-
-    from export import parity
-
-    model = parity.load(base, streamed=False)
-    model.resize_token_embeddings(tokens, mean_resizing=False)
-    return PeftModel.from_pretrained(model, str(adapter)).eval()
-
-
 def parse_size(text: str) -> int:
     """Bytes in a size such as "5GB"; raises ValueError.
 
@@ -213,25 +191,51 @@ def parse_size(text: str) -> int:
 
 
 def base_of(adapters: Sequence[Artifact], base: Artifact | None) -> Artifact:
-    """The unquantized model that the adapters belong to: the given one, else what their training recorded."""
-    if base:
-        return unquantized(base)
-    recorded = [a.input("base") for a in adapters]
-    found = recorded[0]
+    """The unquantized model that the adapters belong to: the given one, else what their training recorded.
+
+    Raises SuiteError where it is not, byte for byte, what an adapter was trained on; one that records nothing goes with
+    any base that its shapes fit.
+    """
+    found = base or adapters[0].input("base")
     if found is None:
         raise SuiteError(
             "the adapter's folder does not record where its base is",
             where=str(adapters[0].path),
             hint='give it: base = "path/of/the/model"',
         )
-    for adapter, other in zip(adapters, recorded, strict=True):
-        if other and other.digest != found.digest:
+    for adapter in adapters[1:]:
+        first, other = adapters[0].input("base"), adapter.input("base")
+        if first and other and other.digest != first.digest:
             raise SuiteError(
-                f"'{adapters[0].name}' was trained on '{found.name}', '{adapter.name}' on '{other.name}'",
+                f"'{adapters[0].name}' was trained on '{first.name}', '{adapter.name}' on '{other.name}'",
                 where="adapter",
                 hint="only changes of the same weights can be combined",
             )
-    return unquantized(found)
+    whole = unquantized(found)
+    for adapter in adapters:
+        _require_trained_on(whole, adapter)
+    return whole
+
+
+def _require_trained_on(base: Artifact, adapter: Artifact) -> None:
+    """Compare the content of `base` with what was recorded when `adapter` was trained."""
+    recorded = next(iter(adapter.record.get("inputs", {}).get("base", ())), None)
+    known = adapter.input("base")
+    while known and known.type == "quantized":
+        known = known.input("model")
+    if known:
+        wanted = known.digest
+    elif recorded and recorded["type"] != "quantized":
+        wanted = recorded["digest"]
+    else:
+        return
+    if Store(home()).digest(base.path) != wanted:
+        raise SuiteError(
+            f"'{base.name}' is not the model that '{adapter.name}' was trained on, or has changed since",
+            where=str(base.path),
+            hint=f"give that model, as it was then; a copy of the adapter's folder without {RECORD} goes with any base "
+            "that its shapes fit",
+        )
 
 
 def unquantized(model: Artifact) -> Artifact:

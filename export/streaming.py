@@ -32,6 +32,7 @@ from suite.errors import SuiteError
 
 WHOLE = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 """Types that stay as they are; all others become float32."""
+TRAINED_TOKENS = ".trainable_tokens_delta."
 
 
 class Streamed:
@@ -49,19 +50,18 @@ class Streamed:
         base = _skeleton(folder, tokens)
         self.checkpoint = checkpoint = Checkpoint(base, read_checkpoint(folder), str(folder))
         _fill_buffers(base, set(checkpoint.maker), device)
-        units = {path: Unit(path, checkpoint, device) for path in (*_paths(base), "")}
+        units = {path: Unit(path, checkpoint, device, tokens is not None) for path in (*_paths(base), "")}
         for name in checkpoint.maker:
             units[_owner(name, units)].weights.append((Slot.of(base, name), name))
         self.module = base
         if adapter:
             self.module, changes = _adapted(base, adapter, device)
             for name, tensor in changes:
-                units[_owner(name, units)].changes.append((Slot.of(base, name), tensor))
-        for unit in units.values():  # what the adapter holds whole is not read from the base, where it may be smaller
-            replaced = {slot for slot, _ in unit.changes}
-            unit.weights = [(slot, name) for slot, name in unit.weights if slot not in replaced]
+                # trained tokens are few, and a head that is tied to its embedding uses the embedding's
+                owner = "" if TRAINED_TOKENS in name else _owner(name, units)
+                units[owner].changes.append((Slot.of(base, name), tensor))
         units.pop("").load()  # what no module of its own holds stays in memory
-        self.units = [unit for unit in units.values() if unit.weights or unit.changes]
+        self.units = [unit for unit in units.values() if unit.weights]
         for unit in self.units:
             unit.clear()
             module = base.get_submodule(unit.path)
@@ -191,11 +191,15 @@ class Slot:
 
 @dataclass(eq=False)
 class Unit:
-    """A module whose weights come and go together; `weights` are the base's, `changes` the adapter's."""
+    """A module whose weights come and go together; `weights` are the base's, `changes` the adapter's.
+
+    Where the vocabulary is `resized`, rows that the base lacks are no numbers: the adapter has them, or nobody asks.
+    """
 
     path: str
     checkpoint: Checkpoint
     device: str
+    resized: bool
     weights: list[tuple[Slot, str]] = field(default_factory=list)
     changes: list[tuple[Slot, Tensor]] = field(default_factory=list)
 
@@ -203,10 +207,13 @@ class Unit:
         """Read the weights; raises SuiteError for one of another shape than the configuration says."""
         values = self.checkpoint.read([name for _, name in self.weights], self.device)
         for slot, name in self.weights:
-            has, wanted = tuple(values[name].shape), tuple(getattr(slot.module, slot.name).shape)
-            if has != wanted:
-                raise SuiteError(f"'{name}' is {has} in the checkpoint, and {wanted} by its config.json")
-            slot.fill(values[name])
+            value, wanted = values[name], getattr(slot.module, slot.name).shape
+            if self.resized and value.shape[1:] == wanted[1:]:
+                value = _with_rows(value, wanted[0])
+            if value.shape != wanted:
+                text = f"'{name}' is {tuple(value.shape)} in the checkpoint, and {tuple(wanted)} by its config.json"
+                raise SuiteError(text)
+            slot.fill(value)
         for slot, tensor in self.changes:
             slot.fill(read(tensor, self.device))
 
@@ -303,6 +310,11 @@ def read(tensor: Tensor, device: str) -> torch.Tensor:
     return out.view(tensor.shape).to(device)
 
 
+def _with_rows(value: torch.Tensor, rows: int) -> torch.Tensor:
+    more = value.new_full((max(0, rows - len(value)), *value.shape[1:]), math.nan)
+    return torch.cat([value[:rows], more])
+
+
 def _skeleton(folder: Path, tokens: int | None) -> Any:
     """The model without weights, for another number of `tokens` if given."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -353,7 +365,8 @@ def _adapted(base: Any, adapter: Path, device: str) -> tuple[Any, list[tuple[str
     model = PeftModel(base, config, low_cpu_mem_usage=True)
     tensors = read_weights(adapter)
     marks = {key: torch.nn.Parameter(torch.empty(t.shape, device="meta"), False) for key, t in tensors.items()}
-    set_peft_model_state_dict(model, dict(marks), low_cpu_mem_usage=True)
+    unread = set_peft_model_state_dict(model, dict(marks), low_cpu_mem_usage=True).unexpected_keys
+    marks = {key: mark for key, mark in marks.items() if key not in unread}  # a tied head's copy of its embedding's
     state = base.state_dict(keep_vars=True)
     placed = {id(value): name for name, value in state.items()}
     if all(id(mark) in placed for mark in marks.values()):

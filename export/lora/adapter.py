@@ -20,7 +20,6 @@ HEAD = "lm_head.weight"
 UNSUPPORTED = (
     "alora_invocation_tokens",
     "arrow_config",
-    "ensure_weight_tying",
     "kasa_config",
     "layer_replication",
     "megatron_config",
@@ -47,7 +46,7 @@ class Lora:
     """A low-rank change of one weight: `scale * B @ A`, transposed for embeddings and Conv1D.
 
     `a` is (rank, in ...), `b` (out, rank ...); of the experts that share them, `expert` says which one of how many, and
-    `rows` which outputs of it.
+    `rows` which outputs of it; where the weight is `stacked`, it holds all of them, one after another.
     """
 
     a: Tensor
@@ -58,6 +57,7 @@ class Lora:
     magnitude: Tensor | None = None
     expert: tuple[int, int] = (0, 1)
     rows: tuple[int, int] | None = None
+    stacked: bool = False
 
     @property
     def scale(self) -> float:
@@ -67,7 +67,7 @@ class Lora:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the change; the dimensions of a convolution's kernel count as inputs."""
+        """(out, in) of the change, of one expert; the dimensions of a convolution's kernel count as inputs."""
         out = self.rows[1] - self.rows[0] if self.rows else self.b.shape[0]
         return out, prod(self.a.shape[1:])
 
@@ -128,6 +128,11 @@ class Adapter:
             if bias := parts[module].get("B.bias"):
                 patches[weight.removesuffix("weight") + "bias"]["bias"] = bias, patches[weight]["lora"].scale
         return cls(folder, config, {name: Patch(**found) for name, found in patches.items()})
+
+    @property
+    def tied(self) -> bool:
+        """Whether what it does to the embedding of a tied model it does to the head too (`ensure_weight_tying`)."""
+        return bool(self.config.get("ensure_weight_tying"))
 
     @property
     def loras(self) -> dict[str, Lora]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -57,17 +58,36 @@ class LowRank:
             weight.mul_(self.magnitude[first : first + len(weight)] / weight.norm(dim=1, keepdim=True))
 
 
+class Stacked:
+    """Adds its change to each of the experts in one weight (experts x rows, columns); they share a pair of factors."""
+
+    def __init__(self, lora: Lora, weight: Tensor, source: Source, load: Load) -> None:
+        count = lora.expert[1]
+        self.experts = [LowRank(replace(lora, expert=(i, count)), weight, source, load) for i in range(count)]
+        self.rows = weight.shape[0] // count
+
+    def __call__(self, weight: torch.Tensor, first: int) -> None:
+        """Change `weight` (n, columns), float32, in place; its rows are `first` and those after it."""
+        done = 0
+        while done < len(weight):
+            expert, row = divmod(first + done, self.rows)
+            part = weight[done : done + self.rows - row]
+            self.experts[expert](part, row)
+            done += len(part)
+
+
 class Change:
     """All that one adapter does to consecutive rows of a weight."""
 
     def __init__(self, patch: Patch, weight: Tensor, source: Source, load: Load) -> None:
         self.whole, self.source = patch.whole, source
-        self.low_rank = LowRank(patch.lora, patch.whole or weight, source, load) if patch.lora else None
+        kind = Stacked if patch.lora and patch.lora.stacked else LowRank
+        self.low_rank = kind(patch.lora, patch.whole or weight, source, load) if patch.lora else None
         self.bias = load(patch.bias[0]).mul(patch.bias[1]).reshape(-1, 1) if patch.bias else None
         self.tokens = torch.tensor(patch.tokens.indices) if patch.tokens else None
         self.values = load(patch.tokens.values) if patch.tokens else torch.empty(0)
         alone = patch.lora and patch == Patch(lora=patch.lora) and not patch.lora.magnitude
-        self.plain = self.low_rank if alone else None
+        self.plain = self.low_rank if alone and isinstance(self.low_rank, LowRank) else None
 
     def __call__(self, weight: torch.Tensor, first: int) -> None:
         """Change `weight` (n, columns), float32, in place; its rows are `first` and those after it."""

@@ -97,10 +97,10 @@ class Merger:
         if edit.copied:
             yield from self._copies(edit.source)
             return
-        compute = self._compute(edit)
-        columns = matrix(target.shape)[1]
+        compute, shape = self._compute(edit), edit.source.shape
+        columns = matrix(shape)[1]
         row = columns * ITEM[target.dtype]
-        for top, bottom in spans(target.shape, WINDOW_SIZE):
+        for top, bottom in spans(shape, WINDOW_SIZE):
             window = shown(edit.source, top, bottom - top, self.source)
             for first, last in spans((bottom - top, columns), BLOCK_SIZE):
                 make = partial(self._make, compute, window[first:last], top + first, target.dtype)
@@ -121,7 +121,7 @@ class Merger:
             return Tiled(Combined(edit.source, changes, self.how, self.source))
         change = changes[0][1]
         types = edit.source.dtype, edit.target.dtype
-        if (plain := change.plain) and takes(matrix(edit.target.shape), *types):
+        if (plain := change.plain) and takes(matrix(edit.source.shape), *types):
             add = Fused(plain.left, plain.right, plain.scale, *types)
             return lambda given, first, room: add(given, first, room.result)
         return Tiled(change)

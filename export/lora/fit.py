@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from export.folder import is_tied
-from export.lora.adapter import HEAD, Adapter, Lora, Patch
+from export.lora.adapter import FUSED, HEAD, Adapter, Lora, Patch
 from export.tensors import Tensor
 from suite.errors import SuiteError
 
@@ -23,6 +23,8 @@ ON_DISK = (
 """How names in memory, which adapters use, differ from those in a checkpoint: GPT-2's, Mixtral's, Gemma 3's."""
 LEAVES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 """What one parameter for all experts in memory is called in a checkpoint that has tensors of each expert."""
+INPUTS_FIRST = ("gpt_oss",)
+"""Kinds of models whose experts, in one tensor, are (in, out) each; that shows in shapes only where they differ."""
 Method = Literal["sum", "ties", "dare"]
 
 
@@ -49,7 +51,7 @@ class Edit:
     """How a tensor of the merged model comes about: the numbers of `source`, changed by `patches`.
 
     There is a patch for each adapter that changes this tensor, with the adapter's position. A single adapter's whole
-    tensor is the source itself.
+    tensor is the source itself. Of experts in one tensor, the source is (experts x rows, columns).
     """
 
     target: Tensor
@@ -82,13 +84,18 @@ def fit(
     """
     embedding = next((n for n in base if n.endswith(EMBEDDINGS)), "")
     tied = bool(embedding) and is_tied(dict(config), set(base))
-    laid = [_lay(adapter, {*base, HEAD} if tied else set(base), base) for adapter in adapters]
+    laid = [_lay(adapter, {*base, HEAD} if tied else set(base), base, config) for adapter in adapters]
     known = dict(base)
-    if tied and any(_unties(patches, embedding) for patches in laid):
+    for adapter, patches in zip(adapters, laid, strict=True):
+        if tied and adapter.tied:  # peft may save the head's copy of what it does to the embedding
+            patches.pop(HEAD, None)
+    if tied and any(_unties(patches, embedding) for a, patches in zip(adapters, laid, strict=True) if not a.tied):
         tied = False
         known[HEAD] = replace(base[embedding], name=HEAD)
-        for patches in laid:
-            if tokens := patches.get(embedding, Patch()).tokens:  # they were trained as rows of both
+        for adapter, patches in zip(adapters, laid, strict=True):
+            if adapter.tied and embedding in patches:
+                patches[HEAD] = patches[embedding]
+            elif tokens := patches.get(embedding, Patch()).tokens:  # they were trained as rows of both
                 patches.setdefault(HEAD, Patch(tokens=tokens))
     elif tied and (HEAD not in base or _same(base[HEAD], base[embedding])):
         known.pop(HEAD, None)
@@ -128,11 +135,14 @@ def _edit(tensor: Tensor, touching: Sequence[tuple[int, Patch]], adapters: Seque
     fitted = []
     for i, patch in touching:
         if patch.lora:
-            patch = replace(patch, lora=_oriented(patch.lora, target.shape))
+            patch = replace(patch, lora=_oriented(patch.lora, _matrix(patch.lora, target)))
         _check(patch, target, adapters[i])
         fitted.append((i, patch))
     if source.shape != target.shape:
         raise _another(adapters[0], tensor, source.shape)
+    if any(patch.lora and patch.lora.stacked for _, patch in fitted):
+        experts, rows, columns = source.shape
+        source = replace(source, shape=(experts * rows, columns))
     return Edit(target, source, tuple(fitted))
 
 
@@ -140,9 +150,14 @@ def _resizable(tensor: Tensor) -> bool:
     return tensor.name.endswith((HEAD, *EMBEDDINGS))
 
 
-def _oriented(lora: Lora, shape: tuple[int, ...]) -> Lora:
+def _matrix(lora: Lora, target: Tensor) -> tuple[int, int]:
+    """The shape of what `lora` changes: one expert's, or the whole weight's; a kernel's dimensions are inputs."""
+    shape = target.shape[1:] if lora.stacked else target.shape
+    return shape[0], prod(shape[1:])
+
+
+def _oriented(lora: Lora, matrix: tuple[int, int]) -> Lora:
     """`lora` with the orientation that its shapes show; a square weight leaves it to the configuration."""
-    matrix = (shape[0], prod(shape[1:]))
     if matrix[0] != matrix[1] and matrix in (lora.shape, lora.shape[::-1]):
         return replace(lora, transposed=matrix != lora.shape)
     return lora
@@ -151,7 +166,7 @@ def _oriented(lora: Lora, shape: tuple[int, ...]) -> Lora:
 def _check(patch: Patch, target: Tensor, adapter: Adapter) -> None:
     if patch.lora:
         shape = patch.lora.shape[::-1] if patch.lora.transposed else patch.lora.shape
-        if shape != (target.shape[0], prod(target.shape[1:])):
+        if shape != _matrix(patch.lora, target):
             raise _another(adapter, target, shape)
     for given in (patch.whole, patch.bias and patch.bias[0]):
         if given and given.shape != target.shape:
@@ -178,11 +193,13 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _lay(adapter: Adapter, names: set[str], base: Mapping[str, Tensor]) -> dict[str, Patch]:
+def _lay(adapter: Adapter, names: set[str], base: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Patch]:
     """The adapter's patches by the names of the merged checkpoint."""
     laid: dict[str, Patch] = {}
     for name, patch in sorted(adapter.patches.items()):
         if on_disk := next((n for n in _names(name) if n in names), None):
+            if patch.lora and name.endswith(FUSED) and len(base[on_disk].shape) == 3:
+                patch = replace(patch, lora=_stacked(patch.lora, base[on_disk], config))
             laid[on_disk] = patch
         elif patch.lora and (experts := _experts(name, base)):
             laid |= {n: Patch(lora=replace(patch.lora, expert=expert, rows=rows)) for n, expert, rows in experts}
@@ -194,6 +211,12 @@ def _lay(adapter: Adapter, names: set[str], base: Mapping[str, Tensor]) -> dict[
                 hint=_trained_on(adapter),
             )
     return laid
+
+
+def _stacked(lora: Lora, tensor: Tensor, config: Mapping[str, Any]) -> Lora:
+    """`lora` of a weight (experts, rows, columns) that holds all experts of a layer."""
+    inputs_first = config.get("model_type") in INPUTS_FIRST
+    return replace(lora, expert=(0, tensor.shape[0]), stacked=True, transposed=inputs_first)
 
 
 def _names(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export import parity
 from export.lora import blocks, combine
 from export.lora.fit import Combination
 from export.merge import Merge, merge
@@ -144,13 +146,30 @@ def test_a_sum_of_adapters_is_compared_with_all_of_them_on_the_base(
     assert metrics["parity"]["kl"] < 1e-9
 
 
-def test_what_no_library_computes_is_said_not_to_be_compared(trained: tuple[Path, list[Path]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "which"), [({"combine": "ties"}, [0, 1]), ({"weights": [0.5, 0.5]}, [0, 2])])
+def test_what_no_library_computes_is_measured_against_its_parts(
+    trained: tuple[Path, list[Path]], tmp_path: Path, how: dict[str, Any], which: list[int]
+) -> None:
+    """A sum with DoRA and whole modules is one of them."""
     base, adapters = trained
     events: list[dict[str, Any]] = []
-    stage = Merge(adapter=["a", "b"], base="m", combine="dare")
-    inputs = [Artifact(a, "adapter") for a in adapters[:2]]
-    assert run(stage, tmp_path / "out", events, adapter=inputs, base=base)["parity"] == {}
-    assert next(e["text"] for e in events if e["event"] == "say").startswith("not compared")
+    stage = Merge(adapter=["a", "b"], base="m", **how)
+    inputs = [Artifact(adapters[i], "adapter") for i in which]
+    found = run(stage, tmp_path / "out", events, adapter=inputs, base=base)["parity"]
+    assert found["prompts"] == 1
+    assert [other["name"] for other in found["against"]] == ["base", *(f"a{i}" for i in which)]
+    for other, adapter in zip(found["against"], [None, *(adapters[i] for i in which)], strict=True):
+        by_hand = parity.measure(
+            lambda: parity.load(tmp_path / "out"),
+            lambda adapter=adapter: parity.load(base, adapter),
+            parity.probes(tmp_path / "out"),
+        )
+        assert other == {"name": other["name"], **by_hand}
+        assert other["kl"] > 1e-4
+    warned = next(e["text"] for e in events if e["event"] == "warn")
+    assert re.fullmatch(
+        r"there is no model that this merge should equal; KL .*: \S+ to 'base', \S+ to 'a0', .*", warned
+    )
 
 
 @pytest.mark.parametrize(

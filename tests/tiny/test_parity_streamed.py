@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "experts-adapted": ("qwen3_moe", {"tie_word_embeddings": False, **EXPERTS}, {}),
     "fused-experts": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {}),
     "embedding": ("qwen2", {}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tokens": ("qwen2", {}, {"trainable_token_indices": [70, 200], "target_modules": ["q_proj"]}),
 }
 
 

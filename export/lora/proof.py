@@ -1,0 +1,107 @@
+"""The proof of a merge: the merged model answers as base plus adapter do, but for rounding.
+
+What rounding may cost is measured on the merged model (`export.rounding`), and the merge must be much nearer to base
+plus adapter than the base alone is: a merge that lost the adapter, or a part of it, is neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from export import parity
+from export.limits import Limits
+from export.lora.fit import Edit
+from export.rounding import rounded_again
+from export.sums import Probe
+from export.tensors import read_checkpoint
+from suite.errors import SuiteError
+
+Progress = Callable[[float, float, str], None]
+ROUNDINGS = 4.0
+"""How many times what rounding costs at random is still rounding; seen were 0.5 to 0.9 of it, on dense models."""
+ARITHMETIC = Limits(kl=1e-6, max_dlogit=1e-3)
+"""What float32 itself may cost: base and adapter are multiplied apart, and added."""
+MIXED = Limits(kl=1e-3)
+"""What a mixture of experts may cost: rounding may choose another that is almost as good, at any position."""
+LOST = 0.5
+"""The share of the adapter's effect that may be missing, where rounding is about as large as the effect."""
+NOTHING = 1e-9
+"""An effect, as KL, that cannot be told from none."""
+WRONG = "the merged weights are not those of base and adapter: please report this"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge that was written to `out`, and what it was made of."""
+
+    out: Path
+    base: Path
+    edits: Sequence[Edit]
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens there are, where the adapter brought new ones."""
+        rows = {e.target.name: e.target.shape[0] for e in self.edits}
+        before = read_checkpoint(self.base).items()
+        return next((rows[name] for name, t in before if rows.get(name, t.shape[0]) != t.shape[0]), None)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return any(".experts." in e.target.name for e in self.edits)
+
+    @property
+    def rounded(self) -> set[str]:
+        """The tensors whose numbers were rounded to their type."""
+        return {e.target.name for e in self.edits if not e.copied}
+
+
+def prove(merged: Merged, adapter: Path, probes: Sequence[Probe], progress: Progress) -> dict[str, Any]:
+    """Compare the merged model with its base plus `adapter`; raises SuiteError where they differ by more than rounding,
+    or as much as without the adapter.
+
+    Beside what `parity.measure` gives: `rounding`, the KL that rounding the merged weights once more costs, and
+    `effect`, the KL that leaving the adapter away costs (not where it brings tokens that the base lacks).
+    """
+    tokens = merged.tokens
+    with parity.Interview(probes, 4 - bool(tokens), progress) as interview:
+        together = interview.ask(lambda: parity.load(merged.base, adapter, tokens=tokens))
+        apart = None if tokens else interview.ask(lambda: parity.load(merged.base))
+        alone = interview.ask(lambda: parity.load(merged.out))
+        again = interview.ask(lambda: rounded_again(parity.load(merged.out), merged.out, merged.rounded))
+        result = interview.compare(together, alone) | parity.prompts(probes)
+        rounding = interview.compare(alone, again)
+        result["rounding"] = rounding["kl"]
+        if apart:
+            result["effect"] = interview.compare(together, apart)["kl"]
+    least = MIXED if merged.mixed else ARITHMETIC
+    most = {name: max(getattr(least, name), ROUNDINGS * rounding[name]) for name in ("kl", "max_dlogit")}
+    parity.require(result, Limits(**most, cure=WRONG))
+    effect = result.get("effect", 0.0)
+    if effect > NOTHING and result["kl"] > LOST * effect:
+        raise SuiteError(
+            f"the adapter is lost: base and adapter are {result['kl']:.2g} nats a token (KL) from the merged model, "
+            f"and {effect:.2g} from the base alone; worst on {result['worst_probe']!r}: KL {result['worst_kl']:.2g}",
+            hint="its change is smaller than a step of the weights' type: train it further, or serve it unmerged",
+        )
+    return result
+
+
+def distances(
+    merged: Merged, adapters: Sequence[tuple[str, Path]], probes: Sequence[Probe], progress: Progress
+) -> dict[str, Any]:
+    """How far the base, and the base with each of `adapters` alone (name and folder), answer from the merged model.
+
+    There is no model that it should equal, so nothing is required. Returns `{"against": [...]}`: what `parity.measure`
+    gives of the merged model and each of them, with its `name`.
+    """
+    loads = [(merged.base.name, partial(parity.load, merged.base))]
+    loads += [(name, partial(parity.load, merged.base, adapter)) for name, adapter in adapters]
+    with parity.Interview(probes, 1 + len(loads), progress) as interview:
+        own = interview.ask(lambda: parity.load(merged.out))
+        against = [{"name": name, **interview.compare(own, interview.ask(load))} for name, load in loads]
+    return {"against": against, **parity.prompts(probes)}
