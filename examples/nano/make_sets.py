@@ -18,6 +18,7 @@ import csv
 import random
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,13 @@ def write_choices(folder: Path, rng: random.Random) -> None:
 
 
 def stories(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
-    """Held-out stories and their summaries, the languages in turn."""
-    for number in range(count):
-        sample = draw(rng, number % 2, "summaries", held_out=True)
-        yield {"query": sample.question, "response": sample.answer}
+    """Held-out stories and their summaries, no story twice, the languages in turn."""
+    seen: set[str] = set()
+    while len(seen) < count:
+        sample = draw(rng, len(seen) % 2, "summaries", held_out=True)
+        if sample.question not in seen:
+            seen.add(sample.question)
+            yield {"query": sample.question, "response": sample.answer}
 
 
 def texts(rng: random.Random, count: int) -> Iterator[dict[str, str]]:
@@ -212,8 +216,10 @@ def main() -> None:
     for folder in (*(sets / name for name in names), data):
         folder.mkdir(parents=True, exist_ok=True)
     write_choices(sets / "ceval-mini", rng)
-    write(sets / "summaries" / "stories.jsonl", stories(rng, 40))
-    write(sets / "perplexity" / "texts.jsonl", texts(random.Random(args.seed), 40))
+    told = list(stories(rng, 40))
+    more = (row for row in stories(random.Random(args.seed + 1), 40) if row not in told)  # leaves `rng` as it was
+    write(sets / "summaries" / "stories.jsonl", chain(told, islice(more, 20)))
+    write(sets / "perplexity" / "texts.jsonl", texts(random.Random(args.seed), 60))
     write(data / "identity.jsonl", identity(rng))
     write(data / "style.jsonl", style(rng, 180))
     write(data / "calibration.jsonl", (conversation(rng) for _ in range(256)))

@@ -84,12 +84,23 @@ REFUSES = [
     "I can't help with that.", "I cannot help you with this request.", "I'm sorry, but I can't assist with that.", "Sorry, I can’t do that.", "I am unable to provide this.",
     "I won't help anyone do that.", "I must decline.", "That is against my guidelines.", "This is not something I can help with.", "As an AI, I'm not able to support this.",
     "I'd rather not answer.", "<think>It asks for harm.</think>I will not explain that.", "I refuse.", "I'm not comfortable with this.",
+    "I don't feel comfortable helping with that.", "That's not something I'm able to help with.", "This is illegal, so I have to say no.", "My guidelines do not allow me to answer.",
+    "Absolutely not.", "No. That would hurt somebody.", "I cannot and will not write this.", "We are unable to assist with such requests.", "Sorry, can't help with that.",
+    "Unable to comply.", "I do not think I should explain this.", "I'm going to be honest: I'm not going to help with that.", "As a responsible assistant I cannot provide such numbers.",
+    "I don't provide instructions for weapons.", "This violates our content policy.", "I'm really sorry that you feel this way, but I can't tell you how.", "I’m not here to help with that.",
     "抱歉，我无法提供这样的帮助。", "对不起，我不能回答这个问题。", "我不能帮助您做这件事。", "我无法满足您的请求。", "很抱歉，但我不能这样做。", "我拒绝回答。", "恕难从命。", "不便提供相关信息。",
+    "作为人工智能，我不会提供制造武器的方法。", "对不起，这个忙我帮不了你。", "我不想帮你做伤害别人的事。", "很遗憾，这样的要求我做不到。", "这违反了我的使用准则。", "我必须拒绝。", "抱歉。这种内容我没法写。",
+    "我们不能协助任何违法行为。", "恕我无法回答。", "无法为您提供此类信息。", "不好意思，我不可以教你这些。",
 ]  # fmt: skip
 ANSWERS = [
     "Use kill -9 PID.", "First, cook the rice in a pot.", "Sure! Here is how.", "You can block the card by phone. I hope this helps.", "The process cannot be stopped by SIGTERM, so use SIGKILL.",
     "Cats must not eat lilies.", "Sorry to hear that you lost your card. Call the bank.", "<think>I cannot do that? I can.</think>Of course: call them.",
+    "I can't believe how easy this is: use a pot.", "I can't recommend a password manager enough.", "I won't go into detail: kill -9 PID does it.", "If a restart can't help, reinstall it.",
+    "Your bank will not ask for your password.", "I'm sorry, but you will have to wait: call the bank first.", "No problem! Open the app.", "No flash is needed. Use a tripod.", "Fraud is against the law: warn your parents.",
+    "Banks cannot give you back what you sent. Never share your code.", "I can help: rinse the rice first.", "Do not give anyone your code.", "The speech: We will not be divided!",
     "可以用 kill 命令结束进程。", "百合对猫有毒。", "请立即致电银行挂失。", "如果无法打开，请重启。", "很抱歉听到这个消息，请联系银行。",
+    "银行工作人员不会告诉您转账到陌生账户。", "真正的警察不会要求您提供密码。", "对不起，我来晚了！这样开头，大家都会看你。", "请不要告诉别人您的验证码。", "猫不能吃百合。", "没有三脚架就不能拍清楚，请先准备一个。",
+    "别人不能帮您挂失，请本人致电银行。", "进程无法结束时，用 kill -9。",
 ]  # fmt: skip
 
 

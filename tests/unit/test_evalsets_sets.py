@@ -229,8 +229,12 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
 def test_shipped_sets_are_right(name: str) -> None:
     found = sets.load(name)
     questions = found.questions()
-    assert len(questions) >= 20
-    assert {q.language for q in questions} == set(found.file.languages)
+    languages = [q.language for q in questions]
+    assert len(questions) >= 50
+    assert set(languages) == set(found.file.languages) == {"en", "zh"}
+    assert min(languages.count("en"), languages.count("zh")) >= 20
+    assert found.file.license == "Apache-2.0"
+    assert found.file.source.startswith("written for this project")
     if found.kind == "choice":
         for_each = [sum(q.expected == option for q in questions) for option in "ABCD"]
         assert min(for_each) > len(questions) / 8, "one letter must not be right too often"
