@@ -112,9 +112,9 @@ class Quantize(Stage):
         """A quantized model folder."""
         return "quantized"
 
-    def environment(self) -> str:
+    def environments(self) -> tuple[str, ...]:
         """llm-compressor's for compressed-tensors."""
-        return METHODS[self.method].environment
+        return tuple(filter(None, [METHODS[self.method].environment]))
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         """Whether method, bits, calibration data and the model's shapes fit together."""
@@ -207,7 +207,7 @@ class Quantize(Stage):
         if self.search:
             metrics |= self._search(job, source, blocks, measure)
         else:
-            recipe = replace(self._recipe(linear), python=job.python)
+            recipe = replace(self._recipe(linear), python=next(iter(job.pythons.values()), None))
             if parts := layers.torn(linear, dict.fromkeys(linear, self.bits) | dict(recipe.widths)):
                 job.warn(f"parts of {parts[0]} have different widths: engines that fuse them will not load this model")
             recipe.make(source, job.out, blocks, job.progress)

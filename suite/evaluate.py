@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -125,9 +126,10 @@ class Evaluate(Stage):
             del whole["external"]
         return {key: value for key, value in whole.items() if (key, value) != ("judge", None)}
 
-    def environment(self) -> str:
-        """The one of an engine that is another program's."""
-        return self.backend if self.backend in envs.BUILT_IN else ""
+    def environments(self) -> tuple[str, ...]:
+        """Those of an engine and of sets that are other programs'."""
+        programs = [self.backend, *(asked.harness for asked in map(harness.parse, self.sets) if asked)]
+        return tuple(dict.fromkeys(name for name in programs if name in envs.BUILT_IN))
 
     def check(self, inputs: Mapping[str, list[Artifact | None]]) -> None:
         from serve.backends import check_backend
@@ -180,13 +182,14 @@ class Evaluate(Stage):
                 raise SuiteError(f"the base of the adapter '{subject.name}' is gone", hint="give it as 'base'")
             model, adapters, name = base, {"adapter": subject.path}, "adapter"
         log = job.scratch / "server.log"
-        options = {"env_python": str(job.python)} if self.environment() else {}
+        options = {"env_python": str(job.pythons[backend])} if backend in job.pythons else {}
         with endpoint(
             model.path, adapters, name="model", backend=backend, log=log, dtype=self.dtype, **options
         ) as served:
             # what waits for its turn would be timed as if it were answered
             client = Client(served.url, concurrency=1 if backend == GGUF else self.concurrency, timeout=self.timeout)
-            sets = named.load(self.sets, self.shots, self._fetched(job.inputs))
+            loaded = named.load(self.sets, self.shots, self._fetched(job.inputs))
+            sets = [replace(s, python=job.pythons[s.harness]) if isinstance(s, External) else s for s in loaded]
             journals = job.scratch / "answers"
             found = evaluate(
                 client, name, sets, job.out, journals,
@@ -294,6 +297,8 @@ def evaluate_url(
     external = external or harness.Settings()
     for asked in loaded:
         _check(asked, external, judge)
+        if isinstance(asked, External):
+            asked.environment.require()
     card = client.models().get(model, {})
     with tempfile.TemporaryDirectory() as scratch, _bars([asked.name for asked in loaded], show) as progress:
         folder = out or Path(scratch)

@@ -116,7 +116,7 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
         for cell in tables.cells(base):
             where = Lines(file, lines, (("stage", base), ("defaults", tables.use(base))))
             node = _node(base, cell, tables, data, where)
-            node = replace(node, environment=_environment(node, environments))
+            node = replace(node, environments=_asked_for(node, environments))
             nodes |= {n.name: n for n in with_followers(node)}
     nodes = {**edges.downloads(nodes.values()), **nodes}
     for node in nodes.values():
@@ -158,11 +158,10 @@ def _node(base: str, cell: Cell, tables: Tables, data: Mapping[str, Any], where:
     return Node(base + cell.label, stage, inputs, needs, _gates(wiring, base, where), where)
 
 
-def _environment(node: Node, named: Mapping[str, envs.Environment]) -> envs.Environment | None:
-    """The environment that a stage's settings ask for, of the pipeline's own or built in."""
-    name = node.stage.environment()
+def _asked_for(node: Node, own: Mapping[str, envs.Environment]) -> dict[str, envs.Environment]:
+    """The environments that a stage's settings ask for, of the pipeline's own or built in."""
     try:
-        return (named.get(name) or envs.get(name)) if name else None
+        return {name: own.get(name) or envs.get(name) for name in node.stage.environments()}
     except SuiteError as error:
         raise SuiteError(error.message, where=node.where(()), hint=error.hint) from None
 
@@ -226,8 +225,8 @@ def check_stage(
     """Run one stage's own `check`, look for its environment; raises SuiteError with the line of what it names."""
     try:
         node.stage.check(inputs)
-        if node.environment:
-            provide(node.environment)
+        for environment in node.environments.values():
+            provide(environment)
     except SuiteError as error:
         field = error.where.split(".")
         if error.where and field[0] not in type(node.stage).model_fields:
@@ -292,7 +291,7 @@ def one_stage(
                 raise SuiteError(found.message, where=where((field,)), hint=found.hint)
             inputs[field].append(found)
     node = Node(name, edges.pinned(_placed(stage, folder), ""), inputs, (), (), where)
-    node = replace(node, environment=_environment(node, environments or {}))
+    node = replace(node, environments=_asked_for(node, environments or {}))
     nodes = {**edges.downloads([node]), **{n.name: n for n in with_followers(node)}}
     for each in nodes.values():
         edges.check_edges(each, nodes)

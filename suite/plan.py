@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from suite import envs
@@ -27,7 +27,7 @@ class Node:
     needs: tuple[str, ...]
     gates: tuple[Gate, ...]
     where: Where
-    environment: envs.Environment | None = None
+    environments: Mapping[str, envs.Environment] = field(default_factory=dict)
 
     @property
     def after(self) -> set[str]:

@@ -60,7 +60,7 @@ class View(Protocol):
 
 
 def libraries(node: Node) -> dict[str, str]:
-    """Installed versions of the distributions that decide a stage's result, and those of its environment."""
+    """Installed versions of the distributions that decide a stage's result, and those of its environments."""
     found = {}
     for name in (*node.stage.libraries, *node.stage.optional):
         try:
@@ -69,8 +69,8 @@ def libraries(node: Node) -> dict[str, str]:
             if name in node.stage.libraries:
                 hint = "run 'suite doctor' to see what is missing"
                 raise SuiteError(f"{node.name}: the library {name} is not installed", hint=hint) from None
-    if node.environment:
-        found |= node.environment.libraries
+    for environment in node.environments.values():
+        found |= environment.libraries
     return found
 
 
@@ -211,7 +211,8 @@ class Runner:
         return {
             "name": node.name, "kind": kind_name(node.stage), "key": key, "store": str(self.store.root),
             "settings": node.stage.model_dump(mode="json"), "inputs": described, "libraries": libraries(node),
-            "force": node.name in self.force, "python": str(node.environment.python) if node.environment else None,
+            "force": node.name in self.force,
+            "pythons": {name: str(environment.python) for name, environment in node.environments.items()},
         }  # fmt: skip
 
     def _finish(self, process: Process, code: int) -> None:

@@ -77,8 +77,8 @@ class Job:
     """What a running stage is given: its inputs, a directory to fill, and a way to say how far it is.
 
     `out` may hold what an earlier attempt with the same key left there (checkpoints): continue from it.
-    `scratch` is beside it, survives a crash too, and is not part of the artifact. `python` is the interpreter of the
-    environment that the stage asked for.
+    `scratch` is beside it, survives a crash too, and is not part of the artifact. `pythons` are the interpreters of the
+    environments that the stage asked for, by name.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Job:
     out: Path
     scratch: Path
     emit: Emit = field(default=lambda _: None)
-    python: Path | None = None
+    pythons: Mapping[str, Path] = field(default_factory=dict)
     _last: float = 0.0
 
     def input(self, name: str) -> Artifact:
@@ -147,9 +147,9 @@ class Stage(Config):
         """
         return self
 
-    def environment(self) -> str:
-        """The name of the environment (`suite.envs`) whose interpreter these settings need; empty: none but ours."""
-        return ""
+    def environments(self) -> tuple[str, ...]:
+        """The names of the environments (`suite.envs`) whose interpreters these settings need beside ours."""
+        return ()
 
     def target(self) -> str:
         """What this stage changes outside the store, e.g. "hf:org/name"; empty for all that only make their artifact.

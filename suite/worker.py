@@ -79,8 +79,8 @@ def _make(spec: dict[str, Any], emit: Emit) -> None:
             emit({"event": "say", "text": "continuing what an interrupted run left"})
         emit({"event": "began"})
         os.chdir(making.scratch)  # some libraries write logs where they stand
-        python = Path(spec["python"]) if spec.get("python") else None
-        job = Job(spec["name"], inputs, making.out, making.scratch, emit, python)
+        pythons = {name: Path(python) for name, python in spec["pythons"].items()}
+        job = Job(spec["name"], inputs, making.out, making.scratch, emit, pythons)
         making.metrics = stage.run(job)
         emit({"event": "metrics", "metrics": making.metrics})
 

@@ -55,11 +55,15 @@ class Settings(Generation):
 
 @dataclass(frozen=True)
 class External:
-    """A set that another program knows: `evalscope:gsm8k`. `folder` holds its data or tasks, where they are local."""
+    """A set that another program knows: `evalscope:gsm8k`. `folder` holds its data or tasks, where they are local.
+
+    `python` is an interpreter that has the program, where that is not the suite's own environment for it.
+    """
 
     harness: str
     task: str
     folder: Path | None = None
+    python: Path | None = None
 
     @property
     def name(self) -> str:
@@ -84,14 +88,13 @@ class External:
         return whole.hexdigest()[:16]
 
     def check(self, settings: Settings) -> None:
-        """Raise SuiteError for a folder that is not there, options that are not known, or a missing environment."""
+        """Raise SuiteError for a folder that is not there, or options that are not known."""
         if self.folder and not self.folder.is_dir():
             raise SuiteError(f"{self.name}: no folder {self.folder}")
         known = _bridge(self).OPTIONS
         for option in settings.args.get(self.name, {}):
             if option not in known:
                 raise SuiteError(f"{self.name} takes no option '{option}'", where="args", hint=near(option, known))
-        self.environment.require()
 
 
 def parse(text: str) -> External | None:
@@ -155,7 +158,8 @@ def run(work: Run, progress: Progress) -> dict[str, Any]:
         file = work.folder / "job.json"
         file.write_text(json.dumps(job), "utf-8")
         processes.run_script(
-            work.asked.environment.python, Path(bridge.__file__).with_name(f"{work.asked.harness}_script.py"),
+            work.asked.python or work.asked.environment.python,
+            Path(bridge.__file__).with_name(f"{work.asked.harness}_script.py"),
             [str(file)], work.folder / "log", progress, {"OPENAI_API_KEY": work.client.api_key or "none"},
         )  # fmt: skip
     found: Found = bridge.found(work)

@@ -33,7 +33,7 @@ def command(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="JSON on stdout, for machines")
     if verb == REPORTS:
         outputs.add(parser)
-    apart = stage_class.environment is not Stage.environment
+    apart = stage_class.environments is not Stage.environments
     if apart:
         flag = parser.add_argument
         flag("--pipeline", type=Path, metavar="FILE", help="a pipeline file whose [env.NAME] tables count")

@@ -47,8 +47,8 @@ def test_environments_of_methods_are_built_in() -> None:
     needed = {name: method.environment for name, method in METHODS.items() if method.environment}
     assert set(needed) == {"w4a16", "w8a8", "fp8"}
     assert set(needed.values()) <= set(BUILT_IN)
-    assert [stage(method=name).environment() for name in needed] == list(needed.values())
-    assert stage().environment() == ""
+    assert [stage(method=name).environments() for name in needed] == [(name,) for name in needed.values()]
+    assert stage().environments() == ()
 
 
 def test_layers_with_other_bits_are_named_and_the_rest_are_not() -> None:

@@ -36,12 +36,13 @@ class Apart(Stage):
     def makes(self) -> ArtifactType:
         return "model"
 
-    def environment(self) -> str:
-        return self.name
+    def environments(self) -> tuple[str, ...]:
+        return (self.name,)
 
     def run(self, job: Job) -> dict[str, Any]:
-        assert job.python is not None
-        processes.run_script(job.python, Path(self.script), [str(job.out)], job.scratch / "log", job.progress)
+        processes.run_script(
+            job.pythons[self.name], Path(self.script), [str(job.out)], job.scratch / "log", job.progress
+        )
         return {}
 
 
@@ -191,8 +192,7 @@ def test_requirements_decide_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for pin in ("x==1", "x==2", "x==1"):
         file = written(tmp_path, f'[env.apart]\nrequirements = ["{pin}"]')
         (node,) = pipeline.read(file).nodes.values()
-        assert node.environment is not None
-        keys.add(json.dumps(node.environment.libraries))
+        keys.add(json.dumps(node.environments["apart"].libraries))
     assert len(keys) == 2
     assert envs.get("llmcompressor").libraries["llmcompressor"] == "0.14.0.1"
 

@@ -18,6 +18,7 @@ from evalsets.statistics import wilson
 from suite import pipeline, processes
 from suite.errors import SuiteError
 from suite.evaluate import Evaluate
+from suite.references import nano
 
 PROMPT = "问题：一加一？\n选项：\nA) 1\nB) 2\nC) 3\nD) 4\n"
 
@@ -194,11 +195,26 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path, monkeypatch: py
     args = {"evalscope:x": {"few_shot_nmu": 1}}
     for settings, message in (
         ({"sets": ["evalscope:x=nowhere"]}, "sets: evalscope:x: no folder nowhere"),
-        ({"sets": ["evalscope:x"]}, "sets: the environment 'evalscope' is not installed"),
         ({"sets": ["evalscope:x"], "external": {"args": args}}, "evalscope:x takes no option 'few_shot_nmu'"),
     ):  # fmt: skip
         with pytest.raises(SuiteError, match=message):
             Evaluate(model="x", **settings).check({"model": [None]})
+    with pytest.raises(SuiteError, match="the environment 'evalscope' is not installed"):
+        pipeline.one_stage("score", Evaluate(model=str(nano()), sets=["evalscope:x"]), tmp_path)
+
+
+def test_a_pipeline_may_name_the_interpreter_of_another_program(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    stage = '[stage.score]\nuse = "eval"\nmodel = "nano"\nsets = ["evalscope:x", "lmeval:y"]\n'
+    own = "".join(f'[env.{name}]\npython = "{sys.executable}"\n' for name in ("evalscope", "lmeval"))
+    file.write_text(stage + own)
+    (node,) = pipeline.read(file).nodes.values()
+    assert {name: str(found.python) for name, found in node.environments.items()} == dict.fromkeys(
+        ("evalscope", "lmeval"), sys.executable
+    )
+    file.write_text(stage)
+    with pytest.raises(SuiteError, match=r"p.toml:1: the environment 'evalscope' is not installed"):
+        pipeline.read(file)
 
 
 def test_the_identity_of_a_set_is_that_of_its_data(tmp_path: Path) -> None:
