@@ -5,7 +5,7 @@ from __future__ import annotations
 from serve import grammar
 from serve.errors import ApiError
 from serve.grammar import Constraint
-from serve.json_calls import HERMES
+from serve.json_calls import CallForm
 from serve.protocol import Body, ChatBody, JsonFormat, NamedTool, StructuredOutputs
 from serve.served import Served
 from suite.errors import SuiteError
@@ -30,17 +30,17 @@ def constraint(body: Body, served: Served, thinking: str = "") -> Constraint | N
 def _calls(body: ChatBody, served: Served, otherwise: Constraint | None) -> Constraint | None:
     """Calls that have to be made, or that may be made and are bound: beside a form of answers, or for a strict tool."""
     functions = [tool["function"] for tool in body.usable_tools or []]
-    form = served.dialect.json_calls or (HERMES if body.must_call else None)
+    form = served.dialect.held(must=body.must_call)
     strict = any(function.get("strict") for function in functions)
     if form is None or not functions or not (body.must_call or otherwise or strict):
         return None
-    if otherwise and not body.must_call and not form.opening:
+    if otherwise and not body.must_call and isinstance(form, CallForm) and not form.opening:
         return None  # both would begin with the same brace, and nothing tells them apart
     if isinstance(body.tool_choice, NamedTool):
         functions = [function for function in functions if function["name"] == body.tool_choice.function.name]
     return grammar.tool_calls(
         functions,
-        (form.first, form.middle, form.between, form.last),
+        form,
         served.tokenizer,
         "tools",
         parallel=body.parallel_tool_calls is not False and not isinstance(body.tool_choice, NamedTool),

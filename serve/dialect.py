@@ -15,7 +15,7 @@ from typing import Any
 
 from serve.calls import MARK, Calls
 from serve.json_calls import HERMES, CallForm, CallParser
-from serve.marked_calls import PROBE, MarkedCalls, MarkedForm, read_off
+from serve.marked_calls import PROBE, MarkedCalls, MarkedForm, Spelling, read_off
 from suite.chat import Chat, Message, Tool, common_prefix
 from suite.errors import SuiteError
 
@@ -57,22 +57,22 @@ class Dialect:
         calls = _call_form(chat, prompt, reasoning) or _marked_form(chat, prompt, reasoning)
         return cls(reasoning, calls, plain != prompt)
 
-    @property
-    def json_calls(self) -> CallForm | None:
-        """The form of calls with JSON arguments, to which an answer can be held."""
-        return self.calls if isinstance(self.calls, CallForm) else None
+    def held(self, *, must: bool) -> CallForm | Spelling | None:
+        """The form to which calls can be held; where some `must` be made, one of ours if the template shows none."""
+        found = self.calls.spelling if isinstance(self.calls, MarkedForm) else self.calls
+        return found or (HERMES if must else None)
 
     def parser(self, tools: Sequence[Tool], *, must: bool) -> Calls | None:
         """What finds calls of `tools` in one answer; None where there can be none.
 
-        Where calls `must` be made the answer is held to JSON, in a form of ours if the template has none.
+        Where some `must` be made, the answer is `held` to a form.
         """
         functions = {tool["function"]["name"]: tool["function"] for tool in tools}
         if not functions:
             return None
-        if isinstance(self.calls, MarkedForm) and not must:
+        if isinstance(self.calls, MarkedForm) and (self.calls.spelling or not must):
             return MarkedCalls(self.calls, {n: f.get("parameters") or {} for n, f in functions.items()})
-        form = self.json_calls or (HERMES if must else None)
+        form = self.calls if isinstance(self.calls, CallForm) else HERMES if must else None
         return CallParser(form, functions) if form else None
 
     @property

@@ -27,6 +27,8 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
+from serve.json_calls import CallForm
+from serve.marked_calls import Spelling
 from suite.errors import SuiteError
 
 COMPILE_SECONDS = 10.0
@@ -47,6 +49,9 @@ FIRST_TOKENS = 16
 """How far a grammar is tried: over so many tokens, while there is no choice."""
 SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """White space in JSON. Bounded, or a model in a loop would write nothing else."""
+
+ANNOTATIONS = frozenset({"title", "description", "default", "examples", "deprecated", "$comment"})
+"""Keywords of a JSON schema that forbid nothing."""
 
 _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
@@ -94,7 +99,7 @@ def grammar(text: str, field: str) -> Constraint:
 
 def tool_calls(
     functions: Sequence[Mapping[str, Any]],
-    form: tuple[str, str, str | None, str],
+    form: CallForm | Spelling,
     tokenizer: Any,
     field: str,
     *,
@@ -107,10 +112,11 @@ def tool_calls(
     first NAME middle ARGUMENTS between NAME middle ARGUMENTS last
 
     `between` is None where a turn has one call only. ARGUMENTS follow a function's `parameters`, strictly where it
-    says `strict`. Marks that are tokens of `tokenizer` are written as these tokens. Instead of calls the text may be
-    what `otherwise` says, or with `among_text` be anything, so that only calls are bound.
+    says `strict`: as JSON, or as a `Spelling` has them, each between marks of its own. Marks that are tokens of
+    `tokenizer` are written as these tokens. Instead of calls the text may be what `otherwise` says, or with
+    `among_text` be anything, so that only calls are bound.
     """
-    first, middle, between, last = form
+    first, middle, between, last = form.first, form.middle, form.between, form.last
     tokens = _added_tokens(tokenizer)
     more = f"({_literal(between, tokens)} call)*" if parallel and between else ""
     rest = f"call {more} {_literal(last, tokens)}"
@@ -127,8 +133,12 @@ def tool_calls(
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
     for i, function in enumerate(functions):
         schema = {"type": "object", **(function.get("parameters") or {"additionalProperties": False})}
-        arguments = _json(schema, field, bool(function.get("strict")))
-        lines.append(f"call_{i}: {_literal(function['name'] + middle, tokens)} {arguments}")
+        strict, rule = bool(function.get("strict")), f"arguments_{i}"
+        lines.append(f"call_{i}: {_literal(function['name'] + middle, tokens)} {rule}")
+        if isinstance(form, Spelling):
+            lines += _marked(rule, schema, form, tokens, field, strict)
+        else:
+            lines.append(f"{rule}: {_json(schema, field, strict)}")
     others = otherwise.grammars if otherwise else ()
     return Constraint((("calls", "\n".join(lines)), *others), field)
 
@@ -297,6 +307,41 @@ def _json(schema: Mapping[str, Any], field: str, strict: bool) -> str:
         return "%json " + json.dumps({**schema, "x-guidance": options}, allow_nan=False)
     except ValueError as error:  # not a number, or one of thousands of digits
         raise SuiteError(f"the schema is no JSON: {error}", where=field) from None
+
+
+def _marked(
+    rule: str, schema: Mapping[str, Any], form: Spelling, tokens: Mapping[str, int], field: str, strict: bool
+) -> list[str]:
+    """Rules for arguments that `schema` accepts, in its order; required ones have to be there."""
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    one, rules = [], []
+    for i, (key, given) in enumerate((schema.get("properties") or {}).items()):
+        name = f"{rule}_{i}"
+        one.append(name if key in schema.get("required", ()) else f"{name}?")
+        value = given if isinstance(given, Mapping) else {}
+        if value.get("type") != "string":
+            start, end = _literal(form.key + key + form.other, tokens), _literal(form.end, tokens)
+            rules.append(f"{name}: {start} {_json({**value, **shared}, field, strict)} {end}")
+            continue
+        start = _literal(form.key + key + form.text, tokens)
+        if options := value.get("enum", [value["const"]] if "const" in value else []):
+            end = _literal(form.end, tokens)
+            rules.append(f"{name}: {start} ({' | '.join(_literal(str(o), {}) for o in options)}) {end}")
+            continue
+        if strict and (unheeded := value.keys() - {"type"} - ANNOTATIONS):
+            said = f"'{min(unheeded)}' of a text is not supported in the form of this model's calls"
+            raise SuiteError(said, where=field)
+        rules += _text_up_to(name, start, form.end, tokens)
+    return [f"{rule}: {' '.join(one) or json.dumps('')}", *rules]
+
+
+def _text_up_to(rule: str, start: str, end: str, tokens: Mapping[str, int]) -> list[str]:
+    """Rules for any text between `start`, an expression, and the first `end`."""
+    before = re.split("|".join(map(re.escape, tokens)), end, maxsplit=1)[0] if tokens else end
+    if not before.strip():  # no text has the token in it
+        return [f"{rule}: {start} /(?s:.*)/ {_literal(end.lstrip(), tokens)}"]
+    rest = _literal(end.removeprefix(before), tokens)
+    return [f"{rule}: {start} {rule}_text {rest}", f"{rule}_text[suffix={json.dumps(before)}]: /(?s:.*)/"]
 
 
 def _values(schema: Any) -> Iterator[tuple[int, str, Any]]:

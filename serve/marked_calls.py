@@ -32,6 +32,24 @@ _LONGEST_HEAD, _LONGEST_MARK = 256, 64
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """Calls to the letter, for answers that are held to them.
+
+    first NAME middle ARGUMENTS between NAME middle ARGUMENTS last; each argument is: key KEY text VALUE end, with
+    `other` in place of `text` before a value that is no text.
+    """
+
+    first: str
+    middle: str
+    between: str
+    last: str
+    key: str
+    text: str
+    other: str
+    end: str
+
+
+@dataclass(frozen=True)
 class MarkedForm:
     """What a template writes around names, keys and values of calls.
 
@@ -49,6 +67,8 @@ class MarkedForm:
     close: str
     closings: tuple[str, ...]
     """Marks that may follow a call."""
+    spelling: Spelling | None = None
+    """None where a call's last argument ends otherwise than those before it."""
 
     @cached_property
     def marks(self) -> tuple[str, ...]:
@@ -65,23 +85,29 @@ def read_off(one: str, two: str, closing_tokens: tuple[str, ...]) -> MarkedForm 
         return None
     named, valued, following, other, last = found.groups()
     first = one[: found.start()].lstrip()
+    between = second[1]
     shared = common_suffix(named, following)
     key = shared[shared.rfind("<") :].strip() if "<" in shared else ""
     close = following[: following.rfind(key)].strip() if key else ""
-    shared = common_suffix(first, second[1])
+    shared = common_suffix(first, between)
     opening = shared[shared.find("<") :].strip() if "<" in shared else ""
     if not (key and close and opening):
         return None
     for token in closing_tokens:
         last = last.partition(token)[0]
+    spelling, end = None, following[: following.rfind(key)]
+    if between.startswith(end) and last.startswith(end):
+        middle, key_text = named[: named.rfind(key)], named[named.rfind(key) :]
+        rest = between.removeprefix(end), last.removeprefix(end).rstrip()
+        spelling = Spelling(first, middle, *rest, key_text, valued, other, end)
     section = first.removesuffix(opening).strip()
     if not section and (apart := re.search(r">\s+(?=<)", opening)):
         # models leave out the space between two marks
         section, opening = opening[: apart.start() + 1], opening[apart.end() :]
-    after = second[1].removesuffix(opening).strip().removeprefix(close) + last.strip().removeprefix(close)
+    after = between.removesuffix(opening).strip().removeprefix(close) + last.strip().removeprefix(close)
     closings = tuple(dict.fromkeys(mark for mark in _MARK.findall(after) if mark != section))
     padding = "\n" if valued.endswith("\n") and following.startswith("\n") else ""
-    return MarkedForm(section, opening, key, _between(valued, other), padding, close, closings)
+    return MarkedForm(section, opening, key, _between(valued, other), padding, close, closings, spelling)
 
 
 def _between(one: str, other: str) -> re.Pattern[str]:

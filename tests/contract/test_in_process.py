@@ -1,4 +1,4 @@
-"""Faults of our own server that are put into it: its engine's thread ends, its clients do not read."""
+"""Our own server with what is put into it: faults, clients that do not read, a template of another form."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from serve.gateway import create_app
@@ -27,6 +28,9 @@ LONG: dict[str, Any] = {"model": "base", "prompt": "The", "max_tokens": 1500, "i
 HEADERS = {"Authorization": "Bearer sk-one"}
 SMALL = 4096
 """Bytes that each end of a connection keeps: nothing of an answer disappears in them."""
+
+
+TEMPLATES = Path(__file__).parents[1] / "tiny" / "templates"
 
 
 class Impatient(Protocol):
@@ -110,3 +114,24 @@ def test_an_adapter_that_goes_while_a_request_for_it_comes(model: Path) -> None:
         serving.engine.unload_adapter("law")
         answer = http.post("/v1/completions", json={**LONG, "model": "law"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_required_call_is_made_in_the_form_of_the_template(model: Path) -> None:
+    tagged = tiny_model(model.parent / "tagged", template=(TEMPLATES / "tagged-calls.jinja").read_text())
+    day = {"type": "integer", "minimum": 1, "maximum": 7}
+    parameters = {"type": "object", "properties": {"day": day, "unit": {"enum": ["C", "F"]}}, "required": ["day"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters, "strict": True}}
+    body = {
+        "model": "base",
+        "messages": [{"role": "user", "content": "?"}],
+        "max_tokens": 400,
+        "tool_choice": "required",
+    }
+    with server(tagged) as (_, http):
+        answer = http.post("/v1/chat/completions", json={**body, "tools": [tool], "n": 4, "seed": 1}).raise_for_status()
+    for choice in answer.json()["choices"]:
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+        for call in choice["message"]["tool_calls"]:
+            jsonschema.validate(
+                json.loads(call["function"]["arguments"]), {**parameters, "additionalProperties": False}
+            )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
+from serve import grammar
 from serve.dialect import Dialect
 from serve.json_calls import CallParser
-from serve.marked_calls import MarkedForm
+from serve.marked_calls import MarkedCalls, MarkedForm, Spelling
 from serve.reply import ReasoningParser, Reply
 from suite.chat import Chat
+from suite.errors import SuiteError
+from tests.tiny.test_grammar import follows, written
 from tests.tiny.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
 OURS = Path(__file__).parent / "templates"
@@ -135,8 +140,60 @@ def test_arguments_between_marks_are_read_back(name: str) -> None:
     reply.feed("", final=True)
     (call,) = reply.calls
     assert (call.name, json.loads(call.arguments)) == ("get_weather", arguments)
-    assert isinstance(dialect.parser(TOOLS, must=True), CallParser)
+    assert isinstance(dialect.parser(TOOLS, must=True), MarkedCalls)
     assert dialect.parser([], must=True) is None
+
+
+TRIP: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "where"},
+        "days": {"type": "array", "items": {"$ref": "#/$defs/day"}},
+        "unit": {"type": "string", "enum": ["C", "°F"]},
+    },
+    "required": ["city", "days"],
+    "$defs": {"day": {"type": "integer", "minimum": 1, "maximum": 7}},
+}
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["spelled", "tokens"])
+@pytest.mark.parametrize("name", MARKED)
+def test_required_calls_are_held_to_the_form_of_the_template(name: str, tokens: bool) -> None:
+    chat = named(name)
+    dialect = Dialect.of(chat)
+    form = dialect.held(must=True)
+    assert isinstance(form, Spelling)
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    tokenizer.add_tokens([mark for mark in dialect.marks if tokens and mark.endswith(">")])
+    functions = [{"name": "get_weather", "parameters": TRIP, "strict": True}, {"name": "add"}]
+    bound = grammar.tool_calls(functions, form, tokenizer, "tools", parallel=True)
+
+    def said(**arguments: Any) -> str:
+        text = chat.text([{"role": "user", "content": "q"}, calling("get_weather", arguments)], TOOLS)
+        return text[text.rindex(form.first) :].partition("<|im_end|>")[0].rstrip()
+
+    right = {"city": "Pa<r>is\n", "days": [1, 7]}
+    for text in (said(**right), said(**right, unit="°F"), f"{form.first}add{form.middle}{form.last}"):
+        assert follows(bound, tokenizer, text), text
+    for wrong in ({"city": "Paris"}, {**right, "days": [8]}, {**right, "unit": "K"}, {**right, "other": "x"}):
+        assert not follows(bound, tokenizer, said(**wrong)), wrong
+    numbers = {"type": "object", "properties": {"a": TRIP["$defs"]["day"], "unit": TRIP["properties"]["unit"]}}
+    drawn = grammar.tool_calls([{"name": "add", "parameters": numbers}], form, tokenizer, "tools", parallel=True)
+    reply = Reply(calling=MarkedCalls(dialect.calls, {"add": numbers}))  # type: ignore[arg-type]
+    reply.feed(written(drawn, tokenizer, seed=1), final=True)
+    assert reply.calls
+    for call in reply.calls:
+        jsonschema.validate(json.loads(call.arguments), {**numbers, "additionalProperties": False})
+
+
+def test_what_cannot_be_enforced_between_marks_is_an_error_for_strict_tools() -> None:
+    form = Dialect.of(named("tagged-calls")).held(must=False)
+    assert form
+    short = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 3}}}
+    tool = {"name": "f", "parameters": short}
+    assert grammar.tool_calls([tool], form, tiny_tokenizer(), "tools")
+    with pytest.raises(SuiteError, match="'maxLength' of a text is not supported in the form of this model's calls"):
+        grammar.tool_calls([{**tool, "strict": True}], form, tiny_tokenizer(), "tools")
 
 
 @pytest.mark.parametrize("name", THINKING)

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from serve import grammar
 from serve.generation import Request, Sampling
 from serve.grammar import Constraint, Grammar, Grammars, allowed
+from serve.json_calls import HERMES
 from serve.text import special_ids
 from serve.torch.engine import Engine
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_model, tiny_tokenizer
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
-HERMES = ('<tool_call>\n{"name": "', '", "arguments": ', '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>")
 GRAMMARS = Grammars()
 
 
