@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from export.merge import merge
+from export.lora.fit import Combination
+from export.merge import Merge, merge
+from tests.tiny.export_jobs import run
 from tests.tiny.merge_jobs import load, merged_by_peft, random_adapter, weights
 from tests.tiny.tiny_models import tiny_model
 
@@ -96,6 +98,72 @@ def test_new_tokens_come_with_the_adapter(tmp_path: Path, lora: dict[str, Any], 
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (530, tied)
     assert (tmp_path / "ours" / "tokenizer_config.json").read_text() == '{"of": "the adapter"}'
     assert load(tmp_path / "ours").get_input_embeddings().weight.shape == (530, 64)
+
+
+CROSSED: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"o_proj": 2, "down_proj": 7}, "alpha_pattern": {"layers.1.*": 3, "o_proj": 5}},
+    "whole": {"target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+@pytest.mark.parametrize("architecture", ["phi3", "gemma2", "qwen3_moe"])
+def test_kinds_and_architectures_in_bfloat16_are_one_rounding_from_the_sum(
+    tmp_path: Path, architecture: str, kind: str
+) -> None:
+    """peft rounds DoRA to bfloat16 several times on the way; in float32, rounded once, it gives the reference."""
+    config = UNTIED | EXPERTS.get(architecture, {})
+    base = tiny_model(tmp_path / "base", architecture=architecture, hidden=64, dtype="bfloat16", **config)
+    lora = CROSSED[kind]
+    if architecture == "qwen3_moe" and kind == "dora":  # peft has no DoRA of experts that it joined
+        lora = {**lora, "target_modules": ["q_proj", "o_proj"]}
+    adapter = random_adapter(base, tmp_path / "adapter", **lora)
+    merge(base, [adapter], tmp_path / "ours", 10**9)
+    before, ours = weights(base), weights(tmp_path / "ours")
+    theirs = merged_by_peft(base, adapter, tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert any(not tensor.equal(before[name]) for name, tensor in ours.items())
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), theirs[name], rtol=2**-8, atol=1e-6, msg=name)
+
+
+EMBEDDING: dict[str, dict[str, Any]] = {
+    "low rank": {"target_modules": ["embed_tokens", "q_proj"]},
+    "whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [3, 4]}},
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDING)
+def test_an_adapter_that_ties_embedding_and_head_keeps_them_tied(tmp_path: Path, kind: str) -> None:
+    base = tiny_model(tmp_path / "base", hidden=64)
+    adapter = random_adapter(base, tmp_path / "adapter", ensure_weight_tying=True, **EMBEDDING[kind])
+    merge(base, [adapter], tmp_path / "ours", 10**9)
+    assert "lm_head.weight" not in weights(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["tie_word_embeddings"] is True
+    merged, together = load(tmp_path / "ours"), PeftModel.from_pretrained(load(base), adapter)
+    assert not merged.get_input_embeddings().weight.equal(load(base).get_input_embeddings().weight)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, together(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_experts_that_are_one_tensor_on_disk_too(tmp_path: Path, size: int) -> None:
+    """Where inputs and outputs are as many, only the kind of model tells which of them come first."""
+    config = {"intermediate_size": size, "num_local_experts": 4, "num_experts_per_tok": 2}
+    base = tiny_model(tmp_path / "base", architecture="gpt_oss", hidden=64, **config, **UNTIED)
+    lora = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapter = random_adapter(base, tmp_path / "adapter", **lora, rank_pattern={"down_proj": 2})
+    assert not compare(base, adapter, tmp_path)
+    metrics = run(Merge(adapter="a", base="b"), tmp_path / "proved", adapter=adapter, base=base)
+    assert metrics["parity"]["kl"] < 1e-9 < metrics["parity"]["effect"]
+    how = Combination((0.5, 0.5))  # of the same one twice is that one
+    merge(base, [adapter, adapter], tmp_path / "halves", 10**9, how=how)
+    for name, tensor in weights(tmp_path / "halves").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "ours")[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("architecture", EXPERTS)
