@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from serve.folders import AdapterFolder, ModelFolder, check_fits, misfit, read_adapter
 from serve.generation import Generation, UnknownAdapter
-from serve.torch.lora import MultiLora, Weights
+from serve.torch.lora import MultiLora
+from serve.torch.lora_layer import Weights
 from serve.torch.pool import Pool, PoolStats
 from suite.errors import SuiteError, near
 
@@ -124,9 +125,9 @@ class Adapters:
             self._thread.start()
         return go, failed
 
-    def select(self, first: int, rows: Sequence[Generation]) -> None:
-        """Say which rows the next forward pass has, and the place of the first among those that run."""
-        self.lora.select([generation.weights for generation in rows], self._pool.resident, first)
+    def select(self, first: int, rows: Sequence[Generation], width: int) -> None:
+        """Say which rows the next forward pass has, the first's place among those that run, and tokens a row."""
+        self.lora.select([generation.weights for generation in rows], self._pool.resident, first, width)
 
     def stats(self) -> PoolStats:
         """How the pool is at the moment."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +11,20 @@ from torch.nn import functional
 
 from serve.torch.attention import slot_attention
 from serve.torch.cache import SlotCache
+
+
+class Order(NamedTuple):
+    """Rows of a batch computed in another order than the cache has them in: place `p` has row `rows[p]`."""
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    """Where each row is, (B,)."""
+
+    @classmethod
+    def of(cls, rows: Sequence[int], device: torch.device) -> Order:
+        """The order of a list."""
+        ordered = torch.tensor(rows, device=device)
+        return cls(ordered, ordered.argsort())
 
 
 class Projection(nn.Linear):
@@ -119,11 +133,17 @@ class FusedAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: SlotCache,
+        order: Order | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: (B, Q, hidden) -> the same shape, and nothing where transformers has attention weights."""
+        """hidden_states: (B, Q, hidden) -> the same shape, and nothing where transformers has attention weights.
+
+        Their rows may be in another `order` than those of all else.
+        """
         rows, width, _size = hidden_states.shape
         heads = self.qkv_proj(hidden_states).view(rows, width, -1, self._dim)  # (B, Q, H + 2 K, D)
+        if order is not None:
+            heads = heads.index_select(0, order.places)
         turned, value = heads.split_with_sizes(self._turned, 2)
         if self.norm is not None:
             turned = self.norm.forward(turned)
@@ -132,7 +152,8 @@ class FusedAttention(nn.Module):
         out, _weights = slot_attention(
             self, query, keys, values, attention_mask, scaling=self._scaling, softcap=self._softcap
         )
-        return self.o_proj(out.flatten(2)), None
+        out = out.flatten(2)
+        return self.o_proj(out if order is None else out.index_select(0, order.rows)), None
 
 
 class FusedMlp(nn.Module):

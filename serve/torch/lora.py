@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from serve.torch.fused import Part
-from serve.torch.layers import Projection
+from serve.torch.layers import Order, Projection
+from serve.torch.lora_layer import NOTHING, Gather, Layer, Plan, Turns, Weights
+from serve.torch.stack import Stack
 
 READING, MOVING = 16, 6
 """Reading the weights of a block takes about as long as computing this many rows with them; bringing a row to its block
 and its result back, as long as computing this many."""
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """An adapter in memory: for each linear layer, by its name, A (rank, in) and scaling * B^T (rank, out)."""
-
-    layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-
-    @cached_property
-    def rank(self) -> int:
-        """The highest of a layer."""
-        return max((len(a) for a, _ in self.layers.values()), default=0)
-
-
-NOTHING = Weights({})
-"""What the base adds to itself."""
+FEW_ON_CPU, FEW_ELSEWHERE = 8, 3
+"""With so many adapters, two products for each take as long as the operations around those by blocks."""
+WIDE = 16
+"""Tokens in a row from which on the products of a row take much longer than to begin them."""
 
 
 class Block(NamedTuple):
@@ -42,70 +29,14 @@ class Block(NamedTuple):
     rows: list[int]
 
 
-class Gather:
-    """Row `source[p]` is computed at place `p`; the result of row `i` is at place `places[i]`.
-
-    There are `size` places in each block. Behind the last one are zeros, for the rows of the base.
-    """
-
-    def __init__(self, size: int, source: torch.Tensor, places: torch.Tensor) -> None:
-        self._size, self._source, self._places = size, source, places
-        self._sources: dict[int, torch.Tensor] = {}
-        self._targets: dict[int, torch.Tensor] = {}
-        self._results: dict[tuple[int, int], torch.Tensor] = {}
-        self._on = {source.device: self}
-
-    def source(self, parts: int) -> torch.Tensor:
-        """The rows to compute, (blocks * parts * size,), each block once for every part."""
-        if parts not in self._sources:
-            self._sources[parts] = self._source.view(-1, 1, self._size).expand(-1, parts, -1).flatten()
-        return self._sources[parts]
-
-    def places(self, units: int) -> torch.Tensor:
-        """Where the results of the rows are, (B * units,), among those of all blocks: (blocks, units, size)."""
-        if units not in self._targets:
-            block, place = self._places[:, None] // self._size, self._places[:, None] % self._size
-            unit = torch.arange(units, device=block.device).where(self._places[:, None] < len(self._source), 0)
-            self._targets[units] = ((block * units + unit) * self._size + place).flatten()
-        return self._targets[units]
-
-    def results(self, units: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """A buffer for all results, (places * units + 1, width); the last row is zero."""
-        if (units, width) not in self._results:
-            self._results[units, width] = like.new_zeros(len(self._source) * units + 1, width)
-        return self._results[units, width]
-
-    def to(self, device: torch.device) -> Gather:
-        """The same on a device."""
-        if device not in self._on:
-            self._on[device] = Gather(self._size, self._source.to(device), self._places.to(device))
-        return self._on[device]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How `batch` rows are computed: in `blocks` blocks of equal size, with the weights of slots from `first` on.
-
-    What is at the places beyond the rows of a block is computed in vain. `gather` is None where rows and places are the
-    same.
-    """
-
-    batch: int
-    first: int
-    blocks: int
-    rank: int
-    gather: Gather | None
-
-    def to(self, device: torch.device) -> Plan:
-        """The same on a device."""
-        return replace(self, gather=self.gather and self.gather.to(device))
-
-
 class MultiLora:
     """Adds `x A^T B^T * scaling` of each row's adapter to the output of every adapted linear layer.
 
-    Where few adapters share a batch, their rows are gathered to blocks of one size, and each block has a slot with its
-    adapter's weights, so that a batched matrix product computes them all:
+    Where few adapters share a batch, they take turns: two matrix products for each, on the rows that it has. A `Stack`
+    is asked to compute its rows in an `order` that gives each adapter one turn.
+
+    Where there are more, their rows are gathered to blocks of one size, and each block has a slot with its adapter's
+    weights, so that a batched matrix product computes them all:
 
         row      0   1   2   3   4        block 0:  1  3      slot 0:  a
         adapter  b   a   -   a   c        block 1:  0  .      slot 1:  b      y[rows] += (x[gather] A^T B^T)[places]
@@ -122,31 +53,61 @@ class MultiLora:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._parts: Mapping[str, Part] = model.parts
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, Layer] = {}
         self._slots: list[Hashable] = []
         self._room = 0  # the rank that slots have room for
         self._rows: list[Hashable] = []
+        self._width = 1
+        self._held: list[Hashable] = []  # those that took turns last
+        self._few = FEW_ON_CPU if model.device.type == "cpu" else FEW_ELSEWHERE
+        self._orders = isinstance(vars(model).get("forward"), Stack)
         self._adapters: set[Hashable] = set()
         self._touched: set[str] = set()
         self._rank = 0
+        self.order: Order | None = None
+        """How a `Stack` has to order the rows of the next forward pass."""
 
-    def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], first: int = 0) -> None:
+    def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], first: int = 0, width: int = 1) -> None:
         """Name the adapter of each row of the next forward pass, a key of `pool`; an empty one is the base.
 
-        `first` is where the rows stand among all that take turns: their slots are there too where that costs nothing,
-        so that those who take turns leave each other's alone.
+        `first` is where the rows stand among all that run: their slots are there too where that costs nothing, so that
+        those that are computed in different steps leave each other's alone. Each row has `width` tokens.
         """
-        if rows == self._rows:
+        if rows == self._rows and width == self._width:
             return
         self._rows = []
         adapters = {key for key in rows if key}
         if adapters != self._adapters:
             self._meet([pool[key] for key in adapters])
             self._adapters = adapters
-        plan = self._plan(rows, pool, first) if adapters else None
+        touched = [layer for layer in self._layers.values() if not self._touched.isdisjoint(layer.parts)]
+        order = self._ordered(rows, touched)
+        self.order = Order.of(order, self._model.device) if order != [*range(len(rows))] else None
+        turns = [(key, len([*same])) for key, same in groupby(rows[row] for row in order)]
+        plan: Plan | Turns | None = None
+        if len(adapters) <= self._few and len(turns) <= 2 * self._few * max(1, width // WIDE):
+            plan = self._turns(turns, pool) if adapters else None
+        else:
+            plan = self._plan(rows, pool, first)
         for layer in self._layers.values():
-            layer.follow(None if self._touched.isdisjoint(layer.parts) else plan)
-        self._rows = list(rows)
+            layer.follow(plan if layer in touched else None)
+        self._rows, self._width = [*rows], width
+
+    def _ordered(self, rows: Sequence[Hashable], touched: Sequence[Layer]) -> list[int]:
+        """The rows so that neighbours have one adapter, where few adapters take turns and the model lets them."""
+        if not (self._orders and len(self._adapters) <= self._few and all(layer.in_stack for layer in touched)):
+            return [*range(len(rows))]
+        places = {key: place for place, key in enumerate(dict.fromkeys(rows))}
+        return sorted(range(len(rows)), key=lambda row: places[rows[row]])
+
+    def _turns(self, turns: Sequence[tuple[Hashable, int]], pool: Mapping[Any, Weights]) -> Turns:
+        """Let every layer hold the weights of these adapters; the last that had turns stay, in case they come back."""
+        now = {key for key, _ in turns if key}
+        before = [key for key in self._held if key in pool and key not in now]
+        self._held = [*before[-self._few :], *now]
+        for layer in self._layers.values():
+            layer.hold({key: pool[key] for key in self._held})
+        return Turns([key for key, _ in turns], [count for _, count in turns])
 
     def device(self, name: str) -> torch.device:
         """Where the weights for a layer of the checkpoint belong."""
@@ -166,7 +127,7 @@ class MultiLora:
 
     @property
     def bytes(self) -> int:
-        """The memory that the slots take."""
+        """The memory of the slots, and of what is held for turns."""
         return sum(layer.bytes for layer in self._layers.values())
 
     def _meet(self, adapters: Sequence[Weights]) -> None:
@@ -177,11 +138,11 @@ class MultiLora:
             path = self._path(name)
             if path not in self._layers:
                 parts = {n: p for n, p in self._parts.items() if p.path == path} or {name: Part(path, 0, b.shape[1])}
-                layer = self._layers[path] = _Layer(parts, a)
+                layer = self._layers[path] = Layer(parts, a)
                 layer.resize(len(self._slots), self._room)
                 module = self._model.get_submodule(path)
                 if isinstance(module, Projection):
-                    module.adapt = layer.add
+                    module.adapt, layer.in_stack = layer.add, self._orders
                 else:
                     module.register_forward_hook(layer.hook)
 
@@ -226,91 +187,6 @@ class MultiLora:
                 for layer in self._layers.values():
                     layer.write(slot, pool[block.adapter] if block.adapter else NOTHING)
                 self._slots[slot] = block.adapter
-
-
-class _Layer:
-    """The slots of one linear layer: A (S, P, R, in) and B^T (S, U, R, out / U), for S slots, P parts, ranks up to R.
-
-    What the parts put out side by side is cut into U units of the largest width that divides all of theirs.
-    """
-
-    def __init__(self, parts: Mapping[str, Part], like: torch.Tensor) -> None:
-        self.parts = parts
-        self._width = math.gcd(*(part.last - part.first for part in parts.values()))
-        self._places = [(part.first // self._width, part.last // self._width) for part in parts.values()]
-        self._units = max(last for _, last in self._places)
-        of_units = [index for index, (first, last) in enumerate(self._places) for _ in range(first, last)]
-        self._of_units = torch.tensor(of_units, device=like.device)
-        self._a = like.new_empty(0, len(parts), 0, like.shape[1])
-        self._b = like.new_empty(0, self._units, 0, self._width)
-        self._slots: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        self._plan: Plan | None = None
-        self._shape = (0, 0, 0)
-
-    @property
-    def bytes(self) -> int:
-        """The memory that they take."""
-        return self._a.nbytes + self._b.nbytes
-
-    def resize(self, slots: int, rank: int) -> None:
-        """Make room; all slots are zero afterwards."""
-        self._shape = (0, 0, 0)
-        self._a = self._a.new_zeros(slots, len(self.parts), rank, self._a.shape[3])
-        self._b = self._b.new_zeros(slots, self._units, rank, self._width)
-        self._slots = [
-            [(a[index], b[first:last].transpose(0, 1)) for index, (first, last) in enumerate(self._places)]
-            for a, b in zip(self._a, self._b, strict=True)
-        ]
-
-    def write(self, slot: int, weights: Weights) -> None:
-        """Put an adapter's weights into a slot, zeros where it has none."""
-        for name, (a, b) in zip(self.parts, self._slots[slot], strict=True):
-            rank = 0
-            if name in weights.layers:
-                low, high = weights.layers[name]
-                rank = len(low)
-                a[:rank], b[:rank] = low, high.view(rank, -1, self._width)
-            if rank < len(a):
-                a[rank:], b[rank:] = 0, 0
-
-    def follow(self, plan: Plan | None) -> None:
-        """Compute the next forward passes by `plan`; with None, leave the layer's output as it is."""
-        self._plan = plan and plan.to(self._a.device)
-        if plan is not None and (plan.first, plan.blocks, plan.rank) != self._shape:
-            self._shape = plan.first, plan.blocks, plan.rank
-            slots = slice(plan.first, plan.first + plan.blocks)
-            self._a_t = self._a[slots, :, : plan.rank].flatten(0, 1).transpose(1, 2)  # (blocks * P, in, R)
-            self._b_t = self._b[slots, :, : plan.rank].flatten(0, 1)  # (blocks * U, R, out / U)
-
-    def hook(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """What `nn.Module.register_forward_hook` takes."""
-        self.add(inputs[0], output)
-
-    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
-        """To the output for `x`. They are (B, Q, ...), or (B * Q, ...) as a mixture of experts flattens them."""
-        plan = self._plan
-        if plan is None:
-            return
-        gather, parts, units, size = plan.gather, len(self.parts), self._units, x.shape[-1]
-        x = x.to(self._a.dtype)
-        if gather is not None:
-            x = x.reshape(plan.batch, -1).index_select(0, gather.source(parts))
-        elif parts > 1:
-            x = x.reshape(plan.blocks, 1, -1).expand(-1, parts, -1)
-        low = torch.bmm(x.reshape(plan.blocks * parts, -1, size), self._a_t)  # (blocks * P, N, R)
-        if units > parts:
-            low = low.view(plan.blocks, parts, -1).index_select(1, self._of_units)
-            low = low.view(plan.blocks * units, -1, plan.rank)
-        rows = plan.batch if gather is not None else plan.blocks
-        output_by_unit = output.view(rows, -1, units, self._width).transpose(1, 2)  # (B, U, Q, out / U)
-        if gather is not None:
-            results = gather.results(units, output.numel() // (rows * units), self._b)
-            torch.bmm(low, self._b_t, out=results[:-1].view(plan.blocks * units, -1, self._width))
-            output_by_unit += results.index_select(0, gather.places(units)).view_as(output_by_unit)
-        elif units == 1 or low.shape[1] == 1:
-            output.view(plan.blocks * units, -1, self._width).baddbmm_(low, self._b_t)
-        else:
-            output_by_unit += torch.bmm(low, self._b_t).view_as(output_by_unit)
 
 
 def arrange(rows: Sequence[Hashable]) -> tuple[int, list[Block]]:

@@ -10,7 +10,7 @@ from transformers.masking_utils import causal_mask_function
 
 from serve.torch.attention import slot_mask
 from serve.torch.cache import SlotCache
-from serve.torch.layers import FusedAttention, FusedMlp, FusedNorm, FusedRotary
+from serve.torch.layers import FusedAttention, FusedMlp, FusedNorm, FusedRotary, Order
 
 LAYER = {
     "input_layernorm": FusedNorm,
@@ -51,9 +51,16 @@ class Stack:
         )
 
     def __call__(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past_key_values: SlotCache, **_: Any
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        past_key_values: SlotCache,
+        order: Order | None = None,
+        **_: Any,
     ) -> Output:
-        """input_ids and position_ids: (B, Q)."""
+        """input_ids and position_ids: (B, Q). Layers compute their rows in `order`; nobody else sees it."""
+        if order is not None:
+            input_ids = input_ids.index_select(0, order.rows)
         hidden = functional.embedding(input_ids, self._embedding)  # (B, Q, hidden)
         tables = self._rotary.forward(hidden, position_ids)
         rows, width = input_ids.shape
@@ -67,6 +74,8 @@ class Stack:
             device=hidden.device,
         )
         for before_attention, attention, before_mlp, mlp in self._layers:
-            hidden += attention.forward(before_attention.forward(hidden), tables, mask, past_key_values)[0]
+            hidden += attention.forward(before_attention.forward(hidden), tables, mask, past_key_values, order)[0]
             hidden += mlp.forward(before_mlp.forward(hidden))
+        if order is not None:
+            hidden = hidden.index_select(0, order.places)
         return Output(self._head(self._norm.forward(hidden)))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from serve.generation import Request
 from serve.torch.engine import Engine
-from serve.torch.lora import arrange
+from serve.torch.lora import FEW_ON_CPU, arrange
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 NEW = 8
@@ -83,6 +83,38 @@ def test_the_base_and_eight_adapters_in_one_batch_are_peft(engine: Engine, folde
         model = reference(folders[""], folders[name] if name else None)
         assert together[i :: len(folders)] == [generate(model, prompt) for prompt in asked], name
     assert len({tuple(new) for new in together[: len(folders)]}) == len(folders), "adapters that change nothing"
+
+
+@pytest.mark.parametrize("count", [3, 7, 12])
+def test_few_take_turns_and_many_have_blocks(engine: Engine, folders: dict[str, Path], count: int) -> None:
+    kinds = [name for name in KINDS if name != "head"]  # it is outside of what orders rows
+    names = [f"{kinds[i % len(kinds)]} {i}" for i in range(count)]
+    for name in names:  # each a version of its own
+        engine.load_adapter(name, folders[name.split()[0]])
+    orders = set()
+    hook = engine.model.lm_head.register_forward_pre_hook(
+        lambda *_: orders.add(engine._adapters.lora.order is not None)  # type: ignore[func-returns-value]
+    )
+    mixed = [name for _ in range(3) for name in ("", *names)]
+    asked = prompts(len(mixed))
+    together = tokens(engine, [Request(prompt, name, NEW) for prompt, name in zip(asked, mixed, strict=True)])
+    hook.remove()
+    assert True in orders if count <= FEW_ON_CPU else engine._adapters.lora._slots
+    for name in {"", *kinds[:count]}:
+        model = reference(folders[""], folders[name] if name else None)
+        rows = [row for row, other in enumerate(mixed) if other.split()[:1] == [name][: bool(name)]]
+        assert [together[row] for row in rows] == [generate(model, asked[row]) for row in rows], name
+    for name in names:
+        engine.unload_adapter(name)
+
+
+def test_what_is_held_for_turns_leaves_with_its_adapter(engine: Engine) -> None:
+    lora = engine._adapters.lora
+    for name in ("one", "two", "three", "five"):
+        tokens(engine, [Request([3, 4, 5], name, 2)])
+    assert len(lora._held) <= 1 + FEW_ON_CPU
+    assert all(layer._held.keys() == {*lora._held} for layer in lora._layers.values())
+    assert {*lora._held} <= {*engine._adapters._pool.resident}
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,9 @@ def tiny_model(
 ) -> Path:
     """Write a random causal language model with its tokenizer to `folder`, and return `folder`.
 
-    Works for every architecture whose configuration knows these names, or is given others in `config`. `std` is large enough for logits that differ
-    clearly between tokens; norm weights and biases are random too, so that a mistake in them shows.
+    Works for every architecture whose configuration knows these names, or is given others in `config`. `std` is large
+    enough for logits that differ clearly between tokens; norm weights and biases are random too, so that a mistake in
+    them shows.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
