@@ -32,6 +32,10 @@ def _score_of(wanted: Callable[[Row], bool]) -> Callable[[Row], Part | None]:
 
 PARTS: dict[str, Callable[[Row], Part | None]] = {
     "checks": lambda row: Part(sum(row["kept"]), len(row["kept"])),
+    "tool_call_f1": lambda row: Part(
+        2 * bool(row["expected"] and row["parsed"]), bool(row["expected"]) + bool(row["parsed"])
+    ),
+    "schema_accuracy": lambda row: Part(float(row["valid"] == 1)) if row["parsed"] else None,
     "no_call": _score_of(lambda row: not row["expected"]),
     "refused": _score_of(lambda row: row["expected"] == "refuses"),
     "answered": _score_of(lambda row: row["expected"] == "answers"),

@@ -19,6 +19,7 @@ Array = NDArray[np.float64]
 
 RESAMPLES = 2000
 PORTION = 1 << 18
+ROUNDING = 1e-6
 RARE = 10
 """Resamples below which a share of them says little."""
 POWER = 0.8
@@ -103,7 +104,8 @@ def _ratios(values: Array, weights: Array, seed: int) -> Array:
 
 
 def _right_or_wrong(scores: Array) -> bool:
-    return bool(np.isin(scores, (0.0, 1.0)).all())
+    """Whether all are 0 or 1, but for rounding: rouge-chinese calls a perfect reply 0.999999995."""
+    return bool((np.abs(scores - scores.round()) < ROUNDING).all() and np.isin(scores.round(), (0.0, 1.0)).all())
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -213,12 +215,15 @@ def paired(
     if len(before) != len(after) or not before:
         raise ValueError("paired scores must be of the same questions, and at least one")
     a, b = np.asarray(before, float), np.asarray(after, float)
+    flips = weights is None and _right_or_wrong(np.concatenate([a, b]))
+    if flips:
+        a, b = a.round(), b.round()
     w = np.ones(len(a)) if weights is None else np.asarray(weights, float)
     rose, fell = int((b > a).sum()), int((b < a).sum())
     gained, lost = (fell, rose) if lower_is_better else (rose, fell)
     total = float(w.sum())
     difference = float((b - a).sum()) / total
-    if weights is None and _right_or_wrong(np.concatenate([a, b])):
+    if flips:
         interval, p, deviation = flips_interval(rose, fell, len(a), confidence), mcnemar(rose, fell), None
     else:
         drawn = _ratios(b - a, w, seed)

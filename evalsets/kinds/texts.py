@@ -11,7 +11,7 @@ from evalsets.ask import Reply
 from evalsets.kinds.kind import Kind, Replies, Row, counts
 from evalsets.sets.question import Question
 from evalsets.sets.settings import SetFile
-from evalsets.statistics import bootstrap
+from evalsets.statistics import mean_interval
 
 
 def likeness(asked: Collection[str], language: str, reply: Reply, expected: str) -> dict[str, float]:
@@ -26,7 +26,7 @@ def text_figures(asked: Collection[str], rows: list[Row]) -> dict[str, Any]:
 
     What nobody graded is in no mean of grades, and counted as `ungraded`.
     """
-    low, high = bootstrap([r["score"] for r in rows if r["score"] is not None])
+    low, high = mean_interval([r["score"] for r in rows if r["score"] is not None])
     found = {**_means(asked, rows), "low": low, "high": high, **counts(rows)}
     return found | ({"ungraded": sum(r["judge"] is None for r in rows)} if "judge" in asked else {})
 

@@ -10,7 +10,7 @@ from evalsets.kinds.kind import Kind, Replies, Row, counts, judged, mean
 from evalsets.metrics import calls, toolbench
 from evalsets.sets.question import Question
 from evalsets.sets.settings import SetFile
-from evalsets.statistics import bootstrap
+from evalsets.statistics import mean_interval
 
 
 def _call_row(_: SetFile, question: Question, reply: Reply, __: Replies) -> Row:
@@ -67,7 +67,7 @@ def _step_row(_: SetFile, question: Question, reply: Reply, __: Replies) -> Row:
 
 
 def _step_figures(_: SetFile, rows: list[Row]) -> dict[str, Any]:
-    low, high = bootstrap([r["score"] for r in rows])
+    low, high = mean_interval([r["score"] for r in rows])
     step = fmean(r["score"] for r in rows)
     return {"step": step, "low": low, "high": high, **counts(rows)} | {
         name: mean(rows, name) for name in toolbench.FIGURES

@@ -165,6 +165,7 @@ def show_changed(console: Console, pair: Pair, only: str) -> None:
         for column in ("question", table.header[4], table.header[5]):
             shown.add_column(Text(column), ratio=1, overflow="fold")
         for number, change, asked, expected, before, after in table.rows:
-            about = Text.assemble((f"{number}: {change}", "bold"), f"\n{asked}", (f"\nexpected: {expected}", "dim"))
+            reference = (f"\nexpected: {expected}" if expected else "", "dim")
+            about = Text.assemble((f"{number}: {change}", "bold"), f"\n{asked}", reference)
             shown.add_row(about, Text(before), Text(after))
         console.print(shown)
