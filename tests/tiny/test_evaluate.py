@@ -45,7 +45,8 @@ def scored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def test_every_set_is_scored(scored: tuple[Path, dict[str, Any]]) -> None:
     work, metrics = scored
-    assert set(metrics) == {"ceval-mini", "summaries", "perplexity", "speed", "memory"}
+    assert set(metrics) == {"ceval-mini", "summaries", "perplexity", "speed", "memory", "backend"}
+    assert metrics["backend"] == "torch"
     assert 20e6 < metrics["memory"] < 4e9  # of a server with torch
     for name in ("ceval-mini", "summaries", "perplexity"):
         assert (metrics[name]["n"], metrics[name]["failed"]) == (8, 0)
