@@ -16,6 +16,7 @@ from evalsets.evaluation import Meter, silent, speed
 from evalsets.kinds import KINDS as SET_KINDS
 from evalsets.metrics import KNOWN, figures, toolbench
 from evalsets.score import requests, score
+from evalsets.sets import SetFile
 from export.parity import Sums
 from suite import envs
 from suite.cli import VERBS
@@ -136,6 +137,7 @@ def page() -> str:
         "",
         *table(envs.Settings),
     ]
+    lines += ["## `set.toml`", "", "What describes a question set: [evaluation](evaluation.md).", "", *table(SetFile)]
     for name in KINDS:
         stage = kind(name)
         lines += [

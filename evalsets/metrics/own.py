@@ -5,9 +5,11 @@ The function takes the reply and what was expected, two texts, and returns a num
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from suite.errors import SuiteError
@@ -19,7 +21,7 @@ def load(name: str, where: str = "") -> Callable[[str, str], Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         text = f"metric '{name}' cannot be imported: {type(error).__name__}: {error}"
         raise SuiteError(text, where=where, hint="its module must be on PYTHONPATH") from None
     if not callable(found):
@@ -28,13 +30,20 @@ def load(name: str, where: str = "") -> Callable[[str, str], Any]:
     return found  # type: ignore[no-any-return]
 
 
+def digest(name: str) -> str:
+    """Hash of the module that has the function: a metric that was changed gives other scores."""
+    load(name)
+    file = importlib.import_module(name.partition(":")[0]).__file__
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
 def score(name: str, reply: str, expected: str) -> float:
     """What the function says of a reply; raises SuiteError where that is no number from 0 to 1."""
     try:
         value = load(name)(reply, expected)
     except SuiteError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SuiteError(f"metric '{name}' failed: {type(error).__name__}: {error}", hint=_about(reply)) from None
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise SuiteError(f"metric '{name}' gave {value!r}, which is no number from 0 to 1", hint=_about(reply))

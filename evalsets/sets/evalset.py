@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from evalsets.metrics import own
 from evalsets.sets import tables
 from evalsets.sets.layouts import Layout, Part
 from evalsets.sets.question import Question
@@ -43,8 +44,7 @@ class EvalSet:
     @cached_property
     def digest(self) -> str:
         """Hash of the settings and all data: belongs in the key of whatever is computed from the set."""
-        settings = self.file.model_dump_json(exclude={"data"}, exclude_defaults=True)
-        whole = hashlib.sha256(settings.encode())
+        whole = hashlib.sha256(settings(self.file).encode())
         for path in self.layout.files:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             whole.update(f"{path.relative_to(self.folder).as_posix()} {content}\n".encode())
@@ -89,6 +89,12 @@ class EvalSet:
     def _texts(self) -> bool:
         """Whether a number in a row of JSON is a text, written as it is."""
         return self.kind in ("choice", "numeric")
+
+
+def settings(file: SetFile) -> str:
+    """How a set is asked and scored, where its data lies apart, and with the code of a person's own metrics."""
+    code = [own.digest(name) for name in file.metrics if ":" in name]
+    return "".join([file.model_dump_json(exclude={"data"}, exclude_defaults=True), *code])
 
 
 def contradictions(questions: list[Question]) -> list[tuple[Question, Question]]:

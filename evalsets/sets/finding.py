@@ -13,7 +13,7 @@ from evalsets import metrics
 from evalsets.extract import pattern
 from evalsets.language import Language
 from evalsets.sets import layouts, tables
-from evalsets.sets.evalset import EvalSet
+from evalsets.sets.evalset import EvalSet, settings
 from evalsets.sets.layouts import Layout
 from evalsets.sets.settings import FIELDS, Generation, SetFile
 from evalsets.sets.subjects import categories
@@ -50,7 +50,7 @@ class Remote:
     @property
     def digest(self) -> str:
         """Hash of how it is asked; what is asked has a digest of its own when it is here."""
-        said = self.file.model_dump_json(exclude={"data"}, exclude_defaults=True) if self.file else ""
+        said = settings(self.file) if self.file else ""
         return hashlib.sha256(f"{said} {self.shots}".encode()).hexdigest()[:16]
 
     def at(self, repository: Path) -> EvalSet:

@@ -123,6 +123,7 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "def exact(reply, expected): return 1\n", "utf-8",
     )  # fmt: skip
     (tmp_path / "broken_module_of_a_test.py").write_text("1 / 0\n", "utf-8")
+    (tmp_path / "leaving_module_of_a_test.py").write_text("raise SystemExit(3)\n", "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     mine = "my_metrics_of_a_test:longer"
     metrics.check(["exact", mine], "set.toml:3")
@@ -137,6 +138,7 @@ def test_a_function_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name, message in (
         ("my_metrics_of_a_test:none", "cannot be imported: AttributeError"), ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError"),
         ("broken_module_of_a_test:f", "cannot be imported: ZeroDivisionError"), ("my_metrics_of_a_test:number", "is no function"),
+        ("leaving_module_of_a_test:f", "cannot be imported: SystemExit: 3"),
         ("rogue", "unknown metric 'rogue'\n  hint: did you mean 'rouge'"),
     ):  # fmt: skip
         with pytest.raises(SuiteError, match=message) as caught:

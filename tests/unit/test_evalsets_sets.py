@@ -225,6 +225,17 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     assert len({one, *(sets.load(str(o)).digest for o in others)}) == 5
 
 
+def test_a_metric_that_was_changed_makes_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / "changing_metric_of_a_test.py"
+    folder = rows_set(tmp_path / "s", "qa", [{"query": "a", "response": "b"}], f'metrics = ["{code.stem}:near"]')
+    code.write_text("def near(reply, expected): return 0.5\n", "utf-8")
+    before = sets.load(str(folder)).digest
+    assert sets.load(str(folder)).digest == before
+    code.write_text("def near(reply, expected): return 0.25\n", "utf-8")
+    assert sets.load(str(folder)).digest != before
+
+
 @pytest.mark.parametrize("name", sets.names())
 def test_shipped_sets_are_right(name: str) -> None:
     found = sets.load(name)
