@@ -219,7 +219,8 @@ def _options(row: Row) -> dict[str, str]:
     prompt = row["prompt"]
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt else ""
     listed = dict(sorted(OPTION.findall(asked)))
-    return listed if row["expected"] in listed and LETTERS.startswith("".join(listed)) else {}
+    letters = LETTERS.startswith("".join(listed))
+    return listed if letters and isinstance(row["expected"], str) and row["expected"] in listed else {}
 
 
 def figures(found: Found, rows: list[Row]) -> dict[str, Any]:

@@ -86,6 +86,31 @@ def test_what_evalscope_leaves_out_counts_as_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "run/reports/report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("reply", "parsed", "expected", "second"),
+    [
+        ("so 72\n#### 72\n\nQuestion: next?\n#### 5", "5", "72", ("72", 1)),  # right, and ran on
+        ("She has 72.00 dollars.", "72.00", "#### 72", ("72.00", 1)), ("$1,200", "1,200", "9 + 3 = 12\n#### 1,200", ("1,200", 1)),
+        ("no idea", None, "72", (None, 0)), ("it is 70", "70", "72", ("70", 0)),
+    ],
+)  # fmt: skip
+def test_numbers_of_other_programs_are_read_again(
+    reply: str, parsed: str | None, expected: str, second: tuple[str | None, float]
+) -> None:
+    row = {"prompt": "How many?", "expected": expected, "reply": reply, "parsed": parsed, "error": ""}
+    found = harness._row(row)
+    assert (found["second"], found["second_score"]) == second
+
+
+def test_what_is_no_number_is_not_read_as_one() -> None:
+    row = {"prompt": "Why?", "reply": "because of 3", "parsed": "x", "error": ""}
+    for expected in ("in 1912", "3 apples", "Paris", 3, ["3"], ""):
+        assert "second" not in harness._row({**row, "expected": expected})
+    assert "second" not in harness._row(
+        {**row, "expected": "2", "reply": "", "parsed": 1}
+    )  # the index of the likeliest
+
+
 def test_a_metric_that_could_not_be_computed_is_not_zero(tmp_path: Path) -> None:
     prediction, review = reviewed(0, "a b", "a b", 0.0)
     score = review["sample_score"]["score"]
