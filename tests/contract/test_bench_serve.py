@@ -133,10 +133,16 @@ def served(fake: Timed) -> Iterator[str]:
     loop.call_soon_threadsafe(server.close)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
-    for waiting in (tasks := asyncio.all_tasks(loop)):
-        waiting.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.run_until_complete(hang_up())
     loop.close()
+
+
+async def hang_up() -> None:
+    """End what still waits for requests on connections that are gone."""
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 @pytest.fixture
