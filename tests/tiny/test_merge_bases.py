@@ -109,6 +109,22 @@ def test_damaged_and_ancient_pickles_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+def test_a_pickled_model_is_exported_after_it_was_saved_again(tmp_path: Path) -> None:
+    base = pickled(tiny_model(tmp_path / "base", hidden=64), tmp_path / "bin")
+    with pytest.raises(SuiteError, match=r"the folder has no \*.safetensors") as caught:
+        run(Export(model="m", to="hf"), tmp_path / "out", model=base)
+    assert "save_pretrained(other)" in caught.value.hint
+
+
+def test_an_adapter_is_exported_with_its_licence(tmp_path: Path) -> None:
+    adapter = random_adapter(tiny_model(tmp_path / "base", hidden=64), tmp_path / "adapter", target_modules=["q_proj"])
+    for name in ("LICENSE", "NOTICE.txt"):
+        (adapter / name).write_text(f"terms in {name}")
+    run(Export(model="a", to="hf", base_model="org/base"), tmp_path / "out", model=Artifact(adapter, "adapter"))
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms in LICENSE"
+    assert (tmp_path / "out" / "NOTICE.txt").is_file()
+
+
 MEMORY = """
 import re, sys
 from pathlib import Path

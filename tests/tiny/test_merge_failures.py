@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -137,22 +139,56 @@ except OSError as error:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_disk_that_fills_up_is_reported_by_the_command(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    small = tmp_path / "small"
+def test_a_disk_that_is_full_half_way_leaves_nothing_either(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After several shards, in the middle of a tensor, on a disk that cannot tell beforehand."""
+    base, adapter = trained
+    before, written, write = Store(tmp_path / "store").digest(base), 0, os.pwrite
+    room = sum(file.stat().st_size for file in shards(base)) // 2
+
+    def fills_up(file: int, data: memoryview, position: int) -> int:
+        nonlocal written
+        if written >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = write(file, data[: room - written], position)
+        written += count
+        return count
+
+    def cannot_tell(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "pwrite", fills_up)
+    monkeypatch.setattr(os, "posix_fallocate", cannot_tell)
+    with pytest.raises(OSError, match="No space left"):
+        merge(base, [adapter], tmp_path / "out", 100_000)
+    assert written == room
+    assert list((tmp_path / "out").iterdir()) == []
+    assert Store(tmp_path / "other").digest(base) == before
+
+
+@pytest.mark.parametrize(
+    "command", ["merge --adapter {adapter} --base {base} --max-shard-size 100KB", "export --to hf --model {base}"]
+)
+def test_a_disk_that_fills_up_is_reported_by_the_command(
+    trained: tuple[Path, Path], tmp_path: Path, command: str
+) -> None:
+    base, adapter = trained
+    small, before = tmp_path / "small", Store(tmp_path / "store").digest(base)
     small.mkdir()
-    inside = f"mount -t tmpfs -o size=200k none {small} && {{}}"
+    inside = f"mount -t tmpfs -o size=400k none {small} && {{}}"
     if subprocess.run(
         ["unshare", "-rm", "sh", "-c", inside.format("true")], check=False, capture_output=True
     ).returncode:
         pytest.skip("mounting a small file system is not permitted here")
-    base, adapter = trained
-    command = f"SUITE_HOME={small} {sys.executable} -m suite.cli merge --adapter {adapter} --base {base}"
+    command = f"SUITE_HOME={small} {sys.executable} -m suite.cli {command.format(base=base, adapter=adapter)}"
     script = inside.format(f"{command}; code=$?; echo made: $(ls {small}/artifacts); exit $code")
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.endswith("made:\n")
+    assert Store(tmp_path / "other").digest(base) == before
 
 
 def test_a_killed_merge_leaves_no_model_and_the_next_one_completes_it(
