@@ -73,7 +73,7 @@ class Catalog:
         return self._card(name)
 
     def _card(self, name: str) -> dict[str, Any]:
-        """`parent` is the base of an adapter, `targets` are an alias's shares, `fingerprint` stands for the files."""
+        """`parent` is an adapter's base, `targets` are an alias's shares, `fingerprint` stands for files and engine."""
         card = {"id": name, "object": "model", "created": self.created, "owned_by": "suite"}
         card["fingerprint"] = self._fingerprint(name)
         if name in self.aliases:
@@ -82,7 +82,7 @@ class Catalog:
         return card if family is None or name == family.base else {**card, "parent": family.base}
 
     def _fingerprint(self, name: str) -> str:
-        """Another one when the files behind a name are others; the same in another server with the same files."""
+        """Another one when the files behind a name, or the engine, are others; else the same in any server."""
         family = self.family(name)
         parts: Any = family.stamps(name) if family else []
         if name in self.aliases:

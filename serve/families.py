@@ -48,6 +48,7 @@ class Family:
         self._found: dict[str, Found] = {}
         self._changing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._stamps: dict[str, str] = {self.base: _stamp(self.model)}
+        self._engine = settings.computed_by
 
     def __contains__(self, name: str) -> bool:
         return name == self.base or name in self.folders
@@ -87,10 +88,10 @@ class Family:
                 await self._forget(name)
 
     def stamps(self, name: str) -> list[Any]:
-        """Other ones when the files behind a name are others; the same in another server with the same files."""
+        """Other ones when the files behind a name, or what computes with them, are others; else the same anywhere."""
         if name not in self._stamps:
             self._stamps[name] = _stamp(self.folders[name])
-        return [self._stamps[self.base], self._stamps[name]]
+        return [self._engine, self._stamps[self.base], self._stamps[name]]
 
     async def _open(self, name: str) -> Found:
         try:

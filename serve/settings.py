@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import ipaddress
 import ssl
 from collections.abc import Callable
@@ -13,8 +14,12 @@ from pydantic import Field
 from serve.answers import Engine
 from serve.folders import check_fits, read_adapter, read_model
 from serve.offers import offers
+from suite import envs
 from suite.errors import SuiteError
 from suite.serving import Options, Others, check_aliases
+
+DISTRIBUTIONS = {"torch": ("torch", "transformers"), "llamacpp": ("llama-cpp-python",)}
+"""What computes where the engine runs in our own environment."""
 
 
 class Settings(Options):
@@ -42,6 +47,15 @@ class Settings(Options):
     def in_process(self) -> bool:
         """Whether the server computes by itself: with our engine, where that serves one model once."""
         return self.backend == "torch" and self.replicas == 1 and not (self.beside or self.url)
+
+    @property
+    def computed_by(self) -> list[str]:
+        """The engine, its version and its precision: answers of the same files may differ with each of them."""
+        if self.backend in DISTRIBUTIONS:
+            version = " ".join(map(importlib.metadata.version, DISTRIBUTIONS[self.backend]))
+        else:
+            version = self.env_python or envs.get(self.backend).digest
+        return [self.backend, version, self.dtype, envs.device()]
 
     def check(self) -> None:
         """Raise SuiteError for what can be known to fail from names and file headers; torch-free."""
