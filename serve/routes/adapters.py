@@ -74,7 +74,10 @@ def add(app: FastAPI, server: Serving, metrics: Metrics) -> None:
             raise ApiError(404, f"The lora adapter '{name}' cannot be found.", param="lora_name")
         if used := catalog.aliases.of(name):
             raise ApiError(409, f"'{name}' is a target of the alias '{used[0]}'", param="lora_name")
-        await family.unload(name)
+        try:
+            await family.unload(name)
+        except SuiteError as error:
+            raise ApiError(400, error.message, param="lora_name") from None
         metrics.forget(name)
         Exchange.of(request).adapter = name
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(model: Path, **adapters: Path) -> Iterator[tuple[Serving, httpx.Client]]:
     """One whose only key may have one request at a time."""
     ready = threading.Event()
-    keys = [Key.of("sk-one", "one", Rights(concurrent=1))]
+    keys = [Key.of("sk-one", "one", Rights(concurrent=1, admin=True))]
     app = create_app(Settings(model=model, adapters=adapters), keys=keys, loaded=lambda _: ready.set())
     sock = listen("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
@@ -114,6 +114,8 @@ def test_an_adapter_that_goes_while_a_request_for_it_comes(model: Path) -> None:
         serving.engine.unload_adapter("law")
         answer = http.post("/v1/completions", json={**LONG, "model": "law"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "law"}).status_code == 400
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["base"]
 
 
 def test_a_required_call_is_made_in_the_form_of_the_template(model: Path) -> None:
