@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from export import parity
 from export.folder import weight_bytes
@@ -25,11 +27,12 @@ from suite.errors import SuiteError
 from suite.references import detect
 from suite.stages import Artifact
 from tests.tiny.export_jobs import run
-from tests.tiny.tiny_models import tiny_model
+from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 Make = Callable[..., tuple[Path, dict[str, Any]]]
 PROMPT, NEW = [5, 60, 7, 81, 9, 300, 44], 12
 LENGTH = 64
+TOLERANCE = 0.02  # of log probabilities; kernels of quantized layers round differently in batches
 SETTINGS: dict[str, Any] = {"model": "m", "calibration": "c", "samples": 40, "length": LENGTH, "group_size": 64}
 
 
@@ -165,6 +168,30 @@ def test_a_checkpoint_of_autoawq_is_read(where: str, parent: Path, uniform: Make
     assert detect(old, Takes("model", "quantized")) == "quantized"
     assert kl(parent, old) == kl(parent, made)
     assert answer(old) == answer(made)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "awq"}, {"method": "bnb"}, {"method": "bnb", "bits": 8}])
+def test_adapters_over_a_quantized_base_are_peft(
+    settings: dict[str, Any], parent: Path, uniform: Make, tmp_path: Path
+) -> None:
+    folder, adapter = uniform(**settings)[0], tiny_adapter(parent, tmp_path / "a")
+    other = tiny_adapter(tiny_model(tmp_path / "other", hidden=64), tmp_path / "foreign", target_modules=["up_proj"])
+    engine = Engine(folder, {"a": adapter}, max_batch=4)
+    try:
+        with pytest.raises(SuiteError, match=r"maps 64 to 128 values, that of .* 128 to 256"):
+            engine.load_adapter("b", other)
+        asked = [Request(PROMPT[i:], ("", "a")[i % 2], NEW, prompt_logprobs=0, logprobs=0) for i in range(4)]
+        given = engine.generate(asked)
+    finally:
+        engine.close()
+    model = PeftModel.from_pretrained(quantized.load(folder, dtype=torch.float32), adapter).eval()
+    for generation in given:
+        with torch.no_grad(), nullcontext() if generation.request.adapter else model.disable_adapter():
+            wanted = model(torch.tensor([generation.tokens])).logits[0].log_softmax(-1)
+        scores = [*generation.prompt_scores, *generation.scores]
+        exact = [float(wanted[place, scored.token]) for place, scored in enumerate(scores)]
+        assert [scored.logprob for scored in scores] == pytest.approx(exact, abs=TOLERANCE)
+    assert given[0].new != given[1].new
 
 
 def test_settings_that_do_not_describe_the_weights_are_refused(uniform: Make, tmp_path: Path) -> None:
