@@ -84,7 +84,7 @@ def total(asked: EvalSet, questions: list[Question], rows: list[Row]) -> Scores:
     parts = {name: [r for r in rows if r["subset"] == name] for name in subsets}
     whole = kind.figures(asked.file, rows)
     each = {name: kind.figures(asked.file, part) for name, part in parts.items()}
-    if asked.kind == "choice":
+    if asked.kind == "choice" and "acc" in whole:
         whole["macro"] = fmean(part["acc"] for part in each.values())
         whole |= _categories(asked, rows)
     whole |= intervals(whole, headline(asked), rows)

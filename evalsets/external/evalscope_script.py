@@ -63,7 +63,7 @@ def remembering(generate: Callable[..., Any], kept: Any) -> Callable[..., Any]:
 
     def answer(self: Any, input: Any, tools: Any, tool_choice: Any, config: Any) -> Any:  # EvalScope's names
         asked = [
-            [message.model_dump(mode="json", exclude={"id"}) for message in input],
+            self.model_name, [message.model_dump(mode="json", exclude={"id"}) for message in input],
             [tool.model_dump(mode="json") for tool in tools], str(tool_choice), config.model_dump(mode="json"),
         ]  # fmt: skip
         if (known := kept.take(asked)) is not None:

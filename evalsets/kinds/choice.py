@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import Any
 
 from evalsets.ask import Reply
 from evalsets.extract import letter, letters, named, narrowed
-from evalsets.kinds.kind import Kind, Replies, Row, accuracy, judged
+from evalsets.kinds.kind import Kind, Replies, Row, accuracy, counts, judged
 from evalsets.sets.question import Question
 from evalsets.sets.settings import SetFile
+from evalsets.statistics import mean_interval
 
 
 def continuations(question: Question) -> dict[str, str]:
@@ -37,7 +39,13 @@ def _row(file: SetFile, question: Question, reply: Reply, replies: Replies) -> R
     row: Row = {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
     if file.multiple:
         row["partial"] = _partial(chosen or "", question.expected)
-    return row | _likely(question, replies) if file.likelihood else row
+        if file.metric == "partial":
+            row["score"] = row["partial"]
+    if file.likelihood:
+        row |= _likely(question, replies)
+    if file.metric == "likelihood":
+        row |= {"generated": row["score"], "score": row["likely_score"]}
+    return row
 
 
 def _partial(chosen: str, right: str) -> float:
@@ -67,10 +75,16 @@ def _figures(file: SetFile, rows: list[Row]) -> dict[str, Any]:
     found = judged(rows)
     found["failed"] = sum(bool(r["error"] or r.get("likely_error")) for r in rows)
     if file.multiple:
-        found["partial"] = sum(r["partial"] for r in rows) / len(rows)
+        found["partial"] = fmean(r["partial"] for r in rows)
+    if file.metric == "partial":
+        found |= mean_interval([r["score"] for r in rows])._asdict()
     if file.likelihood:
         found["likelihood"] = _likelihood(rows)
-    return found
+    if file.metric != "likelihood":
+        return found
+    if "not_available" in found["likelihood"]:
+        return {**found["likelihood"], **counts(rows)}
+    return found | {"generated": fmean(r["generated"] for r in rows)}
 
 
 def _likelihood(rows: list[Row]) -> dict[str, Any]:
@@ -82,4 +96,4 @@ def _likelihood(rows: list[Row]) -> dict[str, Any]:
     return {**accuracy(rows, "likely_score"), "failed": len(unmeasured)}
 
 
-KIND = Kind(lambda _: "acc", _row, _figures)
+KIND = Kind(lambda file: "partial" if file.metric == "partial" else "acc", _row, _figures)

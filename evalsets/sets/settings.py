@@ -71,6 +71,10 @@ class SetFile(Config):
     """choice: several letters may be right, and all of them must be named."""
     likelihood: bool = False
     """choice: also measure which option's letter is likeliest, at endpoints that give log-probabilities of prompts."""
+    metric: Literal["acc", "partial", "likelihood"] = "acc"
+    """choice: what decides comparisons: acc, the questions answered right; partial, with `multiple`, the right letters
+    named of each; likelihood, with `likelihood`, the questions whose likeliest option is right, as base models are
+    compared."""
     metrics: list[str] = Field(default=["rouge", "bleu"], min_length=1)
     """qa: what to measure: rouge, bleu, exact, f1, chrf, jaccard, regex, judge or a `module:function` of your own. The
     first, which cannot be bleu, gets the interval and decides comparisons."""

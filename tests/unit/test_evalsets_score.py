@@ -15,7 +15,7 @@ from evalsets import sets
 from evalsets.ask import Reply
 from evalsets.score import Scores, headline, requests, score
 from evalsets.sets import EvalSet, Question
-from evalsets.statistics import wilson
+from evalsets.statistics import mean_interval, wilson
 from suite.errors import SuiteError
 
 
@@ -88,6 +88,41 @@ def test_letters_too_are_read_where_the_set_says(tmp_path: Path) -> None:
     asked = rows(tmp_path, *({"question": "?", "A": "w", "B": "x", "answer": "B"} for _ in range(4)))
     texts = ["A, so verdict = b", "B", "verdict = ", "verdict = x"]
     assert [r["parsed"] for r in answered(asked, lambda i, _: texts[i]).rows] == ["B", None, None, "B"]
+
+
+ABOUT = 'kind = "choice"\ntitle = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "a test"\n'
+
+
+def test_the_share_of_letters_may_decide(tmp_path: Path) -> None:
+    (tmp_path / "set.toml").write_text(f"{ABOUT}multiple = true\nmetric = 'partial'\n", "utf-8")
+    row = {"question": "?", "A": "1", "B": "2", "C": "3", "D": "4"}
+    asked = rows(tmp_path, *({**row, "answer": list(right)} for right in ("AC", "AC", "AC", "B")))
+    texts = ["A, C", "A", "A, B", "B"]
+    found = answered(asked, lambda i, _: texts[i])
+    assert headline(asked) == "partial"
+    assert [r["score"] for r in found.rows] == [1, 0.5, 0, 1]
+    assert (found.total["partial"], found.total["acc"], found.total["macro"]) == (0.625, 0.5, 0.5)
+    assert (found.total["low"], found.total["high"]) == mean_interval([1, 0.5, 0, 1])
+
+
+def test_the_likeliest_option_may_decide(tmp_path: Path) -> None:
+    (tmp_path / "set.toml").write_text(f"{ABOUT}likelihood = true\nmetric = 'likelihood'\n", "utf-8")
+    asked = rows(tmp_path, *({"question": f"{i}?", "A": "1", "B": "2", "answer": "B"} for i in range(3)))
+    questions = asked.questions()
+    replies = {q.id: Reply(q.id, "", "B", "stop") for q in questions}
+    for i, question in enumerate(questions):
+        for option in "AB":
+            name = f"{question.id}#{option}"
+            replies[name] = Reply(name, "", logprobs=(-0.5 if option == "ABB"[i] else -2.0,))
+    found = score(asked, questions, replies)
+    low, high = wilson(2, 3)
+    assert [r["score"] for r in found.rows] == [0, 1, 1]
+    assert [found.total[name] for name in ("acc", "low", "high", "macro", "generated")] == [2 / 3, low, high, 2 / 3, 1]
+    for question in questions:
+        for option in "AB":
+            replies[f"{question.id}#{option}"] = Reply("", "", error="HTTP 400: no logprobs", refused=True)
+    total = score(asked, questions, replies).total
+    assert (total["not_available"], total["n"], "acc" in total) == ("HTTP 400: no logprobs", 3, False)
 
 
 def test_a_perplexity_without_all_texts_is_none(tmp_path: Path) -> None:

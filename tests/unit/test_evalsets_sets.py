@@ -166,6 +166,7 @@ def test_shots_may_be_drawn_by_chance_and_always_the_same(tmp_path: Path) -> Non
     ("more", "message"),
     [
         ("extract = '(a'", r"set.toml:6: extract: missing \)"), ("extract = 'a|b'", "set.toml:6: extract has 0 groups, and needs one"),
+        ("metric = 'partial'", r"set.toml:6: metric = 'partial' needs multiple = true"), ("metric = 'likelihood'", "needs likelihood = true in a choice set"),
         ("extract = '(a)(b)'", "extract has 2 groups"), ("metrics = ['f1']\nextract = '(a)'", "'extract' is for choice and numeric sets"),
     ],
 )  # fmt: skip
