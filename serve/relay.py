@@ -165,8 +165,10 @@ class Relay:
                 raise Broken(f"it answered {status}, and ended")
             if streamed:
                 stream = translation.stream(asked.fields, _unbroken(body, chunks))
+                if asked.renamed:
+                    stream = _renamed(stream, asked.renamed)
                 try:
-                    await _send_stream(tally.of(_renamed(stream, asked.renamed)), told, send)
+                    await _send_stream(tally.of(stream), told, send)
                 finally:
                     asked.exchange.answers.append(tally.answered())
                 return
@@ -304,15 +306,13 @@ def _last_words(error: ApiError) -> bytes:
     return f"\n\ndata: {json.dumps(error.body)}\n\ndata: [DONE]\n\n".encode()
 
 
-async def _renamed(chunks: AsyncIterator[bytes], names: tuple[bytes, bytes] | None) -> AsyncIterator[bytes]:
+async def _renamed(chunks: AsyncIterator[bytes], names: tuple[bytes, bytes]) -> AsyncIterator[bytes]:
     """With the model's name as ours, which a border between two chunks may cut: then it takes whole events."""
     kept = b""
     async for chunk in chunks:
-        if names:
-            whole, end, kept = (kept + chunk).rpartition(b"\n\n")
-            chunk = _named(whole + end, names)
-        if chunk:
-            yield chunk
+        whole, end, kept = (kept + chunk).rpartition(b"\n\n")
+        if end:
+            yield _named(whole + end, names)
     if kept:
         yield kept
 
