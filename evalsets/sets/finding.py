@@ -180,9 +180,9 @@ def _check(file: SetFile, where: _Lines) -> None:
             raise SuiteError(
                 f"'{key}' is for {' and '.join(kinds)} sets, and this is a {file.kind} set", where=where((key,))
             )
-    for metric, needed in (("partial", "multiple"), ("likelihood", "likelihood")):
-        if file.metric == metric and not getattr(file, needed):
-            raise SuiteError(f"metric = '{metric}' needs {needed} = true in a choice set", where=where(("metric",)))
+    for metric, switch in (("partial", "multiple"), ("likelihood", "likelihood")):
+        if file.metric == metric and not getattr(file, switch):
+            raise SuiteError(f"metric = '{metric}' needs {switch} = true in a choice set", where=where(("metric",)))
     if file.multiple and file.likelihood:
         raise SuiteError("likelihood is for questions with one right option", where=where(("likelihood",)))
     if file.extract:
