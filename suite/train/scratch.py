@@ -25,6 +25,7 @@ from suite.chat import Chat
 from suite.errors import SuiteError
 from suite.stages import Job
 from suite.train import checkpoint, curve
+from suite.train.arguments import common
 from suite.train.packing import pack
 from suite.train.pretrain import Pretrain, Shape
 from suite.train.report import Report
@@ -159,13 +160,10 @@ def _arguments(settings: Pretrain, job: Job) -> Any:
     cuda = torch.cuda.is_available()
     batch = settings.batch_tokens // settings.context
     return transformers.TrainingArguments(
-        output_dir=str(job.scratch / "checkpoints"),
+        **common(settings, job),
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
-        num_train_epochs=settings.epochs,
-        learning_rate=settings.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         optim="adamw_torch_fused",
@@ -173,14 +171,6 @@ def _arguments(settings: Pretrain, job: Job) -> Any:
         use_cache=False,
         use_cpu=not cuda,  # transformers takes bf16 on a CPU only when it is chosen
         bf16=settings.dtype == "bfloat16",
-        seed=settings.seed,
-        save_strategy="steps",
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=cuda,
         remove_unused_columns=False,
     )
 

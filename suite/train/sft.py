@@ -31,6 +31,7 @@ from suite.chat import Chat
 from suite.errors import SuiteError
 from suite.stages import Job
 from suite.train import checkpoint, curve
+from suite.train.arguments import common
 from suite.train.report import Report
 
 if TYPE_CHECKING:
@@ -274,11 +275,8 @@ def make_trainer(model: Any, tokenizer: Any, rows: Any, settings: Train, job: Jo
     try:
         config = trl.SFTConfig(
             **free,
-            output_dir=str(job.scratch / "checkpoints"),
-            learning_rate=settings.lr,
+            **common(settings, job),
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=settings.warmup,
-            num_train_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.accumulate,
@@ -286,14 +284,6 @@ def make_trainer(model: Any, tokenizer: Any, rows: Any, settings: Train, job: Jo
             packing=settings.packing,
             dataset_kwargs={"skip_prepare_dataset": True},
             bf16=cuda and compute_dtype(settings) is torch.bfloat16,
-            seed=settings.seed,
-            save_strategy="steps",
-            save_steps=settings.save_steps,
-            save_total_limit=2,
-            logging_steps=1,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=cuda,
         )
     except (TypeError, ValueError) as error:
         raise SuiteError(f"trl refuses these settings: {error}", where="extra") from error
