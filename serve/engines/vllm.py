@@ -10,7 +10,7 @@ from serve.engines import packed
 from serve.engines.kind import chat_template, flags, gpus, marked
 from serve.engines.process import Launch
 from serve.engines.translation import JoinedText, Translation
-from serve.folders import read_adapter
+from serve.folders import read_adapter, read_model
 from serve.offers import offers
 from serve.settings import Settings
 from suite import envs, quantized
@@ -29,6 +29,8 @@ SHARED = 8
 """Adapters that may share a batch; each takes memory for the highest rank."""
 SPARE = 16
 """On a CPU, adapters that may be added before the engine has to start again."""
+OUTPUT = "lm_head"
+"""The layer that gives logits."""
 CPU_MEMORY = 0.1
 """Share of a machine's memory for keys and values; without a number vLLM asks for nearly all that there is."""
 
@@ -118,7 +120,21 @@ def _lora(settings: Settings, room: int | None) -> list[str]:
     slots = together if room is None else room + 1
     named = [f"{name}={path}" for name, path in settings.adapters.items()]
     modules = ["--lora-modules", *named] if named else []
-    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), *modules]
+    targets = ["--lora-target-modules", *found] if room is not None and (found := _targets(settings)) else []
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), *targets, *modules]
+
+
+def _targets(settings: Settings) -> list[str]:
+    """The layers that adapters may change, by the last part of their names; none where one changes the output layer.
+
+    Where that may be changed, vLLM 0.32 ends on a CPU when it computes log probabilities of a prompt beside another
+    request: it takes the list of the batch's adapters for one of the prompt's tokens.
+    """
+    parts = {part for name in read_model(settings.model).shapes for part in name.split(".")}
+    layers = {part for part in parts if part.endswith("_proj")}
+    for path in _adapters(settings).values():
+        layers |= {name.rpartition(".")[2] for name in read_adapter(path).modules}
+    return [] if OUTPUT in layers else sorted(layers)
 
 
 def _variables(settings: Settings, key: str, replica: int, cpu: bool) -> dict[str, str]:
@@ -131,6 +147,8 @@ def _variables(settings: Settings, key: str, replica: int, cpu: bool) -> dict[st
     if cpu:
         share = psutil.virtual_memory().total * (settings.memory or CPU_MEMORY) / settings.replicas
         found["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, (settings.cache_memory or int(share)) >> 30))
+        # what it compiles in spite of --enforce-eager, at the first log probability that it is asked for
+        found["TORCHDYNAMO_DISABLE"] = "1"
         if settings.replicas > 1:  # which would all be bound to the same cores
             found["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     else:

@@ -1,13 +1,14 @@
 """One server for all contract tests and each backend: torch, and others where `suite env install NAME` has made them.
 
 LMDeploy has no engine for processors: without a GPU its server runs above another one (`tests/lmdeploy_stub.py`), which
-shows its protocol and nothing of how it computes. Where there is one, its tests carry the marker `gpu`.
+shows its protocol and nothing of how it computes. Where there is one, tests over both carry the marker `gpu`.
 
 Files named test_own_* and classes named Own* are about what only our engine has.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +24,24 @@ from tests import lmdeploy_engine
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 NANO = Path(__file__).parents[2] / "examples/nano/model"
-VLLM, LMDEPLOY = envs.get("vllm"), envs.get("lmdeploy")  # before each test gets a store of its own
-BACKENDS = [
-    "torch",
-    *(["vllm"] if VLLM.installed else []),
-    *(
-        [pytest.param("lmdeploy", marks=[pytest.mark.gpu] if lmdeploy_engine.REAL else [])]
-        if LMDEPLOY.installed
-        else []
-    ),
-]
+OTHERS = {name: envs.get(name) for name in ("vllm", "lmdeploy")}  # before each test gets a store of its own
+MARKS = [pytest.mark.gpu] if envs.device() == "cuda" else []
+BACKENDS = ["torch", *(pytest.param(name, marks=MARKS) for name, found in OTHERS.items() if found.installed)]
 VOCABULARY = {"lmdeploy": 480}
 """Tokens of the model; by default it has some that are no tokens of its tokenizer, on which LMDeploy's server fails."""
 DIFFERENT = {
     "vllm": {
         "test_chat_is_the_models_own_greedy_answer": "leaves half a character out at the end of an answer",
-        "test_echo_scores_the_prompt": "generates a token where none is asked for",
-        "test_log_likelihoods": "was seen to time out with the log probabilities of these prompts",
         "test_bad_bodies[vllm-chat/completions-body10-logit_bias]": "takes any bias",
         "test_a_schema_is_kept_to_in_every_sample_and_streamed": "lets a random model write any white space",
         "test_a_schema_from_pydantic_is_parsed_by_the_client": "lets a random model write any white space",
         "test_logprobs_are_the_models_own": "gives those of the allowed tokens",
-        "test_fields": "takes more values",
-        "test_odd_and_yet_right": "takes fewer stop strings",
-        "test_a_context_that_is_a_little_too_long": "does not name the field",
+        "test_fields[vllm-more9]": "reads a number in quotes",
+        "test_fields[vllm-more10]": "takes true for 1",
+        "test_fields[vllm-more14]": "takes stop strings of any length",
+        "test_fields[vllm-more26]": "leaves out what its own call of the template says",
+        "test_odd_and_yet_right[vllm-more0]": "takes four stop strings at most",
+        "test_a_context_that_is_a_little_too_long": "names the field max_tokens",
         "test_what_is_not_heeded_is_named": "does not name the fields that it ignores",
         "test_an_adapter_has_tokens_too_and_no_model_is_the_base": "is always asked by name",
     },
@@ -75,7 +70,8 @@ def options(backend: str, scratch: Path) -> dict[str, Any]:
     """What its server is started with."""
     if backend == "torch":
         return {}
-    python = VLLM.python if backend == "vllm" else lmdeploy_engine.interpreter(LMDEPLOY, scratch / "bin")
+    found = OTHERS[backend]
+    python = lmdeploy_engine.interpreter(found, scratch / "bin") if backend == "lmdeploy" else found.python
     return {"env_python": str(python), "max_length": 2048}
 
 
@@ -98,6 +94,8 @@ class Served:
     endpoint: Endpoint
     base: Path
     adapters: dict[str, Path]
+    offered: Path
+    """A folder from which adapters may be loaded: copies of a and b lie deeper in it."""
     openai: openai.OpenAI
     http: httpx.Client
 
@@ -107,12 +105,16 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     root = tmp_path_factory.mktemp("served")
     base = tiny_model(root / "base", vocab=VOCABULARY.get(request.param, 512))
     adapters = {name: tiny_adapter(base, root / name, rank=4 * i, seed=i) for i, name in enumerate(("a", "b"), 1)}
+    offered = root / "offered"
+    for name, folder in adapters.items():
+        shutil.copytree(folder, offered / "later" / name)
+    more = {"lora_dir": [str(offered)], **options(request.param, root)}
     with (
-        endpoint(base, adapters, backend=request.param, **options(request.param, root)) as running,
+        endpoint(base, adapters, backend=request.param, **more) as running,
         httpx.Client(base_url=running.url, timeout=60) as http,
         openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):
-        yield Served(request.param, running, base, adapters, client, http)
+        yield Served(request.param, running, base, adapters, offered, client, http)
 
 
 @pytest.fixture(scope="session")

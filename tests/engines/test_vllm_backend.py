@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
 from serve.backends import endpoint
+from serve.engines.vllm import PARSERS, RANKS
 from serve.probe import references
+from suite import envs
 from suite.chat import load_tokenizer
 from suite.envs import Environment
 from suite.errors import SuiteError
+from tests.contract.suite_server import suite_serve
 from tests.tiny.tiny_models import tiny_adapter
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), *([pytest.mark.gpu] if envs.device() == "cuda" else [])]
 ALL = {"ignore_eos": True, "return_token_ids": True}
 
 
@@ -103,7 +108,60 @@ def test_an_adapter_is_replaced_and_taken_away(nano: Nano, adapters: dict[str, P
     assert gone.status_code == 404
 
 
-def test_tools_and_structure_are_vllms_own(nano: Nano) -> None:
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 8}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_calls_of_tools_are_read_whole_and_streamed(nano: Nano, choice: Any) -> None:
+    """With "auto" the model writes them as it has learnt to, and vLLM's parser finds them."""
+    question: list[Any] = [{"role": "user", "content": "How is the weather in Paris?"}]
+    asked: dict[str, Any] = {
+        "model": "base", "messages": question, "temperature": 0, "max_tokens": 80, "tools": [WEATHER],
+        "tool_choice": choice,
+    }  # fmt: skip
+    with openai.OpenAI(base_url=f"{nano.url}/v1", api_key="none", max_retries=0) as client:
+        whole = client.chat.completions.create(**asked).choices[0]
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert whole.message.tool_calls
+    (call,) = whole.message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, [*json.loads(call.function.arguments)]) == ("get_weather", ["city"])
+    assert not whole.message.content
+    assert whole.finish_reason == "tool_calls"
+    deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or []]
+    assert [delta.function.name for delta in deltas if delta.function and delta.function.name] == ["get_weather"]
+    assert "".join(delta.function.arguments or "" for delta in deltas if delta.function) == call.function.arguments
+    assert not "".join(chunk.delta.content or "" for chunk in chunks)
+    assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
+
+
+def test_names_that_are_its_own(installed: Callable[[str], Environment]) -> None:
+    """Of parsers and ranks, asked of the one that is installed."""
+    code = (
+        "import json; from typing import get_args\n"
+        "from vllm.config.lora import MaxLoRARanks\nfrom vllm.tool_parsers import ToolParserManager as m\n"
+        "print(json.dumps([[*m.lazy_parsers, *m.tool_parsers], get_args(MaxLoRARanks)]))"
+    )
+    command = [str(installed("vllm").python), "-I", "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parsers, ranks = json.loads(said.splitlines()[-1])
+    assert set(PARSERS.values()) <= set(parsers)
+    assert set(RANKS) <= set(ranks)
+
+
+def test_structured_outputs_are_vllms_own(nano: Nano) -> None:
     body = {
         "model": "base",
         "messages": [{"role": "user", "content": "Is the sky blue?"}],
@@ -141,6 +199,24 @@ def test_no_request_is_lost_when_the_engine_is_killed_under_load(nano: Nano) -> 
 
     assert asyncio.run(ask()) == [200] * 24
     assert nano.http.get("/health").json()["failed_steps"] == 1
+
+
+def test_nothing_is_left_when_the_gateway_is_killed(installed: Callable[[str], Environment], tmp_path: Path) -> None:
+    options = ["--backend", "vllm", "--env-python", str(installed("vllm").python), "--max-length", "512"]
+    with suite_serve(tmp_path, "--model", NANO, *options, "--no-probe") as running:
+        started = descendants(running.process.pid)
+        assert len(started) >= 3  # the guard, the server, and its engine
+        running.process.kill()
+        deadline = time.monotonic() + 30
+        while left := [pid for pid in started if Path(f"/proc/{pid}/exe").exists()]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of a process, and theirs."""
+    found = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+    return [*found, *(grandchild for child in found for grandchild in descendants(child))]
 
 
 @pytest.fixture
@@ -214,7 +290,7 @@ def test_its_own_parser_refuses_unknown_options(refused: Callable[..., str]) -> 
     assert "did you mean '--max-num-seqs'?" in said
 
 
-def test_half_an_environment_is_none(tmp_path: Path) -> None:
+def test_an_interpreter_without_it_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
     missing = tmp_path / "bin" / "python"
     with (

@@ -17,6 +17,7 @@ from serve.settings import Settings
 from suite import envs
 from suite.envs import Environment
 from suite.references import nano
+from tests.unit.test_serve_folders import adapter
 
 HERE = Environment("here", Path("envs"), interpreter=Path(sys.executable))
 
@@ -76,6 +77,21 @@ def test_vllm_on_gpus_takes_its_own_share_and_compiles() -> None:
     assert value(launch.command, "--dtype") == "auto"
     assert "--enforce-eager" not in launch.command
     assert not any(name.startswith(("VLLM_CPU", "TORCHDYNAMO")) for name in launch.variables)
+
+
+def test_on_a_cpu_vllm_leaves_the_output_layer_as_it_is_unless_an_adapter_changes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(module: str) -> Sequence[str]:
+        return launched(Vllm(), adapters={"a": adapter(tmp_path / module, module=f"base_model.model.{module}")}).command
+
+    assert "--lora-target-modules" not in command("model.layers.0.mlp.up_proj")
+    monkeypatch.setattr(envs, "device", lambda: "cpu")
+    said = command("model.layers.0.self_attn.q_proj")
+    first = said.index("--lora-target-modules") + 1
+    layers = said[first : said.index("--lora-modules")]
+    assert layers == [f"{name}_proj" for name in ("down", "gate", "k", "o", "q", "up", "v")]
+    assert "--lora-target-modules" not in command("lm_head")
 
 
 def test_models_behind_one_gateway_share_no_device() -> None:
