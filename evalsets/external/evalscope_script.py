@@ -81,9 +81,9 @@ def main(file: Path) -> None:
     failures = Path(job["work_dir"]) / "failures.jsonl"
     loop = evaluator.run_in_threads_with_progress
     evaluator.run_in_threads_with_progress = watched(loop, job["datasets"][0], failures)
-    kept = Kept(file.with_name("answers.jsonl"))
-    OpenAICompatibleAPI.generate = remembering(OpenAICompatibleAPI.generate, kept)
-    run_task(TaskConfig(**job, api_key=os.environ["OPENAI_API_KEY"]))
+    with Kept(file.with_name("answers.jsonl")) as kept:
+        OpenAICompatibleAPI.generate = remembering(OpenAICompatibleAPI.generate, kept)
+        run_task(TaskConfig(**job, api_key=os.environ["OPENAI_API_KEY"]))
 
 
 if __name__ == "__main__":

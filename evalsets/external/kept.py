@@ -14,7 +14,8 @@ from typing import Any
 class Kept:
     """Answers by what was asked, one JSON object a line of `file`, appended as they come.
 
-    Each line of an earlier run is used once: who asks the same twice gets two answers. Of any thread.
+    Each line of an earlier run is used once: who asks the same twice gets two answers. To be used in a `with`, by any
+    threads.
     """
 
     def __init__(self, file: Path) -> None:
@@ -28,6 +29,12 @@ class Kept:
         self._file = file.open("ab", buffering=0)
         if lines and lines[-1]:
             self._file.write(b"\n")
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def take(self, asked: Any) -> Any:
         """An answer to `asked`, a JSON value, that was not taken yet; None where there is none."""

@@ -175,20 +175,21 @@ def _completion(said: str) -> dict[str, Any]:
 
 def main(file: Path) -> None:
     job = json.loads(file.read_text("utf-8"))
-    model = Endpoint(job, Kept(file.with_name("answers.jsonl")))
     manager = TaskManager(include_path=job["include"])
     kinds = {task.OUTPUT_TYPE == "generate_until" for task in manager.load([job["task"]])["tasks"].values()}
     if len(kinds) > 1:
         raise SystemExit(
             f"{job['task']} mixes tasks that generate and tasks that measure likelihoods: name one of them"
         )
-    found = simple_evaluate(
-        model, tasks=[job["task"]], task_manager=manager, limit=job["limit"], num_fewshot=job["shots"],
-        system_instruction=job["system"], apply_chat_template=kinds == {True}, log_samples=True, bootstrap_iters=0,
-    )  # fmt: skip
-    kept = {name: found[name] for name in ("results", "samples", "configs", "higher_is_better")}
+    with Kept(file.with_name("answers.jsonl")) as kept:
+        model = Endpoint(job, kept)
+        found = simple_evaluate(
+            model, tasks=[job["task"]], task_manager=manager, limit=job["limit"], num_fewshot=job["shots"],
+            system_instruction=job["system"], apply_chat_template=kinds == {True}, log_samples=True, bootstrap_iters=0,
+        )  # fmt: skip
+    whole = {name: found[name] for name in ("results", "samples", "configs", "higher_is_better")}
     Path(job["out"]).write_text(
-        json.dumps({**kept, "replies": model.replies}, default=str, ensure_ascii=False), "utf-8"
+        json.dumps({**whole, "replies": model.replies}, default=str, ensure_ascii=False), "utf-8"
     )
 
 

@@ -14,6 +14,7 @@ from evalsets import named
 from evalsets.ask import Client
 from evalsets.external import evalscope, harness, lmeval
 from evalsets.external.harness import External, Found, Run, Settings
+from evalsets.external.kept import Kept
 from evalsets.statistics import wilson
 from suite import pipeline, processes
 from suite.errors import SuiteError
@@ -258,6 +259,34 @@ def test_folders_are_those_beside_the_pipeline_file(tmp_path: Path) -> None:
     assert names == (f"evalscope:x={tmp_path}/mcq", f"lmeval:y={tmp_path}/a=b/c")
     assert pipeline._absolute("./own", tmp_path) == f"{tmp_path}/own"
     assert pipeline._absolute("ceval-mini", tmp_path) == "ceval-mini"
+
+
+def test_answers_that_a_killed_script_was_given_are_used_once_each(tmp_path: Path) -> None:
+    file, asked = tmp_path / "answers.jsonl", {"prompt": "1 + 1?", "seed": 0}
+    with Kept(file) as kept:
+        assert kept.take(asked) is None
+        for answer in ("2", "two", "\ud83d"):
+            kept.add(asked, {"text": answer})
+    with file.open("ab") as torn:
+        torn.write(b'{"asked": "x", "ans')
+    with Kept(file) as kept:
+        kept.add("later", 3)
+        assert [kept.take({"seed": 0, "prompt": "1 + 1?"}) for _ in range(4)] == [
+            {"text": "2"}, {"text": "two"}, {"text": "?"}, None,
+        ]  # fmt: skip
+    with Kept(file) as kept:
+        assert (kept.take("later"), kept.take({**asked, "seed": 1})) == (3, None)
+
+
+def test_only_answers_to_the_same_outlive_a_run(tmp_path: Path) -> None:
+    for key, left in (("one", False), ("one", True), ("two", False)):
+        harness._clear(tmp_path / "run", key)
+        assert (tmp_path / "run" / harness.ANSWERS).exists() == left
+        (tmp_path / "run" / harness.ANSWERS).write_text("{}", "utf-8")
+        (tmp_path / "run" / "old").mkdir()
+        (tmp_path / "run" / "done").write_text("", "utf-8")
+    harness._clear(tmp_path / "run", "two")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [harness.ANSWERS, "key"]
 
 
 def test_a_key_reaches_a_script_and_no_file(tmp_path: Path) -> None:
