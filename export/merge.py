@@ -94,10 +94,10 @@ class Merge(Stage):
             if is_zero(edits, source):
                 job.warn("the adapter changes nothing: all its B matrices are zero")
         metrics = merge(base.path, adapters, job.out, parse_size(self.max_shard_size), job.progress, how)
-        metrics["parity"] = self._prove(job, base.path, how, edits)
+        metrics["parity"] = self._prove(job, base, how, edits)
         return metrics
 
-    def _prove(self, job: Job, base: Path, how: Combination, edits: Sequence[Edit]) -> dict[str, Any]:
+    def _prove(self, job: Job, base: Artifact, how: Combination, edits: Sequence[Edit]) -> dict[str, Any]:
         """Compare the merged model with base plus adapter, and require that it differs by rounding only.
 
         Where no library computes what the merge did, it is compared with what it was made of, and nothing is required.
@@ -105,16 +105,17 @@ class Merge(Stage):
         from export import parity
         from export.lora import combine, proof
 
-        merged, given = proof.Merged(job.out, base, edits), job.inputs["adapter"]
+        merged, given = proof.Merged(job.out, base.path, edits), job.inputs["adapter"]
         adapters = [a.path for a in given]
-        reads = next((a for a in adapters[:1] if (a / "tokenizer.json").is_file()), base)
+        reads = next((a for a in adapters[:1] if (a / "tokenizer.json").is_file()), base.path)
         probes = parity.probes(job.out, parent=reads)
         with Source() as source:
             together = [Adapter.read(a) for a in adapters]
             adapter = adapters[0] if how.single else combine.as_one(together, how, job.scratch / "adapter", source)
         if adapter:
             return proof.prove(merged, adapter, probes, job.progress)
-        found = proof.distances(merged, [(a.name, a.path) for a in given], probes, job.progress)
+        parts = [(base.name, None), *((a.name, a.path) for a in given)]
+        found = proof.distances(merged, parts, probes, job.progress)
         parity.require_prompts(found, str(job.out))
         near = ", ".join(f"{other['kl']:.2g} to '{other['name']}'" for other in found["against"])
         job.warn(f"there is no model that this merge should equal; KL in nats a token: {near}")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -186,6 +187,17 @@ class Interview:
             sums.add(probe, *(torch.from_numpy(np.load(side / f"{i}.npy")) for side in (parent, child)))
         return sums.result()
 
+    def against(self, parent: Path, load: Callable[[], Any]) -> dict[str, Any]:
+        """Ask one more, compare it with `parent`, and forget it."""
+        child = self.ask(load)
+        found = self.compare(parent, child)
+        self.forget(child)
+        return found
+
+    def forget(self, folder: Path) -> None:
+        """Make room on the disk: logits of a large vocabulary are many."""
+        shutil.rmtree(folder)
+
     def _keep(self, model: Answering, ids: list[int], file: Path) -> None:
         try:
             np.save(file, model.logits(ids).numpy())
@@ -209,7 +221,7 @@ def measure(
     Raises SuiteError when one of the two does not have a token that is asked.
     """
     with Interview(probes, 2, progress) as interview:
-        return interview.compare(interview.ask(parent), interview.ask(child)) | prompts(probes)
+        return interview.against(interview.ask(parent), child) | prompts(probes)
 
 
 def prompts(probes: Sequence[Probe]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def as_one(adapters: Sequence[Adapter], how: Combination, folder: Path, source: 
     plain = all(
         p.lora and p == Patch(lora=p.lora) and not p.lora.magnitude and len(p.lora.a.shape) == 2 for p in patches
     )
-    if how.method != "sum" or not plain or any(a.config.get("target_parameters") for a in adapters):
+    if how.method != "sum" or not plain or any(a.config.get("target_parameters") or a.tied for a in adapters):
         return None
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from export import parity
+from export.folder import read_config
 from export.limits import Limits
 from export.lora.fit import Edit
 from export.rounding import rounded_again
@@ -51,8 +52,10 @@ class Merged:
 
     @property
     def mixed(self) -> bool:
-        """Whether it is a mixture of experts."""
-        return any(".experts." in e.target.name for e in self.edits)
+        """Whether it is a mixture of experts, of which it chooses some for each token."""
+        config = read_config(self.base)
+        settings = {**config, **config.get("text_config", {})}
+        return any("experts" in name and isinstance(value, int) and value > 0 for name, value in settings.items())
 
     @property
     def rounded(self) -> set[str]:
@@ -70,38 +73,37 @@ def prove(merged: Merged, adapter: Path, probes: Sequence[Probe], progress: Prog
     tokens = merged.tokens
     with parity.Interview(probes, 4 - bool(tokens), progress) as interview:
         together = interview.ask(lambda: parity.load(merged.base, adapter, tokens=tokens))
-        apart = None if tokens else interview.ask(lambda: parity.load(merged.base))
+        effect = {} if tokens else {"effect": interview.against(together, lambda: parity.load(merged.base))["kl"]}
         alone = interview.ask(lambda: parity.load(merged.out))
-        again = interview.ask(lambda: rounded_again(parity.load(merged.out), merged.out, merged.rounded))
-        result = interview.compare(together, alone) | parity.prompts(probes)
-        rounding = interview.compare(alone, again)
+        result = interview.compare(together, alone) | effect | parity.prompts(probes)
+        interview.forget(together)
+        rounding = interview.against(alone, lambda: rounded_again(parity.load(merged.out), merged.out, merged.rounded))
         result["rounding"] = rounding["kl"]
-        if apart:
-            result["effect"] = interview.compare(together, apart)["kl"]
     least = MIXED if merged.mixed else ARITHMETIC
     most = {name: max(getattr(least, name), ROUNDINGS * rounding[name]) for name in ("kl", "max_dlogit")}
     parity.require(result, Limits(**most, cure=WRONG))
-    effect = result.get("effect", 0.0)
-    if effect > NOTHING and result["kl"] > LOST * effect:
+    if effect and effect["effect"] > NOTHING and result["kl"] > LOST * effect["effect"]:
         raise SuiteError(
             f"the adapter is lost: base and adapter are {result['kl']:.2g} nats a token (KL) from the merged model, "
-            f"and {effect:.2g} from the base alone; worst on {result['worst_probe']!r}: KL {result['worst_kl']:.2g}",
+            f"and {effect['effect']:.2g} from the base alone; "
+            f"worst on {result['worst_probe']!r}: KL {result['worst_kl']:.2g}",
             hint="its change is smaller than a step of the weights' type: train it further, or serve it unmerged",
         )
     return result
 
 
 def distances(
-    merged: Merged, adapters: Sequence[tuple[str, Path]], probes: Sequence[Probe], progress: Progress
+    merged: Merged, parts: Sequence[tuple[str, Path | None]], probes: Sequence[Probe], progress: Progress
 ) -> dict[str, Any]:
-    """How far the base, and the base with each of `adapters` alone (name and folder), answer from the merged model.
+    """How far the base with each adapter of `parts` (name and folder; None: without any) answers from the merged model.
 
     There is no model that it should equal, so nothing is required. Returns `{"against": [...]}`: what `parity.measure`
     gives of the merged model and each of them, with its `name`.
     """
-    loads = [(merged.base.name, partial(parity.load, merged.base))]
-    loads += [(name, partial(parity.load, merged.base, adapter)) for name, adapter in adapters]
-    with parity.Interview(probes, 1 + len(loads), progress) as interview:
+    with parity.Interview(probes, 1 + len(parts), progress) as interview:
         own = interview.ask(lambda: parity.load(merged.out))
-        against = [{"name": name, **interview.compare(own, interview.ask(load))} for name, load in loads]
+        against = [
+            {"name": name, **interview.against(own, partial(parity.load, merged.base, adapter))}
+            for name, adapter in parts
+        ]
     return {"against": against, **parity.prompts(probes)}

@@ -187,7 +187,8 @@ def _show(parent: Side, child: Side, found: dict[str, Any]) -> None:
     rows = {
         "KL, nats a token": f"{found['kl']:.2g}",
         "same preferred token": f"{found['top1']:.2%} of {found['positions']} positions; {found['ties']:.2%} as good",
-        "greedy answers": f"{found['greedy']:.1%} the same, {found['greedy_tokens']:.1f} tokens of each",
+        "greedy answers": f"{found['greedy']:.1%} the same, {found['greedy_tokens']:.1f} tokens of each; "
+        f"{found['greedy_equal']:.0%} are equal, up to a token that is as good",
         "perplexity, parent and child": f"{found['ppl_parent']:.4g}, {found['ppl_child']:.4g}",
         "logit difference, max and mean": f"{found['max_dlogit']:.2g}, {found['mean_dlogit']:.2g}",
         "same prompt tokens": prompts,
