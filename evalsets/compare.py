@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evalsets.report import REPORT
-from evalsets.statistics import Change, holm, paired
+from evalsets.statistics import ROUNDING, Change, holm, paired
 from suite.errors import SuiteError
 
 Row = dict[str, Any]
@@ -81,12 +81,12 @@ class Difference:
     @property
     def forgotten(self) -> list[Row]:
         """The later rows of the questions that were right before and are not now; of perplexity none."""
-        return [b for a, b in self.pairs if self.kind != "perplexity" and a["score"] == 1 > b["score"]]
+        return [b for a, b in self.pairs if self.kind != "perplexity" and right(a) and not right(b)]
 
     @property
     def learnt(self) -> list[Row]:
         """The reverse of `forgotten`."""
-        return [b for a, b in self.pairs if self.kind != "perplexity" and b["score"] == 1 > a["score"]]
+        return [b for a, b in self.pairs if self.kind != "perplexity" and right(b) and not right(a)]
 
     def better(self, a: Row, b: Row) -> bool:
         """Whether row b did better than row a."""
@@ -112,6 +112,11 @@ class Difference:
 def counts(kind: str, row: Row, failed: bool) -> bool:
     """Whether a row can be compared: it has a number, and did not fail, unless those that `failed` count too."""
     return (failed or not row["error"]) and row["nll" if kind == "perplexity" else "score"] is not None
+
+
+def right(row: Row) -> bool:
+    """Whether a question has the whole score."""
+    return bool(row["score"] > 1 - ROUNDING)
 
 
 def score(kind: str, row: Row) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evalsets.compare import Difference, Row, corrected, difference
+from evalsets.compare import Difference, Row, corrected, difference, right
 from evalsets.report import label, number
 from suite.document import Bullets, Document, Heading, Part, Table
 from suite.errors import SuiteError, near
@@ -108,6 +108,10 @@ def document(found: Comparison) -> Document:
     shown = Document(" · ".join(subject.name for subject in found.subjects))
     shown.add(Heading("Quality"), quality(found.subjects), Heading("Cost"), cost(found.subjects))
     missing = [f"{s.name} was not evaluated: suite eval" for s in found.subjects if not s.report]
+    missing += [
+        f"{pair.subject.name} and {pair.reference.name} were asked no set that is the same"
+        for pair in found.pairs if pair.subject.report and pair.reference.report and not pair.differences
+    ]  # fmt: skip
     if missing:
         shown.add(Bullets(missing))
     shown.add(*tested(found), *forgetting(found.pairs))
@@ -243,8 +247,8 @@ def forgetting(pairs: Sequence[Pair]) -> list[Part]:
             lost, learnt = found.forgotten, found.learnt
             if not lost and not learnt:
                 continue
-            right = sum(a["score"] == 1 for a, _ in found.pairs)
-            rows.append((pair.subject.name, pair.reference.name, name, f"{len(lost)} of {right}", str(len(learnt)),
+            known = sum(right(a) for a, _ in found.pairs)
+            rows.append((pair.subject.name, pair.reference.name, name, f"{len(lost)} of {known}", str(len(learnt)),
                          ", ".join(_worst(found))))  # fmt: skip
             if lost:
                 ids = [str(row["id"]) for row in lost[:NAMED]] + (

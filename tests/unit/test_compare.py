@@ -278,6 +278,27 @@ def test_sets_that_are_not_the_same_are_not_compared_as_if_they_were(
     assert found["remarks"][0] == "no question was answered on both sides"
 
 
+def test_sets_that_only_one_was_asked_are_said_to_be_no_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        evaluations.write(tmp_path / name, "m", RIGHT)
+    path = tmp_path / "b/report.json"
+    path.write_text(path.read_text("utf-8").replace('"quiz"', '"other"'), "utf-8")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert "b and a were asked no set that is the same" in shown
+    assert "Differences" not in shown
+
+
+def test_a_perfect_reply_is_known_whatever_its_rounding(tmp_path: Path) -> None:
+    """rouge-chinese calls it 0.999999995."""
+    evaluations.write(tmp_path / "a", "m", [0.999999995] * 20)
+    evaluations.write(tmp_path / "b", "m", [0.999999995] * 18 + [0.5, 1.0])
+    (found,) = differences(tmp_path / "a", tmp_path / "b").values()
+    assert (len(found.forgotten), len(found.learnt)) == (1, 0)
+
+
 def test_a_perplexity_without_all_texts_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         evaluations.write(tmp_path / name, "m", RIGHT, [30.0 + i for i in range(20)])

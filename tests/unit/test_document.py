@@ -59,6 +59,9 @@ def test_html_holds_everything_and_loads_nothing() -> None:
     assert all(str(address).startswith("data:") for address in addresses)
     policy = next(a["content"] for tag, a in page.elements if tag == "meta" and a.get("http-equiv"))
     assert str(policy).startswith("default-src 'none'")
+    assert {a.get("scope") for tag, a in page.elements if tag == "th"} == {"col"}
+    assert all(a.get("aria-label") for tag, a in page.elements if tag == "input")
+    assert all(a["alt"] for tag, a in page.elements if tag == "img")
     assert [a["data-for"] for tag, a in page.elements if tag == "input"] == [
         a["id"] for tag, a in page.elements if tag == "table"
     ]
