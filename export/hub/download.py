@@ -66,7 +66,7 @@ class Download(Stage):
     """model, quantized, adapter or data; looked up when left out."""
 
     def makes(self) -> ArtifactType:
-        return self.holds or "model"
+        return self.holds or ("data" if hub.parts(self.address).holding == "dataset" else "model")
 
     def pinned(self) -> Download:
         """With commit and type, as the hub says now; what an address with a commit means is asked once."""
