@@ -26,19 +26,25 @@ def latencies(path: Path, timings: Sequence[Timing]) -> None:
         axis.set(xlabel=f"{name}, ms", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("share of answers")
-    figure.axes[-1].legend(loc="lower right")
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper right", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
 
 
 def rates(path: Path, probes: Sequence[Figures]) -> None:
     """The share of requests that keep the limits at each rate, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     ordered = sorted(probes, key=lambda found: float(found["rate"]))
     axis.plot([p["rate"] for p in ordered], [p["goodput"]["share"] for p in ordered], marker="o")
-    axis.axhline(SHARE, linestyle="--", color="grey")
+    axis.axhline(SHARE, linestyle="--", color="grey", label=f"{SHARE:.0%} must keep them")
     axis.set(xlabel="requests a second", ylabel="share that keeps the limits", xscale="log", ylim=(0, 1.05))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
     figure.savefig(path, dpi=120)

@@ -242,3 +242,12 @@ def test_false_alarms_are_rare() -> None:
         before, after = ([float(rng.random() < d) for d in difficulty] for _ in range(2))
         alarms += paired(before, after).verdict != "cannot tell"
     assert alarms <= 9
+
+
+def test_rounding_makes_a_right_answer_no_less_right() -> None:
+    """As in rouge-chinese, whose score of a perfect reply is 0.999999995; resampling would call 40 of 40 certain."""
+    right = 0.999999995
+    assert mean_interval([right] * 40) == wilson(40, 40)
+    found = paired([right] * 40, [1.0] * 38 + [0.0] * 2)
+    assert (found.gained, found.lost, found.p) == (0, 2, mcnemar(0, 2))
+    assert paired([right] * 40, [1.0] * 40).low == flips_interval(0, 0, 40).low
