@@ -85,15 +85,16 @@ def uv() -> Installer | None:
     if program is None:
         return None
     flags, variables = _as_uv_takes(pip_settings())
+    apart = ("--project", os.sep)  # what a project in the current folder says to uv is about that project
+    # as pip: the best of what all indexes have, and modules compiled once, not at each start
+    chosen = ("--index-strategy", "unsafe-best-match", "--compile-bytecode", *flags)
     return Installer(
         "uv",
-        (program, "venv", "--no-project", "--no-python-downloads", "--python", sys.executable),
-        # as pip: the best of what all indexes have, and modules compiled once, not at each start
-        (program, "pip", "install", "--python", "{python}", "--index-strategy", "unsafe-best-match",
-         "--compile-bytecode", *flags),
+        (program, "venv", *apart, "--no-project", "--no-python-downloads", "--python", sys.executable),
+        (program, "pip", "install", *apart, "--python", "{python}", *chosen),
         r"^Prepared (\d+) packages?",
         variables,
-    )  # fmt: skip
+    )
 
 
 def pip_settings() -> dict[str, str]:

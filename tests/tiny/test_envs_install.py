@@ -113,7 +113,7 @@ def test_pins_are_installed_with_progress_checked_and_removed(
 def test_pip_goes_on_where_uv_fails(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "bin" / "uv"
     broken.parent.mkdir()
-    broken.write_text('#!/bin/sh\nmkdir "$6" && echo invalid peer certificate >&2\nexit 2\n')
+    broken.write_text('#!/bin/sh\nmkdir "$8" && echo invalid peer certificate >&2\nexit 2\n')
     broken.chmod(0o755)
     monkeypatch.setattr("suite.installers.shutil.which", lambda *_, **__: str(broken))
     said: list[str] = []
