@@ -31,7 +31,7 @@ EXPECTED = (
     "question,A,B,...,answer or question,choices,answer (choice), query,response (qa), question,answer ending in "
     "'#### 72' (numeric), messages,tools,calls (tools), messages,tools,target (ToolBench) or text (perplexity)"
 )
-SHARD = re.compile(r"-(\d{5})-of-\d{5}")
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
 SPLITS = {"train": "train", "dev": "dev", "validation": "val", "val": "val", "test": "test"}
 """Splits as hubs name them."""
 WHOLE = "all"
@@ -111,14 +111,12 @@ def _by_config(folder: Path, split: str | None) -> tuple[Part, ...]:
         configs.setdefault(config, {}).setdefault(found, []).append(path)
     if not any(path.parent != folder or SHARD.search(path.stem) or path.stem == "validation" for path in paths):
         return ()
-    if len(configs) > 1:
-        configs.pop(WHOLE, None)
     parts = []
     for config, splits in sorted(configs.items()):
         if asked := _asked(splits, split):
             solved = next((splits[name][0] for name in SOLVED if name in splits), None)
             parts.append(Part(config, asked, solved))
-    return tuple(parts)
+    return tuple(part for part in parts if part.subset != WHOLE or len(parts) == 1)
 
 
 def _asked(splits: dict[str, list[Path]], split: str | None) -> Path | None:

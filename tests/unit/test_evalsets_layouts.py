@@ -164,6 +164,11 @@ def test_the_split_of_a_configuration(tmp_path: Path) -> None:
         lines(tmp_path / f"s/easy/{split}.jsonl", {"question": "Why?", "choices": ["w", "x", "y"], "answer": answer})
     (question,) = sets.load(str(tmp_path / "s")).questions()
     assert (question.id, question.expected) == ("easy/1", "C")
+    lines(tmp_path / "s/all/test.jsonl", {"question": "All?", "choices": ["w", "x"], "answer": 1})
+    assert [q.id for q in sets.load(str(tmp_path / "s")).questions()] == ["easy/1"]
+    lines(tmp_path / "t/more/train.jsonl", {"question": "More?", "choices": ["w", "x"], "answer": 1})
+    lines(tmp_path / "t/all/test.jsonl", {"question": "All?", "choices": ["w", "x"], "answer": 1})
+    assert [q.id for q in sets.load(str(tmp_path / "t")).questions()] == ["all/1"]
     (tmp_path / "s/easy/test-00001-of-00002.jsonl").write_text("{}")
     with pytest.raises(SuiteError, match="is the first of 2 files of a split"):
         sets.load(str(tmp_path / "s"))
