@@ -317,7 +317,8 @@ def evaluate_url(
         (out / report.MEASURED).write_text(json.dumps(found.metrics, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if found.kept:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
-        print(f"{found.kept} answers of {when} are used again; to ask anew, remove {journals}", file=sys.stderr)
+        cure = f"; to ask anew, remove {journals}" if journals.exists() else ""
+        print(f"{found.kept} answers of {when} were used again{cure}", file=sys.stderr)
     if show:
         Console().print(table(model, found.sets))
         for name, asked_found in found.sets.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,35 @@ def test_answers_of_a_killed_run_are_used_and_nothing_else_is(tmp_path: Path) ->
         replies = client(fake.url).ask(requests(5), Journal(journal))
     assert fake.asked == []
     assert replies["q3"].text == "second 3"
+
+
+class Slow(Journal):
+    """Takes longer over an answer than an endpoint may take to give one."""
+
+    def line(self, request: Request, reply: Reply) -> dict[str, Any]:
+        time.sleep(0.3)
+        return super().line(request, reply)
+
+
+def test_a_slow_journal_makes_no_answer_late(tmp_path: Path) -> None:
+    with serve(lambda body: Say("fine", delay=0.2)) as fake:
+        replies = client(fake.url, timeout=2, concurrency=8).ask(requests(16), Slow(tmp_path / "j"))
+    assert {reply.text for reply in replies.values()} == {"fine"}
+    assert len(Journal(tmp_path / "j").read()) == 16
+
+
+class Broken(Journal):
+    """Cannot make anything of an answer."""
+
+    def line(self, request: Request, reply: Reply) -> dict[str, Any]:
+        raise ZeroDivisionError(request.id)
+
+
+def test_what_goes_wrong_with_an_answer_ends_the_asking(tmp_path: Path) -> None:
+    with serve(lambda body: Say("fine", delay=0.05)) as fake:
+        with pytest.raises(ZeroDivisionError, match="q0"):
+            client(fake.url, concurrency=1).ask(requests(50), Broken(tmp_path / "j"))
+        assert len(fake.asked) < 50
 
 
 def test_another_request_is_another_question(tmp_path: Path) -> None:
