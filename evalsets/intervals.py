@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evalsets.metrics.overlap import BLEU_TOKENIZERS
-from evalsets.statistics import Interval, average_interval, bootstrap, mean_interval, percentiles, resampled
+from evalsets.statistics import (
+    ROUNDING,
+    Interval,
+    average_interval,
+    bootstrap,
+    mean_interval,
+    percentiles,
+    resampled,
+)
 
 Row = dict[str, Any]
 ORDERS = 4
@@ -92,8 +100,10 @@ def _bleu(rows: Sequence[Row], confidence: float) -> Interval:
     drawn = np.zeros(())
     for seed, language in enumerate(sorted({row["language"] for row in rows})):  # draws of their own
         of = [row for row in rows if row["language"] == language]
-        drawn = drawn + len(of) * _bleus(language, of, seed)
-    return percentiles(drawn / len(rows), confidence)
+        drawn = drawn + len(of) / len(rows) * _bleus(language, of, seed)
+    if np.ptp(drawn) < ROUNDING:  # all perfect, or nothing right
+        return mean_interval([float(drawn[0])] * len(rows), confidence)
+    return percentiles(drawn, confidence)
 
 
 def _bleus(language: str, rows: Sequence[Row], seed: int) -> Any:

@@ -75,6 +75,8 @@ def test_the_interval_of_bleu_is_that_of_sacrebleus_resampling() -> None:
     assert (found.high - found.low) / 2 == pytest.approx(said._ci / 100, rel=0.06)
     assert (found.high + found.low) / 2 == pytest.approx(said._mean / 100, rel=0.03)
     both = interval("bleu", [*some, *({**row, "language": "zh"} for row in some)])
+    perfect = [{**row, "reply": row["expected"]} for row in some]
+    assert interval("bleu", perfect) == wilson(40, 40)
     assert both
     assert both.high - both.low == pytest.approx((found.high - found.low) / math.sqrt(2), rel=0.15)
 
