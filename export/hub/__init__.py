@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from export.hf import CHECKSUMS, sha256
 from suite.errors import SuiteError
@@ -18,6 +19,10 @@ DATA_ADDRESS = rf"^(hf|ms):datasets/{NAME}(/[\w./-]+)?{REVISION}$"
 """A repository of data, or one folder of it, in the form of the hubs' own addresses: `hf:datasets/org/name/folder`."""
 TITLE = "suite: "
 """How the title of each commit of ours begins: what such a commit brought is ours to replace."""
+WAITS = (1, 2, 4, 8)
+"""Seconds between attempts, on top of those that the hub's library makes for each request."""
+
+T = TypeVar("T")
 
 
 class Temporary(Exception):
@@ -36,6 +41,24 @@ class Address(NamedTuple):
     revision: str
     holding: Holding = "model"
     folder: str = ""
+
+
+def patiently(attempt: Callable[[], T], say: Callable[[str], None], failure: str) -> T:
+    """What `attempt` returns; `Temporary` trouble is told to `say`, waited out, and `attempt` made again.
+
+    Raises SuiteError, which begins with `failure`, where it does not pass.
+    """
+    waits = iter(WAITS)
+    while True:
+        try:
+            return attempt()
+        except Temporary as error:
+            wait = next(waits, None)
+            if wait is None:
+                hint = "nothing is lost, the same command continues"
+                raise SuiteError(f"{failure}: {error}", hint=hint) from None
+            say(f"{error}; trying again")
+            time.sleep(wait)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import json
 import re
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +26,6 @@ from suite.config import ArtifactType
 from suite.errors import SuiteError
 from suite.stages import Job, Stage
 
-WAITS = (1, 2, 4, 8)
-"""Seconds between attempts, on top of those that the hub's library makes for each request."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 LOOK_SECONDS = 0.5
 """How often the progress is read off the folder."""
@@ -105,21 +102,16 @@ class Download(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         """Fetch, look whether all of it is what the hub says; returns what came from where."""
-        at, waits = hub.at(self.address), iter(WAITS)
-        while True:
-            try:
-                found = at.listing(self.commit)
-                wanted = self._chosen(found.files)
-                with _progress(job, sum(file.size for file in wanted.values())):
-                    at.fetch(job.out, found.commit, wanted)
-                break
-            except hub.Temporary as error:
-                wait = next(waits, None)
-                if wait is None:
-                    hint = "nothing is lost, the same command continues"
-                    raise SuiteError(f"{self.address} cannot be downloaded: {error}", hint=hint) from None
-                job.say(f"{error}; trying again")
-                time.sleep(wait)
+        at = hub.at(self.address)
+
+        def fetch() -> Mapping[str, hub.Listed]:
+            found = at.listing(self.commit)
+            wanted = self._chosen(found.files)
+            with _progress(job, sum(file.size for file in wanted.values())):
+                at.fetch(job.out, found.commit, wanted)
+            return wanted
+
+        wanted = hub.patiently(fetch, job.say, f"{self.address} cannot be downloaded")
         _keep_only(job.out, wanted)
         for name, file in wanted.items():
             _verify(job.out / name, file)

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from modelscope_hub.errors import (
     StorageError,
 )
 
-from export.hf import CHECKSUMS, sha256
+from export.hf import CHECKSUMS, sha256, write_checksums
 from export.hub import TITLE, Changes, Holding, Listed, Listing, Remote, RemoteFile, Temporary, listed
 from suite.errors import SuiteError
 
@@ -97,20 +97,32 @@ class ModelScope:
         visibility = Visibility.PUBLIC if public else Visibility.PRIVATE
         with explained(self.repository), suppress(AlreadyExistsError):  # it may be there without the branch
             self.api.create_repo(self.repository, MODEL, visibility=visibility, license="other")
+            self._note_what_the_hub_made()
+
+    def _note_what_the_hub_made(self) -> None:
+        """List a new repository's own README as ours: a push that is killed would else find it foreign."""
+        with tempfile.TemporaryDirectory() as folder, suppress(NotExistError):  # it may not be to be seen yet
+            for file in self.api.list_repo_files(self.repository, MODEL, revision=self.branch):
+                self._download(file.path, folder)
+            write_checksums(Path(folder))
+            self._upload(Path(folder), [CHECKSUMS], "what the hub made")
+
+    def _upload(self, folder: Path, names: Iterable[str], title: str) -> None:
+        self.api.upload_folder(
+            self.repository,
+            MODEL,
+            folder,
+            commit_message=TITLE + title,
+            revision=self.branch,
+            allow_patterns=[glob.escape(name) for name in names],
+            use_cache=False,  # it would lie in the folder; what is there is seen by looking
+            disable_tqdm=True,
+        )
 
     def send(self, folder: Path, changes: Changes, there: Remote, title: str) -> None:  # noqa: ARG002
         """Send, then remove."""
         with explained(self.repository):
-            self.api.upload_folder(
-                self.repository,
-                MODEL,
-                folder,
-                commit_message=TITLE + title,
-                revision=self.branch,
-                allow_patterns=[glob.escape(name) for name in changes.send],
-                use_cache=False,  # it would lie in the folder; what is there is seen by looking
-                disable_tqdm=True,
-            )
+            self._upload(folder, changes.send, title)
             if changes.remove:
                 self.api.delete_files(
                     self.repository, MODEL, changes.remove, commit_message=TITLE + title, revision=self.branch

@@ -9,7 +9,6 @@ A package's own `push = "hf:org/name"` is this stage too, under the name `<stage
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -21,9 +20,6 @@ from export.hf import CHECKSUMS
 from suite.config import ArtifactType, Takes
 from suite.errors import SuiteError
 from suite.stages import Artifact, Job, Stage
-
-WAITS = (1, 2, 4)
-"""Seconds between attempts, on top of those that the hub's library makes for each request."""
 
 
 class Push(Stage):
@@ -64,17 +60,18 @@ class Push(Stage):
         package = job.input("package")
         files = hub.listed(package.path)
         title = f"{package.name} {package.record.get('key') or files[CHECKSUMS][:32]}"
-        at, waits = hub.at(self.to), iter(WAITS)
-        sent: set[str] = set()
-        removed: set[str] = set()
-        done = None
-        while True:
-            try:
+        at = hub.at(self.to)
+        done: list[hub.Changes] = []
+
+        def push() -> hub.Remote:
+            while True:
                 there, new = self._look(at)
                 changes = hub.compare(package.path, files, there.files)
                 if not changes.send and not changes.remove:
-                    return self._arrived(job, at, there, files, {"sent": len(sent), "removed": len(removed)})
-                if changes == done:
+                    if self.public and there.private:
+                        at.publish()
+                    return there
+                if changes in done[-1:]:
                     names = ", ".join(changes.send + changes.remove)
                     raise SuiteError(
                         f"{self.to} took changes that it does not show: {names}", hint="see its .gitignore"
@@ -83,16 +80,11 @@ class Push(Stage):
                 hub.verify(package.path, {name: files[name] for name in changes.send})
                 job.say(f"sending {len(changes.send)} files to {self.to}")
                 at.send(package.path, changes, there, title)
-                done = changes
-                sent |= {*changes.send}
-                removed |= {*changes.remove}
-            except hub.Temporary as error:
-                wait = next(waits, None)
-                if wait is None:
-                    hint = "nothing is lost, the same command continues"
-                    raise SuiteError(f"{self.to} cannot be pushed to: {error}", hint=hint) from None
-                job.say(f"{error}; trying again")
-                time.sleep(wait)
+                done.append(changes)
+
+        there = hub.patiently(push, job.say, f"{self.to} cannot be pushed to")
+        sent, removed = ({name for changes in done for name in getattr(changes, how)} for how in ("send", "remove"))
+        return self._arrived(job, at, there, files, {"sent": len(sent), "removed": len(removed)})
 
     def _refuse_foreign(self, foreign: list[str]) -> None:
         if foreign and not self.overwrite:
@@ -117,8 +109,6 @@ class Push(Stage):
     def _arrived(
         self, job: Job, at: hub.Hub, there: hub.Remote, files: Mapping[str, str], counts: Mapping[str, int]
     ) -> dict[str, Any]:
-        if self.public and there.private:
-            at.publish()
         what = f"took {counts['sent']} files" if counts["sent"] else "holds this package already"
         job.say(f"{self.to} {what}: {at.url}" + (f" at {there.commit}" if there.commit else ""))
         pushed = {"to": self.to, "url": at.url, "commit": there.commit, "public": self.public}

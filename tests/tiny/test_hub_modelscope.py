@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from suite.errors import SuiteError
 from suite.stages import Job
 from tests.hub_server import TOKEN, Hub
 from tests.modelscope_server import ModelScopeHandler
-from tests.tiny.test_hub import CARD, OURS, packaged, push
+from tests.tiny.test_hub import CARD, OURS, command, packaged, push
 
 pytest.importorskip("modelscope_hub", reason="the extra 'modelscope' is not installed")
 TO = "ms:org/tiny"
@@ -81,6 +84,31 @@ def test_what_lies_there_is_fetched_and_a_changed_list_is_noticed(hub: Hub, pack
     hub.repos["org/tiny"].commit("master", "by hand", {"config.json": (b"{} ", "")})
     with pytest.raises(SuiteError, match="has changed meanwhile"):
         stage.run(Job("download", {}, out, tmp_path))
+
+
+def test_killed_half_way_the_same_command_continues(hub: Hub, tmp_path: Path, suite_home: Path) -> None:
+    package = packaged(tmp_path / "package", second_safetensors=random.Random(1).randbytes(5000))
+    first, second = (hf.sha256(package / name) for name in ("model.safetensors", "second.safetensors"))
+    hold = threading.Event()
+    fault = hub.fail("PUT", f"/lfs/org/tiny/{second}", hold)
+    arguments = ("push", "--package", "package", "--to", TO)
+    killed = command(*arguments, cwd=tmp_path)
+    assert fault.reached.wait(30)
+    while first not in hub.repos["org/tiny"].objects:  # both go at the same time
+        assert not hold.wait(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert fault.abandoned.wait(30)
+    assert second not in hub.repos["org/tiny"].objects
+    hub.log.clear()
+    again = command(*arguments, cwd=tmp_path)
+    said = again.communicate(timeout=60)[0]
+    assert again.returncode == 0, said
+    assert not hub.sent(first)  # the file that had arrived was not sent again
+    assert len(hub.sent(second)) == 1
+    there = hub.repos["org/tiny"].files("master")
+    assert there["second.safetensors"].content == (package / "second.safetensors").read_bytes()
+    assert TOKEN not in said + "".join(f.read_text(errors="replace") for f in suite_home.rglob("*") if f.is_file())
 
 
 def test_public_is_said_at_the_beginning_or_not_at_all(hub: Hub, package: Path) -> None:
