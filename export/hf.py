@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from export import older
-from export.folder import copy_beside, copy_licences, copy_tokenizer, eos_ids, read_config, read_json, write_json
+from export.ends import ends
+from export.folder import copy_beside, copy_licences, copy_tokenizer, read_config, read_json, write_json
 from export.gguf.tokenizer import chat_template
-from suite.chat import Chat
 from suite.errors import SuiteError
 
 Progress = Callable[[float, float, str], None]
 CHECKSUMS = "checksums.txt"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_STAND_IN = "QxAnswerQx"
 
 
 def write_model(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
@@ -96,20 +95,6 @@ def _complete_generation(source: Path, out: Path) -> None:
     """Name every token that ends an answer, the chat template's too: without it a reader runs on."""
     file = out / "generation_config.json"
     settings = read_json(file) if file.is_file() else {}
-    ends = eos_ids(source)
-    if chat_template(source):
-        end = _chat_end(Chat.load(source))
-        if end is not None and end not in ends:
-            ends = [end, *ends]
-    if ends:
-        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if found := list(ends(source)):
+        settings["eos_token_id"] = found if len(found) > 1 else found[0]
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _chat_end(chat: Chat) -> int | None:
-    """The special token that the template writes after an answer."""
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _STAND_IN}]
-    after = chat.text(messages).rpartition(_STAND_IN)[2].lstrip()
-    special = {token.content: i for i, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
-    fitting = [text for text in special if after.startswith(text)]
-    return special[max(fitting, key=len)] if fitting else None

@@ -158,14 +158,20 @@ class Quantize(Stage):
     def _check_model(self, folder: Path) -> None:
         config = read_config(folder)
         if quantized.settings(folder) is not None:
-            raise SuiteError("the model is quantized already", where=str(folder))
+            raise SuiteError(
+                "the model is quantized already", where=str(folder), hint="give the model that it was made from"
+            )
         if self.keep or self.search:
             found = layers.linear_layers(folder)
-            if self.search and (experts := next((name for name in found if ".experts." in name), None)):
-                raise SuiteError(f"search does not choose for single experts ({experts})", where=str(folder))
             if len([bits for bits in layers.kept(found, self.keep).values() if bits == layers.WHOLE]) == len(found):
                 raise SuiteError("keep leaves no layer to quantize", where="keep")
         methods = self.search.methods if self.search else [self.method]
+        if failing := next((m for m in methods if config.get("model_type") in METHODS[m].fails_on), None):
+            raise SuiteError(
+                f"{failing} of {config['model_type']} is more than GPTQModel can make",
+                where="search.methods" if self.search else "method",
+                hint="gptq, bnb and w4a16 can be made",
+            )
         if any(METHODS[method].grouped for method in methods):
             self._check_widths(config, folder)
         if self.calibration:
@@ -211,8 +217,14 @@ class Quantize(Stage):
             if parts := layers.torn(linear, dict.fromkeys(linear, self.bits) | dict(recipe.widths)):
                 job.warn(f"parts of {parts[0]} have different widths: engines that fuse them will not load this model")
             recipe.make(source, job.out, blocks, job.progress)
+            if left := [name for name in layers.untouched(linear, job.out) if name not in recipe.whole]:
+                job.warn(f"{self.method} leaves {len(left)} of {len(linear)} layers as they are, such as {left[0]}")
             metrics["parity"] = measure(job.out)
             parity.require(metrics["parity"], Limits(kl=self.max_kl or MAX_KL[self.bits], cure=CURE))
+        if unread := quantized.unread(job.out):
+            job.warn(
+                f"it has {unread}, which plain transformers does not read: load it with GPTQModel, or serve it here"
+            )
         return {**metrics, "bytes": weight_bytes(job.out), "parent_bytes": weight_bytes(source)}
 
     def _draw(self, job: Job, widest: int) -> Drawn | None:
@@ -233,6 +245,8 @@ class Quantize(Stage):
         )
         for warning in drawn.warnings:
             job.warn(warning)
+        if not drawn.compared:
+            job.say("no training data is known of this model: the languages of the calibration data were not compared")
         return drawn
 
     def _recipe(self, linear: Mapping[str, layers.Shape]) -> Recipe:
@@ -269,7 +283,11 @@ def _check_template(folder: Path) -> None:
     if not templates[0].is_file() and "chat_template" not in (
         read_json(templates[1]) if templates[1].is_file() else {}
     ):
-        raise SuiteError("the model has no chat template, with which to render calibration data", where=str(folder))
+        raise SuiteError(
+            "the model has no chat template, with which to render calibration data",
+            where=str(folder),
+            hint="put its family's chat_template.jinja beside tokenizer.json; method = 'bnb' needs no calibration",
+        )
 
 
 def _widths(config: dict[str, Any]) -> dict[str, int]:

@@ -42,8 +42,10 @@ NOT_RUN = f"not run by llama.cpp, which is not installed; to prove tokens and an
 CONTEXT = 512
 """Tokens of the longest text that is asked."""
 CURE = "give it wider weights, such as q8_0 or f16"
+SAME = ("f32", "f16")
+"""Types whose greedy answers must be the model's, but for tokens that are as good."""
 LIMITS = {
-    name: Limits(kl=kl, top1=top1, cure=CURE)
+    name: Limits(kl=kl, top1=top1, greedy=float(name in SAME), cure=CURE)
     for names, kl, top1 in (
         (("f32",), 1e-5, 0.999),
         (("f16",), 1e-4, 0.999),
@@ -127,6 +129,8 @@ def write(
     Returns what was found; raises SuiteError as `export.gguf.write`, `quantize` and `verify` do.
     """
     check(folder, weights)
+    if Model.read(folder).sees:
+        warn("the GGUF holds the language model alone: it cannot be shown images")
     found: dict[str, Any] = {}
     if weights in QUANTS:
         source = scratch / "lossless.gguf"
@@ -207,7 +211,7 @@ def _limits(folder: Path, weights: Weights) -> Limits:
     limits = LIMITS[weights]
     if weights == "f32" or not Model.read(folder).experts:
         return limits
-    return replace(limits, kl=10 * limits.kl, top1=limits.top1 - 0.02)
+    return replace(limits, kl=10 * limits.kl, top1=limits.top1 - 0.02, greedy=0.0)
 
 
 def same_tokens(folder: Path, model: LlamaCpp, warn: Say = lambda _: None) -> int:

@@ -25,12 +25,20 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3moe",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "Phi3ForCausalLM": "phi3",
 }
 SWA_PATTERN = {"gemma2": 2, "gemma3": 6}
 """Every so many layers llama.cpp lets one see the whole context; the others see a window."""
+UNSAID_BY_GEMMA3 = {
+    "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+}  # fmt: skip
+"""What transformers' Gemma3TextConfig takes where a configuration of a model that sees leaves it out, as they do."""
 HIDDEN_PER_HEAD = {"gemma2": 46, "gemma3": 62}
 """Layers of the 27B models, by which llama.cpp knows that their queries are scaled by hidden size / heads."""
+INSTEAD = 'to = "hf" writes it for transformers and vLLM'
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 
 
@@ -41,6 +49,8 @@ class Model:
     folder: Path
     config: dict[str, Any]
     arch: str
+    sees: bool = False
+    """Whether it is the language model of one that takes images too; the rest has no place in the file."""
 
     @classmethod
     def read(cls, folder: Path) -> Model:
@@ -49,10 +59,13 @@ class Model:
         name = (config.get("architectures") or ["none"])[0]
         if name not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            raise SuiteError(f"no GGUF is written for {name}", where=str(folder), hint=f"known: {known}")
-        model = cls(folder, config, ARCHITECTURES[name])
+            raise SuiteError(f"no GGUF is written for {name}", where=str(folder), hint=f"{INSTEAD}; known: {known}")
+        sees = "text_config" in config
+        text = {**UNSAID_BY_GEMMA3, **config["text_config"]} if sees else config
+        model = cls(folder, text, ARCHITECTURES[name], sees)
         for wrong in _unsaid(model):
-            raise SuiteError(f"llama.cpp's {model.arch} cannot compute {wrong}", where=str(folder / "config.json"))
+            where = str(folder / "config.json")
+            raise SuiteError(f"llama.cpp's {model.arch} cannot compute {wrong}", where=where, hint=INSTEAD)
         return model
 
     @property

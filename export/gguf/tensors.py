@@ -28,6 +28,9 @@ BLOCK = 1 << 18
 """Elements read at once, in whole rows."""
 EXPERT = re.compile(r"(?P<layer>.+\.)(?:mlp|block_sparse_moe)\.experts\.(?P<number>\d+)\.(?P<part>\w+)\.weight$")
 FUSED = re.compile(r"(?P<layer>.+\.)mlp\.experts\.(?P<part>gate_up_proj|down_proj)$")
+LANGUAGE = re.compile(r"^(model\.)?language_model\.")
+SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+"""How the parts of a model that takes images are called: of transformers 5, and of 4."""
 PARTS = {
     **dict.fromkeys(("gate_proj", "w1"), "gate_proj"),
     **dict.fromkeys(("up_proj", "w3"), "up_proj"),
@@ -86,7 +89,7 @@ def entries(model: Model) -> Iterator[Entry]:
     """Every tensor of the file, in the order of the checkpoint; raises SuiteError for one that has no place in it."""
     name_of = names(model)
     yield from _rope_factors(model)
-    checkpoint = read_checkpoint(model.folder)
+    checkpoint = _language_model(model)
     tied = is_tied(model.config, set(checkpoint))
     if not tied and model.arch == "gemma2":
         raise SuiteError("llama.cpp's gemma2 has no head apart from the embedding", where=str(model.folder))
@@ -106,6 +109,14 @@ def entries(model: Model) -> Iterator[Entry]:
     for needed in ("token_embd.weight", "output_norm.weight"):
         if needed not in seen:
             raise SuiteError(f"no tensor of the checkpoint becomes '{needed}'", where=str(model.folder))
+
+
+def _language_model(model: Model) -> dict[str, Tensor]:
+    """The checkpoint; of a model that sees its language model, by the names that it has where it stands alone."""
+    checkpoint = read_checkpoint(model.folder)
+    if not model.sees:
+        return checkpoint
+    return {LANGUAGE.sub(r"\1", name): tensor for name, tensor in checkpoint.items() if not SEEING.match(name)}
 
 
 def names(model: Model) -> Callable[[str], str | None]:

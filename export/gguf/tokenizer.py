@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from export.folder import eos_ids, read_json
+from export.ends import ends
+from export.folder import read_json
 from suite.errors import SuiteError
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -161,14 +162,16 @@ def _add_special(writer: Any, folder: Path, tokenizer: dict[str, Any]) -> None:
         text = token.get("content") if isinstance(token, dict) else token
         if text in ids:
             special[name] = ids[text]
-    add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
-    add["unk"] = writer.add_unk_token_id
+    stops = list(ends(folder))
+    if stops:
+        special.setdefault("eos", stops[0])  # else llama.cpp takes token 11 or 2, whatever that is
+    add = {name: getattr(writer, f"add_{name}_token_id") for name in ("bos", "eos", "pad", "unk", "eot", "eom")}
     for name, number in special.items():
         add[name](number)
-    # an answer may end with another token than a text; llama.cpp stops at both
-    turn_ends = [i for i in eos_ids(folder) if i != special.get("eos")]
-    if turn_ends:
-        writer.add_eot_token_id(turn_ends[0])
+    # an answer may end with other tokens than a text; llama.cpp stops at all three that the format can name
+    others = [i for i in stops if i != special.get("eos")]
+    for name, number in zip(("eot", "eom"), others, strict=False):
+        add[name](number)
     # said openly, because llama.cpp's own default depends on the kind of tokenizer
     post = json.dumps(tokenizer.get("post_processor") or {}, ensure_ascii=False)
     bos = next((text for text, i in ids.items() if i == special.get("bos")), None)

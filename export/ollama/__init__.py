@@ -30,6 +30,16 @@ class GoTemplate:
     equal: dict[Kind, int]
     differs: dict[str, str]
 
+    @property
+    def wrong(self) -> tuple[int, int]:
+        """How many dialogues differ: those without tools and thinking, which count most, and all."""
+        return len(self.plain), len(self.differs)
+
+    @property
+    def plain(self) -> list[str]:
+        """The dialogues without tools and thinking that differ."""
+        return [name for name in self.differs if name.startswith("plain: ")]
+
     def as_json(self) -> dict[str, Any]:
         """For the metrics of an export."""
         return {"dialogues": sum(self.equal.values()), "equal": self.equal, "differs": sorted(self.differs)}
@@ -55,9 +65,9 @@ def reference_of(chat: Chat) -> Reference:
 
 
 def go_template(model: Reference, unequal: Unequal = "stop") -> GoTemplate:
-    """The Go template that is equal for most dialogues; raises SuiteError when none is for those without tools.
+    """The Go template that is equal for most dialogues; raises SuiteError where there is none.
 
-    With `unequal` = "stop" it also raises for any other dialogue, naming those that differ.
+    With `unequal` = "stop" it also raises where one is not equal for all dialogues, naming those that differ.
     """
     best: GoTemplate | None = None
     refusals: list[SuiteError] = []
@@ -67,7 +77,7 @@ def go_template(model: Reference, unequal: Unequal = "stop") -> GoTemplate:
         except SuiteError as error:
             refusals.append(error)
             continue
-        if best is None or len(found.differs) < len(best.differs):
+        if best is None or found.wrong < best.wrong:
             best = found
         if not best.differs:
             return best
@@ -75,9 +85,8 @@ def go_template(model: Reference, unequal: Unequal = "stop") -> GoTemplate:
             break  # with tools it was refused, and all else is equal
     if best is None:
         raise refusals[0]
-    plain = [name for name in best.differs if name.startswith("plain: ")]
-    if plain or unequal == "stop":
-        raise _unequal(best, plain or list(best.differs), refusals)
+    if unequal == "stop":
+        raise _unequal(best, best.plain or list(best.differs), refusals)
     return best
 
 
@@ -160,9 +169,7 @@ def _unequal(template: GoTemplate, names: list[str], refusals: list[SuiteError])
     first = template.differs[names[0]]
     reason = f" ({refusals[0].message})" if refusals else ""
     error = refused(f"{len(names)} dialogues differ, {', '.join(names)}{reason}; the first: {first}")
-    if any(name.startswith("plain: ") for name in names):
-        return error
-    return SuiteError(error.message, hint=f'unequal = "warn" goes on with the others; {error.hint}')
+    return SuiteError(error.message, hint=f'unequal = "warn" goes on with those that are equal; {error.hint}')
 
 
 def as_jinja(message: Message) -> Message:

@@ -15,7 +15,10 @@ from suite.stages import Artifact, Job, Stage
 
 
 class Create(Stage):
-    """Make a model with the `ollama` command, and ask it a question: it must read the prompt that the package means."""
+    """Make a model with the `ollama` command, and ask it a question: it must read the prompt that the package means.
+
+    Without the command, the stage says what to type where there is one.
+    """
 
     package: Annotated[str, Takes("package")]
     """The package, with its Modelfile."""
@@ -34,10 +37,18 @@ class Create(Stage):
                 "the package has no Modelfile", where=str(package.path), hint='export it with to = "ollama"'
             )
 
+    def recipe(self) -> dict[str, Any]:
+        """What was only said counts no more once there is an `ollama` command."""
+        return {**super().recipe(), "installed": ollama_server.installed()}
+
     def run(self, job: Job) -> dict[str, Any]:
-        """Make it; returns the answer and how many tokens were read."""
+        """Make it; returns the answer and how many tokens were read, or what to type."""
         package = job.input("package")
         name = self.name or str(package.metrics.get("name") or package.name)
-        found = ollama_server.create(package.path, name, job.say, package.metrics.get("prompt_tokens"))
+        if ollama_server.installed():
+            found = ollama_server.create(package.path, name, job.say, package.metrics.get("prompt_tokens"))
+        else:
+            found = {"name": name, "typed": ollama_server.typed(package.path, name)}
+            job.warn(f"no ollama command was found; the package is made. Where there is one: {found['typed']}")
         write_json(job.out / "receipt.json", found)
         return found

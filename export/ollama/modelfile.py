@@ -7,11 +7,11 @@ dropped (but not white space). So everything written here is read back before it
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from export.folder import eos_ids, read_config, read_json
+from export.folder import read_json
 from suite.errors import SuiteError
 
 Command = tuple[str, str]
@@ -36,6 +36,8 @@ def commands(
     folder: Path,
     weights: str,
     *,
+    stops: Iterable[str],
+    longest: int,
     template: str | None = None,
     adapter: str = "",
     system: str = "",
@@ -45,16 +47,16 @@ def commands(
 ) -> list[Command]:
     """The commands for the model in `folder`, whose GGUF file is `weights`.
 
-    `template` is a Go template; without, Ollama uses the Jinja in the GGUF. `adapter` is a GGUF adapter, `messages`
-    stand before every conversation, `context` is in tokens. The licence is the folder's, or else its name.
+    `stops` end an answer, `longest` is the model's context in tokens, `context` the one that is asked for. `template`
+    is a Go template; without, Ollama uses the Jinja in the GGUF. `adapter` is a GGUF adapter, `messages` stand before
+    every conversation. The licence is the folder's, or else its name.
     """
     found = [("FROM", f"./{weights}")]
     found += [("ADAPTER", f"./{adapter}")] if adapter else []
     found += [("TEMPLATE", template)] if template is not None else []
     found += [("SYSTEM", system)] if system else []
-    found += [("PARAMETER stop", stop) for stop in stop_texts(folder)]
+    found += [("PARAMETER stop", stop) for stop in stops]
     found += [("PARAMETER " + name, str(value)) for name, value in _sampling(folder).items()]
-    longest = read_config(folder)["max_position_embeddings"]
     found.append(("PARAMETER num_ctx", str(min(longest, context or MOST_CONTEXT))))
     found += [("MESSAGE " + message["role"], message["content"]) for message in messages]
     licence = license_text(folder) or license_name
@@ -90,14 +92,6 @@ def parse(text: str) -> list[Command]:
     if not any(command == "FROM" for command, _ in found):
         raise _wrong("no FROM line", text, len(text))
     return found
-
-
-def stop_texts(folder: Path) -> list[str]:
-    """The tokens that end an answer, as text."""
-    tokenizer = read_json(folder / "tokenizer.json")
-    texts = {i: text for text, i in tokenizer["model"]["vocab"].items()} if "vocab" in tokenizer["model"] else {}
-    texts.update({added["id"]: added["content"] for added in tokenizer.get("added_tokens", ())})
-    return [texts[i] for i in eos_ids(folder) if i in texts]
 
 
 def license_text(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import urllib.error
@@ -22,16 +23,24 @@ WAIT = 600
 """Seconds for one command or answer; the weights are copied and loaded meanwhile."""
 
 
+def installed() -> bool:
+    """Whether there is an `ollama` command."""
+    return shutil.which("ollama") is not None
+
+
+def typed(folder: Path, name: str) -> str:
+    """What a person types, in a shell of the machine that has Ollama, to do what `create` does."""
+    steps = (["cd", str(folder)], ["ollama", "create", name, "-f", "Modelfile"], ["ollama", "run", name, QUESTION])
+    return " && ".join(map(shlex.join, steps))
+
+
 def create(folder: Path, name: str, say: Callable[[str], None], expected_tokens: int | None = None) -> dict[str, Any]:
     """Make the model `name` from the Modelfile in `folder`, and ask it a question.
 
     `expected_tokens` is `prompt_tokens` of the model that the package was made from, for `ASKED`. Returns the answer
-    and how many tokens Ollama read. Raises SuiteError when there is no `ollama` command, with what to type where there
-    is one; when a model of that name exists, when the server does not answer, or when it read another number.
+    and how many tokens Ollama read. Raises SuiteError when a model of that name exists, when the server does not
+    answer, or when it read another number.
     """
-    if shutil.which("ollama") is None:
-        typed = "; ".join([f"cd {folder}", f"ollama create {name} -f Modelfile", f'ollama run {name} "{QUESTION}"'])
-        raise SuiteError("no ollama command was found; the package is made", hint=f"where there is one, type: {typed}")
     _ollama(folder, ["list"], "the Ollama server does not answer", hint="start it with: ollama serve")
     if subprocess.run(["ollama", "show", name], capture_output=True, timeout=WAIT, check=False).returncode == 0:
         raise SuiteError(

@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from export import hf, hub, ollama
+from export.ends import ends
 from export.folder import read_config, read_json, write_json
 from export.gguf import adapter as gguf_adapter
 from export.gguf import llamacpp
+from export.gguf.model import Model
 from export.gguf.tokenizer import chat_template
 from export.hub.push import Push
 from export.merge import base_of
@@ -20,6 +22,7 @@ from export.ollama import modelfile
 from export.ollama import server as ollama_server
 from export.ollama.create import Create
 from export.package import card, lineage
+from suite import quantized
 from suite.chat import Chat
 from suite.config import ArtifactType, Config, Launch, ModelRef, Takes
 from suite.errors import SuiteError
@@ -33,6 +36,16 @@ model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map=
 chat = [{{"role": "user", "content": "Hi"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
+```"""
+UNREAD_USE = """It has UNREAD, which plain transformers does not read; GPTQModel does:
+
+```python
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("{name}")
+chat = [{{"role": "user", "content": "Hi"}}]
+ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, return_tensors="pt")
+print(model.tokenizer.decode(model.generate(ids.to(model.device), max_new_tokens=64)[0]))
 ```"""
 ADAPTER_USE = """```python
 from peft import AutoPeftModelForCausalLM
@@ -66,7 +79,7 @@ class Export(Stage):
     and `ollama` with its base beside it. The model card names base, data, settings, scores, keys and versions.
     """
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     libraries: ClassVar[tuple[str, ...]] = ("transformers", "huggingface_hub", "gguf")
     optional: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
     preload: ClassVar[tuple[str, ...]] = ("torch", "transformers")
@@ -82,7 +95,7 @@ class Export(Stage):
     template: Literal["go", "jinja"] = "go"
     """ollama: write a Go template that is proved equal, or leave it to Ollama to render the model's Jinja."""
     unequal: ollama.Unequal = "stop"
-    """ollama: stop, or warn, where the Go template is not equal for dialogues with tools or thinking."""
+    """ollama: stop where the Go template gives another prompt for a probe dialogue, or warn of each and go on."""
     system: str = ""
     """ollama: a system text for conversations that bring none."""
     messages: list[Message] = Field(default_factory=list)
@@ -188,7 +201,7 @@ class Export(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         """Write the folder; returns sizes and what was proved."""
         model = job.input("model")
-        use, notes = HF_USE, list[str]()
+        notes = list[str]()
         if self.to != "hf":
             metrics, notes = self._gguf(job, model)
             use = OLLAMA_USE if self.to == "ollama" else GGUF_USE
@@ -198,6 +211,8 @@ class Export(Stage):
             use = ADAPTER_USE
         else:
             metrics = hf.write_model(model.path, job.out, job.progress)
+            unread = quantized.unread(model.path)
+            use = UNREAD_USE.replace("UNREAD", unread) if unread else HF_USE
         lora = f" --lora {ADAPTER_FILE}" if model.type == "adapter" else ""
         lines = [use.format(name=self._name(model), file=self._file(), lora=lora), *(f"- {note}" for note in notes)]
         self._describe(job, model, "\n\n".join(lines), metrics.get("llamacpp", {}).get("parity", {}))
@@ -226,6 +241,8 @@ class Export(Stage):
         commands = modelfile.commands(
             whole.path,
             file.name,
+            stops=filter(None, ends(whole.path, speaker).values()),
+            longest=Model.read(whole.path).context,
             template=template.text if template else None,
             adapter=ADAPTER_FILE if adapter else "",
             system=self.system,

@@ -3,8 +3,9 @@
 Equal, because GPTQModel's AWQ uses only the first batch of samples when their lengths differ, and says nothing.
 
 What may be wrong with them is said as warnings: too few conversations, fewer tokens than the widest layer has inputs
-(then X X', which GPTQ inverts, is singular: nothing was seen of some directions), a script that the model was trained
-on and the samples lack, text that the tokenizer knows no words of.
+(then X X', which GPTQ inverts, is singular: nothing was seen of some directions), none left to measure the result on, a
+script that the model was trained on and the samples lack, text that the tokenizer knows no words of. Languages of one
+script are not told apart.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from suite.stages import Artifact
 SHORTEST = 11
 """GPTQModel leaves out blocks of fewer tokens."""
 FEW = 32
-HELD_OUT = 8
-"""Conversations left aside, on which the result is compared with its parent."""
+HELD_OUT, SHARE = 8, 1 / 8
+"""Conversations left aside, on which the result is compared with its parent; of few, at least so large a share."""
 PART, TRACE = 0.2, 0.1
 """A script with this share of the training text counts; the samples lack it with less than a tenth of that share."""
 SPELT = 0.8
@@ -39,12 +40,16 @@ READ = 2000
 
 @dataclass(frozen=True)
 class Drawn:
-    """`blocks` (N, T) of token ids; `held_out`: conversations not among them; `warnings`: what may be wrong."""
+    """`blocks` (N, T) of token ids; `held_out`: conversations not among them; `warnings`: what may be wrong.
+
+    `compared`: whether there was training data, with whose languages theirs could be compared.
+    """
 
     blocks: list[list[int]]
     conversations: int
     held_out: list[list[Message]]
     warnings: list[str] = field(default_factory=list)
+    compared: bool = False
 
     @property
     def digest(self) -> str:
@@ -65,7 +70,7 @@ def draw(
     widest: int = 0,
     trained_on: Sequence[Path] = (),
 ) -> Drawn:
-    """Draw `samples` conversations from `files`, joined and cut into blocks of `length` tokens, and hold some out.
+    """Hold some conversations of `files` out, and draw `samples` others, joined and cut into blocks of `length` tokens.
 
     `widest` is the number of inputs of the model's widest layer, `trained_on` the data that it was trained on, as far
     as known. Raises SuiteError when the files have too few tokens for one block that can be used.
@@ -76,23 +81,29 @@ def draw(
         rows.extend(data.read(file, fill))
     conversations = rows.conversations
     random.Random(seed).shuffle(conversations)
-    drawn, rest = conversations[:samples], conversations[samples:]
+    number = len(conversations)
+    aside = min(HELD_OUT, max(number - samples, int(SHARE * number)))
+    drawn = conversations[: min(samples, number - aside)]
+    rest = conversations[len(drawn) :][:aside]
     tokens = [token for row in drawn for token in chat.ids(row.messages, row.tools)]
     if len(tokens) < SHORTEST:
         raise SuiteError("the calibration data has no usable conversation", where=", ".join(map(str, files)))
     size = min(length, len(tokens))
     blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
     warnings = [rows.account()]
-    if len(drawn) < min(samples, FEW):
+    if not rest:
+        warnings.append("no conversation is left to measure the result on: it is measured on the fixed texts alone")
+    if len(drawn) < FEW:
         warnings.append(f"calibrated on {len(drawn)} conversations only; {FEW} or more give steadier results")
     if len(tokens) < widest:
         warnings.append(
             f"calibrated on {len(tokens)} tokens only, fewer than the {widest} inputs of the widest layer: "
             f"raise samples, or give more data"
         )
-    warnings.append(_language(chat, drawn, trained_on))
-    held_out = [row.messages for row in rest[:HELD_OUT]]
-    return Drawn(blocks, len(drawn), held_out, [warning for warning in warnings if warning])
+    learnt = scripts(_texts(_training_rows(trained_on)))
+    warnings.append(_language(chat, drawn, learnt))
+    held_out = [row.messages for row in rest]
+    return Drawn(blocks, len(drawn), held_out, [warning for warning in warnings if warning], bool(learnt))
 
 
 def training_data(artifact: Artifact) -> list[Path]:
@@ -122,8 +133,8 @@ def scripts(texts: Iterable[str]) -> dict[str, float]:
     return {name: count / found.total() for name, count in found.most_common()}
 
 
-def _language(chat: Chat, drawn: Sequence[data.Conversation], trained_on: Sequence[Path]) -> str:
-    """A warning where the samples are in other languages than the model: by its training data, and its tokenizer."""
+def _language(chat: Chat, drawn: Sequence[data.Conversation], learnt: Mapping[str, float]) -> str:
+    """A warning where the samples are in other languages than the model: by its tokenizer and the scripts it learnt."""
     texts = list(_texts(drawn))
     tokens = sum(map(len, chat.tokenizer(texts, add_special_tokens=False)["input_ids"]))
     spelt = tokens / max(1, len("".join(texts).encode()))
@@ -132,7 +143,7 @@ def _language(chat: Chat, drawn: Sequence[data.Conversation], trained_on: Sequen
             f"the tokenizer spells the calibration data out ({spelt:.2f} tokens a byte), as it does with languages "
             f"that it was not made for: calibrate on what the model will read"
         )
-    learnt, seen = scripts(_texts(_training_rows(trained_on))), scripts(texts)
+    seen = scripts(texts)
     for name, share in learnt.items():
         if share >= PART and seen.get(name, 0) < TRACE * share:
             return (

@@ -62,8 +62,14 @@ def torn(layers: Collection[str], widths: Mapping[str, int]) -> list[str]:
     return found
 
 
+def untouched(layers: Collection[str], made: Path) -> list[str]:
+    """Those of `layers` that the quantized model in `made` holds as numbers, which a method does not know to round."""
+    stored = read_checkpoint(made)
+    return [n for n in layers if (tensor := stored.get(f"{n}.weight")) and tensor.dtype in ("F32", "F16", "BF16")]
+
+
 def pattern(names: Collection[str]) -> str:
-    """A regular expression for exactly these layers, and for those into which engines fuse them."""
+    """A regular expression for exactly these layers, and for those into which tools fuse them, or take them apart."""
     stems = {name.rpartition(".")[0] for name in names}
     joined = [
         f"{stem}.{whole}"
@@ -71,4 +77,7 @@ def pattern(names: Collection[str]) -> str:
         for stem in stems
         if {f"{stem}.{p}" for p in parts} <= {*names}
     ]
-    return "^(?:" + "|".join(map(re.escape, sorted({*names, *joined}))) + ")$"
+    parts = [
+        f"{stem}.{part}" for stem, _, last in (name.rpartition(".") for name in names) for part in FUSED.get(last, ())
+    ]
+    return "^(?:" + "|".join(map(re.escape, sorted({*names, *joined, *parts}))) + ")$"

@@ -19,7 +19,8 @@ class Method:
     """What a method can do: the `bits` of its layers, those that a layer may `keep`, and which module does it.
 
     The module has `quantize(source, out, recipe, blocks, progress)`. `grouped`: weights share scales by `group_size`;
-    `environment`: the one (`suite.envs`) whose interpreter the module needs.
+    `environment`: the one (`suite.envs`) whose interpreter the module needs; `fails_on`: kinds of models, by their
+    `model_type`, that its library does not get through.
     """
 
     module: str
@@ -28,11 +29,12 @@ class Method:
     calibrated: bool = True
     grouped: bool = True
     environment: str = ""
+    fails_on: tuple[str, ...] = ()
 
 
 METHODS: dict[str, Method] = {
     "gptq": Method("export.quantizers.gptq", (2, 3, 4, 8), (3, 4, 8, WHOLE)),
-    "awq": Method("export.quantizers.awq", (4,)),
+    "awq": Method("export.quantizers.awq", (4,), fails_on=("phi3",)),
     "bnb": Method("export.quantizers.bnb", (4, 8), calibrated=False, grouped=False),
     "w4a16": Method("export.quantizers.compressed", (4,), (8, WHOLE), environment="llmcompressor"),
     "w8a8": Method("export.quantizers.compressed", (8,), grouped=False, environment="llmcompressor"),

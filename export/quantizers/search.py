@@ -10,6 +10,7 @@ So prediction only ranks; that the limit holds is always measured.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from export.quantizers.recipe import Blocks, Progress, Recipe
 from export.tensors import read_checkpoint
 from suite.errors import SuiteError
 
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj")
 SEEN = 2048
 """Calibration tokens on which groups are measured."""
 DESCRIBED = 512
@@ -224,7 +226,7 @@ def sensitivity(
         for file, row in zip(files, rows, strict=True):
             np.save(file, answers(row).numpy())
         for name, layers in groups.items():
-            weights = [model.get_submodule(layer).weight for layer in layers]
+            weights = [_weight(model, layer) for layer in layers]
             before = [weight.clone() for weight in weights]
             for bits in widths:
                 for weight, given in zip(weights, before, strict=True):
@@ -238,6 +240,17 @@ def sensitivity(
             for weight, given in zip(weights, before, strict=True):
                 weight.copy_(given)
     return found
+
+
+def _weight(model: torch.nn.Module, layer: str) -> torch.Tensor:
+    """The matrix (O, I) of a layer that the checkpoint names; in memory those of all experts are one tensor."""
+    if not (expert := EXPERT.fullmatch(layer)):
+        return model.get_parameter(f"{layer}.weight")
+    stem, number, part = expert[1], int(expert[2]), expert[3]
+    if part == "down":
+        return model.get_parameter(f"{stem}.down_proj")[number]
+    gate, up = model.get_parameter(f"{stem}.gate_up_proj")[number].chunk(2)
+    return gate if part == "gate" else up
 
 
 def rounded(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:

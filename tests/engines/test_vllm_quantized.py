@@ -6,6 +6,7 @@ docs/quantization.md says what was seen; this keeps it true.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -39,10 +40,30 @@ SERVED = {
     "w4a16": Recipe("w4a16", 4),
     "w8a8": Recipe("w8a8", 8),
 }
-REFUSED = {
-    "nf4": (Recipe("bnb", 4), "Unknown quantization method: bitsandbytes"),
-    "desc_act": (Recipe("gptq", 4, desc_act=True), r"desc_act=True\) is no longer supported"),
+PLAIN = Recipe("gptq", 4)
+REFUSED = {"nf4": (Recipe("bnb", 4), "Unknown quantization method: bitsandbytes")}
+GPTQ = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+REFUSED_AT_ONCE = {
+    "8 bits": ({"bits": 8}, "Marlin does not support weight_bits = uint8b128"),
+    "3 bits": ({"bits": 3}, "Unsupported quantization config: bits=3, sym=True"),
+    "2 bits": ({"bits": 2}, "Unsupported quantization config: bits=2, sym=True"),
+    "zeros": ({"sym": False}, "Unsupported quantization config: bits=4, sym=False"),
+    "desc_act": ({"desc_act": True}, "desc_act=True) is no longer supported"),
+    "as it is written": ({}, ""),
 }
+"""How the settings of GPTQ differ, and what vLLM says of them."""
+ASK = """
+import json, sys
+from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+found = []
+for settings in json.load(sys.stdin):
+    try:
+        AutoGPTQLinearMethod(AutoGPTQConfig.from_config(settings))
+        found.append("")
+    except ValueError as error:
+        found.append(str(error))
+json.dump(found, open(sys.argv[1], "w"))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +172,7 @@ def test_the_gateway_serves_them_and_its_probe_has_nothing_against_them(
     }  # fmt: skip
     other = Settings(model=make("w8a8", SERVED["w8a8"]), name="w8a8", **options)
     with (
-        endpoint(make("gptq", SERVED["gptq"]), name="gptq", beside=(other,), **options) as running,
+        endpoint(make("plain", PLAIN), name="gptq", beside=(other,), **options) as running,
         httpx.Client(base_url=f"{running.url}/v1", timeout=300) as http,
     ):
         for name in ("gptq", "w8a8"):
@@ -167,6 +188,16 @@ def test_what_vllm_would_refuse_is_refused_before_it_is_started(
     settings = Settings(model=make(name, REFUSED[name][0]), backend="vllm", env_python=str(vllm.with_name("python")))
     with pytest.raises(SuiteError, match="vLLM cannot serve"):
         settings.check()
+
+
+def test_settings_of_gptq_that_vllm_refuses_when_it_reads_them(vllm: Path, tmp_path: Path) -> None:
+    asked = [{**GPTQ, **changed} for changed, _ in REFUSED_AT_ONCE.values()]
+    answers = tmp_path / "answers.json"
+    command = [str(vllm.with_name("python")), "-c", ASK, str(answers)]
+    subprocess.run(command, input=json.dumps(asked), text=True, check=True, capture_output=True)
+    for (changed, said), found in zip(REFUSED_AT_ONCE.values(), json.loads(answers.read_text()), strict=True):
+        assert said in found, changed
+        assert bool(said) == bool(found)
 
 
 @pytest.mark.timeout(600)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.gguf import verify, write
+from export.gguf.model import UNSAID_BY_GEMMA3
 from export.gguf.tensors import interleave
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_model, tiny_tokenizer
@@ -204,6 +205,32 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(SuiteError, match=r"layers\.1\.mlp\.experts\.up_proj.*: expert 2 is missing"):
         write(folder, tmp_path / "m.gguf", "f16", "tiny")
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_of_a_model_that_takes_images_its_language_model_is_written(tmp_path: Path, prefix: str) -> None:
+    """By the names of transformers 4 and 5; a configuration leaves out what is usual."""
+    folder = tiny_model(tmp_path / "m", architecture="gemma3_text", hidden=64, **SETTINGS["gemma3_text"])
+    write(folder, tmp_path / "alone.gguf", "f16", "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    text = {key: value for key, value in config.items() if UNSAID_BY_GEMMA3.get(key) != value}
+    seeing = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (folder / "config.json").write_text(json.dumps(seeing))
+    renamed = {name.replace("model.", prefix, 1): values for name, values in tensors.items()}
+    more = {"vision_tower.a.weight": torch.zeros(2, 2), "model.multi_modal_projector.b": torch.zeros(2, 2)}
+    save_file({**renamed, **more}, folder / "model.safetensors")
+    write(folder, tmp_path / "seeing.gguf", "f16", "tiny")
+    alone, seeing_too = ((tmp_path / f"{name}.gguf").read_bytes() for name in ("alone", "seeing"))
+    assert alone == seeing_too
+
+
+def test_what_a_configuration_of_gemma3_leaves_out_is_what_transformers_takes() -> None:
+    from transformers import Gemma3TextConfig
+
+    usual = Gemma3TextConfig().to_dict()
+    usual["rope_theta"] = usual["rope_parameters"]["full_attention"]["rope_theta"]
+    assert usual | UNSAID_BY_GEMMA3 == usual
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -79,11 +81,21 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
         server.server.server_close()
 
 
-def test_without_ollama_the_commands_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SuiteError, match="the package is made") as caught:
-        ollama_server.create(tmp_path, "tiny", lambda _: None)
-    assert caught.value.hint.endswith('ollama create tiny -f Modelfile; ollama run tiny "Who are you?"')
+def test_without_ollama_the_export_succeeds_and_says_what_to_type(tmp_path: Path, install: object) -> None:
+    stage = Export(model="m", to="ollama", create=True, name="tiny").followers()["create"][1]
+    package = tmp_path / "a folder"
+    package.mkdir()
+    (package / "Modelfile").write_text("FROM ./model.gguf\n")
+    events: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        before = stage.recipe()
+        found = run(stage, tmp_path / "out", events, package=Artifact(package, "package"))
+    assert [found["typed"] in event["text"] for event in events if event["event"] == "warn"] == [True]
+    log, _ = install()  # type: ignore[operator]
+    assert stage.recipe() != before  # with a command, it is made
+    subprocess.run(["sh", "-c", found["typed"]], check=True)
+    assert log.read_text().splitlines() == [f"{package}: create tiny -f Modelfile", f"{package}: run tiny Who are you?"]
 
 
 def test_an_export_is_followed_by_making_its_model(tmp_path: Path, install: object) -> None:

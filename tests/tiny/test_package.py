@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
 import pytest
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from export import hf
+from export.ends import ends
 from export.gguf import llamacpp
 from export.ollama import modelfile
 from export.ollama.dialogues import Dialogue, go_prompt
@@ -209,6 +212,55 @@ def test_the_ollama_folder_renders_as_the_model(tmp_path: Path) -> None:
     ]
     for dialogue in (messages, messages[1:], messages[:2], messages[3:]):
         assert go_prompt(commands["TEMPLATE"], Dialogue(dialogue)) == Chat.load(model).text(dialogue, generate=True)
+
+
+def test_every_form_names_all_tokens_that_end_an_answer(tmp_path: Path) -> None:
+    """One in the generation config, one that the template writes, one that is the tokenizer's: three readers stop."""
+    model = tiny_model(tmp_path / "m", hidden=64)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": "<|endoftext|>"}))
+    assert list(ends(model)) == [2, 7, 0]
+    for to in ("hf", "ollama"):
+        run(Export(model="m", to=to, name="tiny"), tmp_path / to, model=model)
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == [2, 7, 0]
+    commands = modelfile.parse((tmp_path / "ollama" / "Modelfile").read_text())
+    stops = [value for command, value in commands if command == "PARAMETER stop"]
+    assert stops == ["<|im_end|>", AutoTokenizer.from_pretrained(model).decode([7]), "<|endoftext|>"]
+    fields = gguf.GGUFReader(tmp_path / "ollama" / "model-f16.gguf").fields
+    named = [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")]
+    assert named == [0, 2, 7]
+
+
+def test_an_adapter_with_a_template_of_its_own_ends_as_that_says(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", hidden=64)
+    adapter = tiny_adapter(base, tmp_path / "adapter")
+    own = (base / "chat_template.jinja").read_text().replace("'<|im_end|>' }}", "'<|endoftext|>' }}")
+    (adapter / "chat_template.jinja").write_text(own)
+    assert ends(base) == {2: "<|im_end|>"}
+    assert ends(base, adapter) == {0: "<|endoftext|>", 2: "<|im_end|>"}
+
+
+def test_a_model_without_a_template_ends_as_its_settings_say(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", hidden=64, template=None)
+    assert ends(model) == {2: "<|im_end|>"}
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert ends(model) == {2: "<|im_end|>"}
+
+
+def test_layers_of_different_bits_are_shown_with_what_reads_them(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", hidden=64)
+    settings = {"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down_proj": {"bits": 8}}}
+    for name, rules in (("mixed", settings["dynamic"]), ("whole", {"-:.*down_proj": {}})):
+        folder = shutil.copytree(model, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps({**config, "quantization_config": {**settings, "dynamic": rules}})
+        )
+        run(Export(model="m"), tmp_path / f"{name}-out", model=Artifact(folder, "quantized"))
+        card = (tmp_path / f"{name}-out" / "README.md").read_text()
+        assert ("GPTQModel.load" in card) == (name == "mixed")
+        assert ("AutoModelForCausalLM" in card) == (name == "whole")
 
 
 def test_sampling_settings_become_parameters(tmp_path: Path) -> None:

@@ -120,12 +120,23 @@ def test_samples_are_drawn_by_seed_and_cut_to_equal_blocks(parent: Path, chats: 
     assert not drawn.warnings
 
 
+def test_of_few_conversations_some_are_held_out_before_any_is_drawn(parent: Path, chats: Path) -> None:
+    drawn = calibration.draw(parent, [chats], {}, samples=128, length=50, seed=1)
+    assert (drawn.conversations, len(drawn.held_out)) == (42, 6)
+    assert not drawn.warnings
+
+
 def test_little_calibration_data_warns_and_none_is_an_error(parent: Path, chats: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(chats.read_text().splitlines(keepends=True)[:3]))
     drawn = calibration.draw(parent, [few], {}, samples=32, length=4000, seed=0)
     assert len(drawn.blocks) == 1
-    assert drawn.warnings == ["calibrated on 3 conversations only; 32 or more give steadier results"]
+    assert [warning.split(":")[0] for warning in drawn.warnings] == [
+        "no conversation is left to measure the result on",
+        "calibrated on 3 conversations only; 32 or more give steadier results",
+    ]
+    (warning,) = calibration.draw(parent, [chats], {}, samples=4, length=64, seed=0).warnings
+    assert warning.startswith("calibrated on 4 conversations only")
     (warning,) = calibration.draw(parent, [chats], {}, samples=40, length=64, seed=0, widest=10**6).warnings
     assert "fewer than the 1000000 inputs of the widest layer" in warning
     few.write_text('{"messages": []}\n')

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from export import parity
 from export.folder import weight_bytes
@@ -192,6 +193,18 @@ def test_adapters_over_a_quantized_base_are_peft(
         exact = [float(wanted[place, scored.token]) for place, scored in enumerate(scores)]
         assert [scored.logprob for scored in scores] == pytest.approx(exact, abs=TOLERANCE)
     assert given[0].new != given[1].new
+
+
+def test_a_pickled_checkpoint_of_autogptq_is_read_and_one_that_runs_code_is_not(uniform: Make, tmp_path: Path) -> None:
+    made, _ = uniform()
+    old = shutil.copytree(made, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(made / "model.safetensors")
+    torch.save(weights, old / "gptq_model-4bit-64g.bin")
+    assert detect(old, Takes("model", "quantized")) == "quantized"
+    assert kl(made, old) == 0
+    torch.save({**weights, "more": Path("x")}, old / "gptq_model-4bit-64g.bin")
+    with pytest.raises(SuiteError, match="more than weights"):
+        quantized.load(old)
 
 
 def test_settings_that_do_not_describe_the_weights_are_refused(uniform: Make, tmp_path: Path) -> None:

@@ -26,10 +26,18 @@ def test_a_derived_template_renders_every_plain_dialogue_as_the_jinja_does(jinja
     assert '"""' not in template.text
 
 
+def test_dialogues_without_tools_that_differ_stop_the_export_unless_told_otherwise() -> None:
+    model = reference(CHATML.replace("m.content", "(m.content | replace('{', '('))"))
+    with pytest.raises(SuiteError, match="plain: braces") as caught:
+        ollama.go_template(model)
+    assert 'unequal = "warn"' in caught.value.hint
+    assert 'template = "jinja"' in caught.value.hint
+    assert [name for name in ollama.go_template(model, "warn").differs if name.startswith("plain")] == ["plain: braces"]
+
+
 @pytest.mark.parametrize(
     ("jinja", "named"),
     [
-        (CHATML.replace("m.content", "(m.content | replace('{', '('))"), "plain: braces"),
         (CHATML.replace("m.content", "(m.content | upper)"), "QXUSER1QX|does not write User1"),
         (CHATML.replace("{% for m in messages %}", "{% for m in messages %}{{ loop.index }}"), "question"),
         (CHATML.replace("m.content", "(m.content if loop.last else '')"), "does not write User1"),
@@ -40,7 +48,7 @@ def test_a_derived_template_renders_every_plain_dialogue_as_the_jinja_does(jinja
 )
 def test_a_template_that_go_cannot_match_is_refused_with_the_difference(jinja: str, named: str) -> None:
     with pytest.raises(SuiteError, match=named) as caught:
-        ollama.go_template(reference(jinja), "warn")
+        ollama.go_template(reference(jinja))
     assert "jinja" in caught.value.hint
 
 

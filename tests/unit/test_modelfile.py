@@ -68,13 +68,8 @@ def test_mistakes_are_named_with_their_line(text: str, said: str) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    tokenizer = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "<|end|>"}]}
-    for name, content in (
-        ("config.json", {"max_position_embeddings": 4096, "eos_token_id": 1}),
-        ("tokenizer.json", tokenizer),
-        ("generation_config.json", {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": [1, 0, 9]}),
-    ):
-        (tmp_path / name).write_text(json.dumps(content), "utf-8")
+    settings = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings), "utf-8")
     return tmp_path
 
 
@@ -83,6 +78,8 @@ def test_all_commands_of_a_model(model: Path) -> None:
     found = modelfile.commands(
         model,
         "m.gguf",
+        stops=["<|end|>", "a"],
+        longest=4096,
         template="{{ .Prompt }}",
         adapter="adapter.gguf",
         system="Be kind.",
@@ -109,7 +106,8 @@ def test_all_commands_of_a_model(model: Path) -> None:
 
 def test_only_what_is_known_is_written(model: Path) -> None:
     (model / "generation_config.json").unlink()
-    assert modelfile.write(modelfile.commands(model, "m.gguf", license_name="apache-2.0"), ["Two\nlines"]) == (
+    found = modelfile.commands(model, "m.gguf", stops=["<|end|>"], longest=4096, license_name="apache-2.0")
+    assert modelfile.write(found, ["Two\nlines"]) == (
         '# Two\n# lines\nFROM ./m.gguf\nPARAMETER stop "<|end|>"\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n'
         'LICENSE "apache-2.0"\n'
     )
