@@ -313,22 +313,26 @@ def _marked(
     rule: str, schema: Mapping[str, Any], form: Spelling, tokens: Mapping[str, int], field: str, strict: bool
 ) -> list[str]:
     """Rules for arguments that `schema` accepts, in its order; required ones have to be there."""
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        raise SuiteError("the parameters of a tool are no JSON schema", where=field)
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     one, rules = [], []
-    for i, (key, given) in enumerate((schema.get("properties") or {}).items()):
+    for i, (key, given) in enumerate(properties.items()):
         name = f"{rule}_{i}"
-        one.append(name if key in schema.get("required", ()) else f"{name}?")
+        one.append(name if key in required else f"{name}?")
         value = given if isinstance(given, Mapping) else {}
         if value.get("type") != "string":
             start, end = _literal(form.key + key + form.other, tokens), _literal(form.end, tokens)
             rules.append(f"{name}: {start} {_json({**value, **shared}, field, strict)} {end}")
             continue
         start = _literal(form.key + key + form.text, tokens)
-        if options := value.get("enum", [value["const"]] if "const" in value else []):
+        options = value.get("enum", [value["const"]] if "const" in value else None)
+        if isinstance(options, list) and options:
             end = _literal(form.end, tokens)
             rules.append(f"{name}: {start} ({' | '.join(_literal(str(o), {}) for o in options)}) {end}")
             continue
-        if strict and (unheeded := value.keys() - {"type"} - ANNOTATIONS):
+        if strict and (unheeded := {*value} - {"type"} - ANNOTATIONS):
             said = f"'{min(unheeded)}' of a text is not supported in the form of this model's calls"
             raise SuiteError(said, where=field)
         rules += _text_up_to(name, start, form.end, tokens)

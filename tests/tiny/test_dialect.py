@@ -192,6 +192,11 @@ def test_what_cannot_be_enforced_between_marks_is_an_error_for_strict_tools() ->
     short = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 3}}}
     tool = {"name": "f", "parameters": short}
     assert grammar.tool_calls([tool], form, tiny_tokenizer(), "tools")
+    for odd in ({"properties": [5]}, {"properties": {"a": {"type": "string", "enum": 5}}, "required": 7}):
+        with pytest.raises(SuiteError, match="are no JSON schema"):
+            grammar.tool_calls([{"name": "f", "parameters": odd}], form, tiny_tokenizer(), "tools")
+    for odd in ({"a": 5}, {"a": {"type": "string", "enum": 5}}, {"a": {"type": ["string"]}}, {"a\ud800": True}):
+        assert grammar.tool_calls([{"name": "f", "parameters": {"properties": odd}}], form, tiny_tokenizer(), "tools")
     with pytest.raises(SuiteError, match="'maxLength' of a text is not supported in the form of this model's calls"):
         grammar.tool_calls([{**tool, "strict": True}], form, tiny_tokenizer(), "tools")
 
