@@ -168,6 +168,8 @@ def _check(patch: Patch, target: Tensor, adapter: Adapter) -> None:
         shape = patch.lora.shape[::-1] if patch.lora.transposed else patch.lora.shape
         if shape != _matrix(patch.lora, target):
             raise _another(adapter, target, shape)
+        if patch.lora.a.shape[0] % patch.lora.expert[1]:  # for another number of experts
+            raise _another(adapter, target, patch.lora.a.shape)
     for given in (patch.whole, patch.bias and patch.bias[0]):
         if given and given.shape != target.shape:
             raise _another(adapter, target, given.shape)

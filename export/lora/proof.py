@@ -54,7 +54,7 @@ class Merged:
     def mixed(self) -> bool:
         """Whether it is a mixture of experts, of which it chooses some for each token."""
         config = read_config(self.base)
-        settings = {**config, **config.get("text_config", {})}
+        settings = {**config, **(config.get("text_config") or {})}
         return any("experts" in name and isinstance(value, int) and value > 0 for name, value in settings.items())
 
     @property
