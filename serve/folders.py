@@ -20,6 +20,9 @@ Stamp = tuple[int, int, int]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
+MAGNITUDE = ".lora_magnitude_vector"
+"""How the name of a tensor of DoRA ends."""
+
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global"}
 """Layer types whose memory is keys and values, and whose masks are those of transformers."""
 STATE = "keeps a state beside keys and values, as Mamba and linear attention do, and cannot be served"
@@ -75,6 +78,8 @@ class LoraModule:
     scaling: float
     inputs: int
     outputs: int
+    dora: bool = False
+    """Its output is scaled too, by a magnitude for each value over the length of its weights (arXiv:2402.09353)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +106,15 @@ class AdapterFolder:
     @property
     def parameters(self) -> int:
         """How many numbers its tensors have."""
-        return sum(module.rank * (module.inputs + module.outputs) for module in self.modules.values())
+        return sum(
+            module.rank * (module.inputs + module.outputs) + 2 * module.dora * module.outputs
+            for module in self.modules.values()
+        )
+
+    @property
+    def dora(self) -> bool:
+        """Whether a module scales its output."""
+        return any(module.dora for module in self.modules.values())
 
     def check_unchanged(self) -> None:
         """Raise SuiteError when the file of tensors is not the one that was looked into."""
@@ -143,14 +156,19 @@ def check_layers(types: Iterable[str], folder: Path) -> None:
         )
 
 
-def read_adapter(folder: Path) -> AdapterFolder:
-    """Read a LoRA folder's headers; raises SuiteError for kinds that cannot be served beside their base."""
+def read_adapter(folder: Path, dora: bool = False) -> AdapterFolder:
+    """Read a LoRA folder's headers; raises SuiteError for kinds that cannot be served beside their base.
+
+    `dora` allows those that scale outputs, as our engine can.
+    """
     if not folder.is_dir():
         raise SuiteError("there is no such folder", where=str(folder))
     config = _json(folder / "adapter_config.json", "an adapter folder needs adapter_config.json")
     if config.get("peft_type") != "LORA":
         raise SuiteError(f"a {config.get('peft_type')} adapter cannot be served", where=str(folder), hint=MERGE_FIRST)
     for key, inert in INERT.items():
+        if key == "use_dora" and dora:
+            continue
         if config.get(key, inert) not in (inert, None, [], {}):
             raise SuiteError(f"adapters with {key} cannot be served", where=str(folder), hint=MERGE_FIRST)
     start = config.get("init_lora_weights", True)
@@ -217,9 +235,12 @@ def _modules(shapes: dict[str, Shape], config: dict[str, Any], folder: Path) -> 
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if ".experts." in module:  # they see some tokens of the batch, in an order of their own
             raise SuiteError(f"a LoRA of an expert ({module}) cannot be served", where=str(folder), hint=MERGE_FIRST)
-        modules[module] = LoraModule(rank, _scaling(module, rank, config), inputs, other[0])
-    if len(shapes) != 2 * len(modules):
-        rest = [n for n in shapes if not n.endswith((".lora_A.weight", ".lora_B.weight"))]
+        dora = name.replace(".lora_A.weight", MAGNITUDE) in shapes
+        if dora is not bool(config.get("use_dora")):
+            raise SuiteError(f"use_dora does not describe {module}", where=str(folder))
+        modules[module] = LoraModule(rank, _scaling(module, rank, config), inputs, other[0], dora)
+    if len(shapes) != sum(2 + module.dora for module in modules.values()):
+        rest = [n for n in shapes if not n.endswith((".lora_A.weight", ".lora_B.weight", MAGNITUDE))]
         raise SuiteError(
             f"tensors that are no LoRA of a linear layer: {', '.join(rest[:3])}", where=str(folder), hint=MERGE_FIRST
         )

@@ -84,7 +84,7 @@ class Settings(Options):
             return [self.name]
         base = read_model(self.model)
         for path in self.adapters.values():
-            check_fits(read_adapter(path), base)
+            check_fits(read_adapter(path, dora=self.backend == "torch"), base)
         return [self.name, *self.adapters, *offered]
 
     def _check_engine(self) -> None:

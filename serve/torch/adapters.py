@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from serve.folders import AdapterFolder, ModelFolder, check_fits, misfit, read_adapter
+from serve.folders import MAGNITUDE, MERGE_FIRST, AdapterFolder, ModelFolder, check_fits, misfit, read_adapter
 from serve.generation import Generation, UnknownAdapter
 from serve.torch.lora import MultiLora
-from serve.torch.lora_layer import Weights
+from serve.torch.lora_layer import Scale, Weights
 from serve.torch.pool import Pool, PoolStats
 from suite.errors import SuiteError, near
 
@@ -46,9 +46,13 @@ class Adapters:
 
     def check(self, path: Path) -> AdapterFolder:
         """Read a folder's headers; raises SuiteError for an adapter that cannot be served here."""
-        folder = read_adapter(path)
+        folder = read_adapter(path, dora=True)
         check_fits(folder, self._base)
         if self._base.quantized:
+            if folder.dora:
+                raise SuiteError(
+                    "a DoRA adapter cannot be served on a quantized base", where=str(path), hint=MERGE_FIRST
+                )
             for name, module in folder.modules.items():
                 shape = self.lora.shape(name)
                 if shape and shape != (module.outputs, module.inputs):
@@ -164,6 +168,7 @@ class Adapters:
         # as few operations as may be: each makes the engine's thread wait for the interpreter
         memory = torch.empty(folder.parameters, dtype=self._dtype)
         layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        scales: dict[str, Scale] = {}
         first = 0
         for name, module in folder.modules.items():
             sizes = module.rank * module.inputs, module.rank * module.outputs
@@ -172,9 +177,12 @@ class Adapters:
             layers[name] = a.view(module.rank, -1), b.view(module.rank, -1)
             layers[name][0].copy_(tensors[f"{name}.lora_A"])
             torch.mul(tensors[f"{name}.lora_B"].float().T, module.scaling, out=layers[name][1])
+            if module.dora:
+                scales[name] = self.lora.scale(name, *layers[name], tensors[f"{name}{MAGNITUDE}"])
+                layers[name][1].mul_(scales[name].gain.to(layers[name][1]))
         if not memory.sum(dtype=torch.float32).isfinite():
             self._check_finite(folder, layers)
-        return Weights({name: (a.to(d := self.lora.device(name)), b.to(d)) for name, (a, b) in layers.items()})
+        return Weights({name: (a.to(d := self.lora.device(name)), b.to(d)) for name, (a, b) in layers.items()}, scales)
 
     @staticmethod
     def _check_finite(folder: AdapterFolder, layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -7,10 +7,11 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from serve.torch.fused import Part
 from serve.torch.layers import Order, Projection
-from serve.torch.lora_layer import NOTHING, Gather, Layer, Plan, Turns, Weights
+from serve.torch.lora_layer import NOTHING, Gather, Layer, Plan, Scale, Turns, Weights
 from serve.torch.stack import Stack
 
 READING, MOVING = 16, 6
@@ -85,7 +86,8 @@ class MultiLora:
         self.order = Order.of(order, self._model.device) if order != [*range(len(rows))] else None
         turns = [(key, len([*same])) for key, same in groupby(rows[row] for row in order)]
         plan: Plan | Turns | None = None
-        if len(adapters) <= self._few and len(turns) <= 2 * self._few * max(1, width // WIDE):
+        quick = len(adapters) <= self._few and len(turns) <= 2 * self._few * max(1, width // WIDE)
+        if quick or any(pool[key].scales for key in adapters):  # which blocks do not know
             plan = self._turns(turns, pool) if adapters else None
         else:
             plan = self._plan(rows, pool, first)
@@ -114,6 +116,21 @@ class MultiLora:
         layer = self._model.get_submodule(self._path(name))
         found: torch.device = next((t.device for t in (*layer.parameters(), *layer.buffers())), self._model.device)
         return found
+
+    @torch.no_grad()
+    def scale(self, name: str, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor) -> Scale:
+        """DoRA's gain m / ||W + B A|| of a layer of the checkpoint, over each row of weights, and what keeps its bias.
+
+        a: (rank, in), b: (rank, out), with the scaling, magnitude: (out,). arXiv:2402.09353, equation 5.
+        """
+        layer: Any = self._model.get_submodule(self._path(name))
+        part = self._parts.get(name, Part("", 0, b.shape[1]))
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        weight = weight[part.first : part.last].float()
+        changed = torch.addmm(weight, b.T.to(weight), a.to(weight))
+        gain = magnitude.to(weight) / torch.linalg.vector_norm(changed, dim=1)
+        bias = 0 if layer.bias is None else layer.bias[part.first : part.last]
+        return Scale(gain, (1 - gain) * bias)
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """How many values a layer of the checkpoint puts out, and takes, however its weight is packed.

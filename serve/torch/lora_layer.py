@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,11 +14,22 @@ from torch import nn
 from serve.torch.fused import Part
 
 
+class Scale(NamedTuple):
+    """What DoRA does to the output of a layer of the base: y `gain` + `shift`, both (out,), in float32."""
+
+    gain: torch.Tensor
+    shift: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """An adapter in memory: for each linear layer, by its name, A (rank, in) and scaling * B^T (rank, out)."""
+    """An adapter in memory: for each linear layer, by its name, A (rank, in) and scaling * B^T (rank, out).
+
+    With DoRA (arXiv:2402.09353) B has the gain of `scales` in it already.
+    """
 
     layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @cached_property
     def rank(self) -> int:
@@ -35,6 +46,8 @@ class Pair(NamedTuple):
 
     a: torch.Tensor
     b: torch.Tensor
+    scale: Scale | None = None
+    """What it does to that output before."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class Layer:
     @property
     def bytes(self) -> int:
         """The memory that they take, and what is held for turns."""
-        return self._a.nbytes + self._b.nbytes + sum(t.nbytes for pair in self._held.values() for t in pair or ())
+        return self._a.nbytes + self._b.nbytes + sum(t.nbytes for pair in self._held.values() for t in (pair or ())[:2])
 
     def resize(self, slots: int, rank: int) -> None:
         """Make room; all slots are zero afterwards."""
@@ -166,14 +179,19 @@ class Layer:
         if not found:
             return None
         if len(self.parts) == 1:
-            return Pair(found[0][0].T, found[0][1])
+            (name,) = self.parts
+            return Pair(found[0][0].T, found[0][1], weights.scales.get(name))
         a = torch.cat([low for low, _, _ in found])
         b = a.new_zeros(len(a), self._units * self._width)
         rank = 0
         for _, high, part in found:
             b[rank : rank + len(high), part.first : part.last] = high
             rank += len(high)
-        return Pair(a.T, b)
+        scale = Scale(*torch.tensor([[1.0], [0.0]], device=a.device).repeat(1, b.shape[1]))
+        for name in (scaled := self.parts.keys() & weights.scales.keys()):
+            for whole, given in zip(scale, weights.scales[name], strict=True):
+                whole[self.parts[name].first : self.parts[name].last] = given
+        return Pair(a.T, b, scale if scaled else None)
 
     def follow(self, plan: Plan | Turns | None) -> None:
         """Compute the next forward passes by `plan`; with None, leave the layer's output as it is."""
@@ -228,4 +246,6 @@ class Layer:
         turns = zip(self._turns, x.split_with_sizes(sizes), output.split_with_sizes(sizes), strict=True)
         for pair, inputs, outputs in turns:
             if pair is not None:
+                if pair.scale is not None:
+                    outputs.mul_(pair.scale.gain).add_(pair.scale.shift)
                 outputs.addmm_(inputs.mm(pair.a), pair.b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from serve.generation import Request
+from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
 from serve.torch.lora import FEW_ON_CPU, arrange
+from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 NEW = 8
@@ -70,7 +73,9 @@ def reference(base: Path, adapter: Path | None) -> Any:
 
 
 def tokens(engine: Engine, requests: list[Request]) -> list[list[int]]:
-    return [generation.new for generation in engine.generate(requests)]
+    done = engine.generate(requests)
+    assert not {generation.error for generation in done} - {""}
+    return [generation.new for generation in done]
 
 
 def test_the_base_and_eight_adapters_in_one_batch_are_peft(engine: Engine, folders: dict[str, Path]) -> None:
@@ -135,6 +140,41 @@ def test_architectures(tmp_path: Path, architecture: str, targets: list[str]) ->
         engine.close()
     models = [reference(base, adapters.get(name)) for name in names]
     assert given == [generate(models[i % 3], prompt) for i, prompt in enumerate(asked)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [("qwen2", ["q_proj", "v_proj", "up_proj"]), ("gpt2", ["c_attn", "c_fc"]), ("gemma2", "all-linear")],
+)
+def test_dora_is_peft_beside_any_others(tmp_path: Path, architecture: str, targets: Any) -> None:
+    base = tiny_model(tmp_path / "base", architecture=architecture)
+    adapters = {
+        name: tiny_adapter(base, tmp_path / name, seed=i, target_modules=targets, use_dora=i < 2)
+        for i, name in enumerate(("dora", "other dora", "plain"))
+    }
+    many = {f"{name} {i}": folder for i in range(4) for name, folder in adapters.items()}
+    engine = Engine(base, many, max_batch=16, prefix_cache=False)
+    names = ["", *many]
+    asked = prompts(13)
+    try:
+        given = tokens(engine, [Request(prompt, name, NEW) for prompt, name in zip(asked, names, strict=True)])
+    finally:
+        engine.close()
+    for name in ("", *adapters):
+        model = reference(base, adapters.get(name))
+        rows = [row for row, other in enumerate(names) if other[:-2] == name]
+        assert [given[row] for row in rows] == [generate(model, asked[row]) for row in rows], name
+    assert len({tuple(tokens_) for tokens_ in given}) == len(given)
+
+
+def test_dora_over_a_quantized_base_is_refused(engine: Engine, folders: dict[str, Path], tmp_path: Path) -> None:
+    dora = tiny_adapter(folders[""], tmp_path / "dora", use_dora=True)
+    engine.load_adapter("dora", dora)
+    engine.unload_adapter("dora")
+    adapters = engine._adapters
+    packed = replace(adapters._base, config={**adapters._base.config, "quantization_config": {}})
+    with pytest.raises(SuiteError, match="DoRA adapter cannot be served on a quantized base"):
+        Adapters(engine.model, packed, 1 << 30, lambda: None).check(dora)
 
 
 def test_an_adapter_of_rubbish_is_refused_and_harms_nobody(folders: dict[str, Path], tmp_path: Path) -> None:

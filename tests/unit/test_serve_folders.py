@@ -86,6 +86,21 @@ def test_adapters_that_are_more_than_lora_must_be_merged(tmp_path: Path, config:
     assert error.value.hint
 
 
+def test_dora_is_read_for_who_knows_it(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", use_dora=True)
+    with pytest.raises(SuiteError, match="use_dora does not describe"):
+        read_adapter(folder, dora=True)
+    file = folder / "adapter_model.safetensors"
+    pairs = tensor_shapes(file)
+    name = next(iter(pairs)).rpartition(".lora_")[0]
+    safetensors(file, {**pairs, f"{name}.lora_magnitude_vector": (16,)})
+    read = read_adapter(folder, dora=True)
+    assert read.dora
+    assert read.parameters == 2 * (8 + 16) + 2 * 16
+    with pytest.raises(SuiteError, match="use_dora cannot be served"):
+        read_adapter(folder)
+
+
 @pytest.mark.parametrize("wrong", [{"inputs": 16}, {"module": "base_model.model.model.layers.7.mlp.up_proj"}])
 def test_an_adapter_for_another_base(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(SuiteError, match="another base"):
