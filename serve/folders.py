@@ -61,13 +61,22 @@ class ModelFolder:
     @property
     def max_length(self) -> int:
         """Positions the model was made for."""
-        known = (self.config.get("text_config") or self.config).get
+        known = self._text.get
         return int(known("max_position_embeddings") or known("n_positions") or known("max_seq_len") or 2048)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The type of each layer, where config.json says it."""
+        return list(self._text.get("layer_types") or self._text.get("layers_block_type") or ())
 
     @property
     def quantized(self) -> bool:
         """Whether the checkpoint itself is quantized (GPTQ, AWQ, bitsandbytes, ...)."""
         return "quantization_config" in self.config
+
+    @property
+    def _text(self) -> dict[str, Any]:
+        return self.config.get("text_config") or self.config
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ class AdapterFolder:
 
 
 def read_model(folder: Path) -> ModelFolder:
-    """Read a folder's headers; raises SuiteError for one that the torch engine cannot serve."""
+    """Read a folder's headers; raises SuiteError for one that no engine can serve."""
     if not folder.is_dir():
         raise SuiteError("there is no such folder", where=str(folder))
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -137,8 +146,6 @@ def read_model(folder: Path) -> ModelFolder:
         config["quantization_config"] = given
     if config.get("is_encoder_decoder"):
         raise SuiteError("encoder-decoder models cannot be served", where=str(folder), hint="decoder-only models can")
-    text = config.get("text_config") or config
-    check_layers(text.get("layer_types") or text.get("layers_block_type") or (), folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SuiteError("no *.safetensors weights here", where=str(folder), hint="convert other formats first")
@@ -147,7 +154,7 @@ def read_model(folder: Path) -> ModelFolder:
 
 
 def check_layers(types: Iterable[str], folder: Path) -> None:
-    """Raise SuiteError for types of layers that rows of a batch cannot share."""
+    """Raise SuiteError for types of layers that our own engine does not know."""
     if strange := sorted({*types} - KNOWN_LAYERS):
         raise SuiteError(
             f"layers of type {', '.join(strange)} cannot be served",

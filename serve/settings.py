@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from serve.answers import Engine
-from serve.folders import check_fits, read_adapter, read_model
+from serve.folders import check_fits, check_layers, read_adapter, read_model
 from serve.offers import offers
 from suite import envs
 from suite.errors import SuiteError
@@ -83,6 +83,8 @@ class Settings(Options):
         if self.backend == "llamacpp":  # its files are no folders of ours, and it has no adapters
             return [self.name]
         base = read_model(self.model)
+        if self.backend == "torch":
+            check_layers(base.layer_types, self.model)
         for path in self.adapters.values():
             check_fits(read_adapter(path, dora=self.backend == "torch"), base)
         return [self.name, *self.adapters, *offered]

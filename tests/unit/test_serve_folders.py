@@ -13,7 +13,7 @@ import pytest
 
 from serve.backends import check_backend
 from serve.command import parse_loras, serve
-from serve.folders import check_fits, read_adapter, read_model, tensor_shapes
+from serve.folders import check_fits, check_layers, read_adapter, read_model, tensor_shapes
 from serve.server import listen
 from serve.settings import Settings
 from suite.errors import SuiteError
@@ -160,8 +160,12 @@ def test_damaged_models(tmp_path: Path, damage: Any, message: str) -> None:
 def test_models_that_cannot_be_served(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="encoder-decoder"):
         read_model(model(tmp_path / "t5", is_encoder_decoder=True))
-    with pytest.raises(SuiteError, match="linear_attention"):
-        read_model(model(tmp_path / "next", layer_types=["full_attention", "linear_attention"]))
+    hybrid = {"layer_types": ["full_attention", "linear_attention"]}
+    for name, config in {"next": hybrid, "nested": {"text_config": hybrid}}.items():
+        found = read_model(model(tmp_path / name, **config))
+        with pytest.raises(SuiteError, match="linear_attention cannot be served") as error:
+            check_layers(found.layer_types, found.path)
+        assert "--backend" in error.value.hint
     with pytest.raises(SuiteError, match="an adapter, not a model"):
         read_model(adapter(tmp_path / "a"))
     with pytest.raises(SuiteError, match="no such folder"):
