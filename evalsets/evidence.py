@@ -10,7 +10,7 @@ from typing import Any
 
 from evalsets.compare import Difference, Report, Row, difference
 from evalsets.intervals import interval, part
-from evalsets.statistics import Interval, bootstrap, paired
+from evalsets.statistics import Change, Interval, bootstrap, paired
 from suite.evidence import Bounds, Evidence, Unmeasured, size
 
 
@@ -109,7 +109,7 @@ def _paired(found: Difference, path: str, figure: str, confidence: float) -> Bou
         [a.value for a, _ in both], [b.value for _, b in both],
         weights=None if set(weights) == {1.0} else weights, confidence=confidence,
     )  # fmt: skip
-    return Bounds(change.before + change.low, change.before + change.high, change.n, change.before)
+    return _around(found, change)
 
 
 def _parity(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,11 +126,18 @@ def _beside(found: Difference, confidence: float) -> Bounds:
     assert found.change
     change = found.change
     if found.kind != "perplexity":
-        return Bounds(change.before + change.low, change.before + change.high, change.n, change.before)
+        return _around(found, change)
     nll = [[row["nll"] for row in side] for side in zip(*found.pairs, strict=True)]
     tokens = [[row["tokens"] for row in side] for side in zip(*found.pairs, strict=True)]
     if tokens[0] != tokens[1]:
         raise Unmeasured("the two have different tokenizers, whose perplexities cannot be compared")
     moved: Interval = bootstrap([b - a for a, b in zip(*nll, strict=True)], tokens[0], confidence)
     before = math.exp(math.fsum(nll[0]) / sum(tokens[0]))
-    return Bounds(before * math.exp(moved.low), before * math.exp(moved.high), change.n, before)
+    low, high = (before * math.exp(end) for end in moved)
+    return Bounds(low, high, change.n, before, "; ".join(found.remarks))
+
+
+def _around(found: Difference, change: Change) -> Bounds:
+    """This side's value where the other's is what it was before the change."""
+    low, high = change.before + change.low, change.before + change.high
+    return Bounds(low, high, change.n, change.before, "; ".join(found.remarks))

@@ -23,12 +23,16 @@ class Unmeasured(Exception):
 
 
 class Bounds(NamedTuple):
-    """Where a value lies with the stated confidence; `beside` is the other's value on the `n` questions of both."""
+    """Where a value lies with the stated confidence; `beside` is the other's value on the `n` questions of both.
+
+    `remark` is what to know of the two.
+    """
 
     low: float
     high: float
     n: int
     beside: float | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ class Gate:
         held = all(end for end, _ in ends)
         where = f" beside {found.beside:.4g}" if found.beside is not None else ""
         sure = f"at {100 * self.confidence:.4g} % on {found.n} questions"
-        said = f"{path} is {found.low:.4g} to {found.high:.4g}{where} {sure}"
+        said = (
+            f"{path} is {found.low:.4g} to {found.high:.4g}{where} {sure}{f' ({found.remark})' if found.remark else ''}"
+        )
         if held:
             return Verdict(self.text, True, f"{said}: true at both ends")
         undecided = " (and true at the other end: more questions could tell)" if any(end for end, _ in ends) else ""

@@ -179,6 +179,15 @@ def test_a_score_beside_another_is_compared_on_the_same_questions(tmp_path: Path
     assert judged("@before.quiz.acc > quiz.acc at 95 %", worse, before).held
 
 
+def test_two_versions_of_a_set_are_not_compared_in_silence(tmp_path: Path) -> None:
+    before, after = evaluation(tmp_path / "a", [1.0] * 300), evaluation(tmp_path / "b", [1.0] * 200)
+    path = tmp_path / "b/report.json"
+    path.write_text(path.read_text("utf-8").replace('"digest": "q"', '"digest": "r"'), "utf-8")
+    verdict = judged("quiz.acc >= @before.quiz.acc - 0.05 at 95 %", after, before)
+    assert verdict.held
+    assert "on 200 questions (two versions of the set (q, r): 200 of 300 questions are in both)" in verdict.reason
+
+
 def test_nobody_passes_by_not_answering(tmp_path: Path) -> None:
     before = evaluation(tmp_path / "a", [1.0] * 300)
     after = evaluation(tmp_path / "b", [0.0] * 30 + [1.0] * 270)
