@@ -28,6 +28,8 @@ import uvloop
 from suite.errors import SuiteError, near
 
 LONGEST_PAUSE = 30.0
+AGAIN = {429, *range(500, 600)} - {501}
+"""Statuses after which a request is sent again; 501 says that the endpoint does not do such things."""
 FEWEST_LOST = 8
 """After so many requests in a row (or `concurrency`, if that is more) without any answer, the rest is not asked."""
 
@@ -287,7 +289,7 @@ class _Run:
                 error = f"no connection ({type(failure).__name__})"
             else:
                 self.lost = 0
-                if response.status != 429 and response.status < 500:
+                if response.status not in AGAIN:
                     reply = parse(request, response.status, content)
                     return replace(reply, attempts=attempt, latency=time.perf_counter() - began)
                 error = http_error(response.status, content)

@@ -71,6 +71,7 @@ FAULTS = [
     (Say(status=400, body=b'{"error": {"message": "context overflow"}}'), "HTTP 400: context overflow", True, 1),
     (Say(status=400, body=b'{"object": "error", "message": "flat"}'), "HTTP 400: flat", True, 1),
     (Say(status=404, body=b'{"error": "gone"}'), "HTTP 404: gone", True, 1),
+    (Say(status=501, body=b'{"error": "no echo"}'), "HTTP 501: no echo", True, 1),
     (Say(body=b"<html>proxy</html>"), "not an OpenAI reply: <html>proxy</html>", False, 1),
     (Say(body=b""), "not an OpenAI reply: (empty)", False, 1),
     (Say(body=b"[]"), "not an OpenAI reply: []", False, 1),
