@@ -140,4 +140,6 @@ def _beside(found: Difference, confidence: float) -> Bounds:
 def _around(found: Difference, change: Change) -> Bounds:
     """This side's value where the other's is what it was before the change."""
     low, high = change.before + change.low, change.before + change.high
+    if found.kind != "external":  # whose scores are on scales of their own
+        low, high = max(0.0, low), min(1.0, high)
     return Bounds(low, high, change.n, change.before, "; ".join(found.remarks))

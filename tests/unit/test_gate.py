@@ -209,7 +209,7 @@ def test_few_questions_prove_little(tmp_path: Path) -> None:
     assert judged("quiz.acc >= @before.quiz.acc - 0.02", few, few).held
     verdict = judged("quiz.acc >= @before.quiz.acc - 0.02 at 95 %", few, few)
     assert not verdict.held
-    assert "on 8 questions" in verdict.reason
+    assert "to 1 beside 1 at 95 % on 8 questions" in verdict.reason
 
 
 def test_perplexity_moves_by_a_factor(tmp_path: Path) -> None:
