@@ -38,6 +38,9 @@ def silent(step: float, total: float, what: str = "", **values: float) -> None:
     """Report nothing."""
 
 
+FIELDS = {each.name for each in fields(Reply)}
+
+
 class Answers(Journal):
     """The replies to a set as they come, each with its prompt and, where it answers a question, what it is worth.
 
@@ -66,10 +69,7 @@ class Answers(Journal):
 
     def reply(self, line: dict[str, Any]) -> Reply:
         """The reply that left a line; how it is scored is decided anew."""
-        return super().reply({name: value for name, value in line.items() if name in REPLY})
-
-
-REPLY = {each.name for each in fields(Reply)}
+        return super().reply({name: value for name, value in line.items() if name in FIELDS})
 
 
 @dataclass(frozen=True)

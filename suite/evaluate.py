@@ -308,7 +308,7 @@ def evaluate_url(
             client, model, loaded, folder, journals, limit=limit, external=external, progress=progress,
             judge=judge.client(concurrency, timeout) if judge else None,
         )  # fmt: skip
-        if "fingerprint" not in card and not found.failed:
+        if not card.get("fingerprint") and not found.failed:
             shutil.rmtree(journals)
             with contextlib.suppress(OSError):  # another endpoint's lie there too
                 journals.parent.rmdir()
@@ -332,14 +332,13 @@ def _journals(folder: Path, root: str, model: str, card: Mapping[str, Any]) -> P
 
     What its `card` leaves open nobody knows: other weights under the same name and date look like the same model.
     """
-    if known := card.get("fingerprint"):
-        return folder / "asked" / str(known)
     said = {name: value for name, value in card.items() if isinstance(value, str | int | float)}
     created = said.get("created")
     if isinstance(created, int | float) and abs(time.time() - created) < CLOCK:
         del said["created"]
-    whole = json.dumps([root, model, said], sort_keys=True)
-    return folder / "unfinished" / hashlib.sha256(whole.encode()).hexdigest()[:16]
+    known = card.get("fingerprint")
+    whole = json.dumps(known or [root, model, said], sort_keys=True)
+    return folder / ("asked" if known else "unfinished") / hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

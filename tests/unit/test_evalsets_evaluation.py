@@ -288,10 +288,11 @@ def test_another_endpoint_is_another_model(tmp_path: Path) -> None:
 
 def test_answers_of_a_server_that_says_what_it_serves_are_used_while_it_serves_that(tmp_path: Path) -> None:
     wanted, out = make_sets(tmp_path)[:1], tmp_path / "out"
-    for fingerprint, asked in (("one", 40), ("one", 0), ("two", 40), ("one", 0)):
+    for fingerprint, asked in (("one", 40), ("one", 0), ("two", 40), ("one", 0), ("../../two", 40)):
         with serve(good, card={"fingerprint": fingerprint}) as fake:
             assert evaluate_url(fake.url, "m", wanted, out)["choice"]["acc"] == 1
             assert len(fake.asked) == asked
+    assert len([*(out / "asked").iterdir()]) == 3
 
 
 def test_what_is_written_as_answers_come_says_what_they_are_worth(tmp_path: Path) -> None:
