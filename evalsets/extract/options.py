@@ -72,12 +72,14 @@ AMONG = (
 RUN_ON = re.compile(r"\n[ \t]*(?:Question|Q|Problem|Instruction|User|Human|问题|题目|用户)\s*\d*\s*:", re.IGNORECASE)
 """Where a model goes on with another question."""
 UNDECIDED = re.compile(r"\s*(?:\bor\b|或)", re.IGNORECASE)
+OFFERED = re.compile(r"\([A-J](?:\s*(?:,\s*(?:or\b)?|/|\bor\b|、|或)\s*[A-J]){2,}\)")
+"""What a question offers, which a reply may repeat: `Answer (A, B, C or D): C`."""
 LISTED = re.compile(r"\s*,\s*[A-Z]\s*(?:,|or\b|and\b|$)", re.IGNORECASE)
 
 
 def letter(reply: str, letters: str = "ABCD") -> str | None:
     """The option that the reply chooses, in upper case, or None where it does not say."""
-    text = unicodedata.normalize("NFKC", THINKING.sub(" ", reply)).strip()
+    text = OFFERED.sub("", unicodedata.normalize("NFKC", THINKING.sub(" ", reply))).strip()
     one = re.compile(f"{OPEN}([{letters}]){END}", re.IGNORECASE)
     after = text[_restated(text, letters) :]
     return (

@@ -29,6 +29,7 @@ HARD = {
     "A: wrong\nB: right": "B", "A - incorrect\nB - correct": "B", "A) wrong, B) right": "B", "A (wrong), B (right)": "B", "A: Wrong. B: Wrong. C: Right. D: Wrong.": "C",
     "A ❌ B ✅": "B", "A ×\nB √": "B", "A：错误\nB：正确": "B", "A项错误，C项正确": "C", "A不符合题意，B符合题意": "B", "B: wrong": None, "A: incorrectly stated": "A", "B: wrong turns cost time": "B",
     "C does not fit; D does": "D", "A is ruled out, so D": "D", "C is the wrong answer, B the right one": "B", "A cannot be correct; therefore D": "D", "neither C nor D, so A": "A", "B is right, A is wrong": "B",
+    "Answer (A, B, C or D): C": "C", "Answer (A/B/C/D): b": "B", "答案（A、B、C或D）：D": "D", "(A, B, C)": None, "(A, B or C)?": None,
     # the options once more, before the answer
     "A. x\nB. y\nC. z\nD. w\n\nThe answer is B": "B", "The options are:\nA. x\nB. y\nC. z\nD. w\nSo the answer is (C).": "C", "A. 红\nB. 黄\nC. 蓝\nD. 绿\n\n答案：D": "D",
     "A. x\nB. y\nC. z\nD. w": "A", "A. x\nQuestion: next\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: D": "A", "A. x\nB. y\nAnswer: B": "A",
