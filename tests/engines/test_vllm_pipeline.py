@@ -113,10 +113,7 @@ def done(installed: Callable[[str], Environment], tmp_path_factory: pytest.TempP
                 asked = ["--url", url, "--model", model, "--limit", str(LIMIT), "--out", str(root / model)]
                 assert main(["eval", *asked]) == 0
             same_prompts(url)
-            with httpx.Client(base_url=url, timeout=120) as http:
-                body = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 20}
-                answers = [http.post("/chat/completions", json={"model": m, **body}).json() for m in ("ours", "any")]
-                assert answers[0]["choices"] == answers[1]["choices"]
+            same_answers(url, "ours", "base", "any")
         small = ["--model", "@small", "--backend", "vllm", "--pipeline", str(file), "--limit", str(LIMIT)]
         assert main(["eval", *small, "--out", str(root / "small")]) == 0
         (run_dir,) = (root / "home" / "runs" / "pipeline").iterdir()
@@ -158,6 +155,14 @@ def children(pid: int) -> list[int]:
     """Of a process, and theirs."""
     found = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
     return [*found, *(grandchild for child in found for grandchild in children(child))]
+
+
+def same_answers(url: str, *models: str) -> None:
+    """Whatever a name stands for says the same."""
+    asked = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 20}
+    with httpx.Client(base_url=url, timeout=120) as http:
+        answers = [http.post("/chat/completions", json={"model": model, **asked}).json() for model in models]
+    assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
 
 
 def same_prompts(url: str) -> None:
