@@ -14,6 +14,8 @@ from suite.errors import SuiteError, near
 from suite.reports.subjects import Subject
 
 PARENT = "parent"
+ALONE = "llamacpp"
+"""The backend that serves one request at a time."""
 CHANGED = 500
 """Questions of a set in a page; it says how many more there are."""
 NAMED = 20
@@ -106,7 +108,7 @@ def plain(found: Comparison) -> dict[str, Any]:
 def document(found: Comparison) -> Document:
     """The comparison for people; plots are added by who has them."""
     shown = Document(" · ".join(subject.name for subject in found.subjects))
-    shown.add(Heading("Quality"), quality(found.subjects), Heading("Cost"), cost(found.subjects))
+    shown.add(Heading("Quality"), quality(found.subjects), Heading("Cost"), *costs(found.subjects))
     missing = [f"{s.name} was not evaluated: suite eval" for s in found.subjects if not s.report]
     missing += [
         f"{pair.subject.name} and {pair.reference.name} were asked no set that is the same"
@@ -172,6 +174,14 @@ def _score(found: Mapping[str, Any] | None, counted: bool) -> str:
     leaked = total.get("leakage", {}).get("n", 0)
     of = f" of {total['n']}" if counted else ""
     return f"{number(headline, total[headline])} [{low}, {high}]{of}" + (f", {leaked} leaked" if leaked else "")
+
+
+def costs(subjects: Sequence[Subject]) -> list[Part]:
+    """The table, and what its reader must know."""
+    backends = {s.backend for s in subjects if s.speed}
+    several = len(backends) > 1 and ALONE in backends
+    note = f"{ALONE} is asked one question at a time, other backends several: compare their latencies with care."
+    return [cost(subjects), note] if several else [cost(subjects)]
 
 
 def cost(subjects: Sequence[Subject]) -> Table:

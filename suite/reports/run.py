@@ -198,7 +198,7 @@ def document(found: Ending) -> Document:
     shown = Document(found.plan.name)
     if found.rows:
         shown.add(Heading(TITLE), _table(found), Heading("Quality"), comparison.quality(found.parents.subjects))
-        shown.add(Heading("Cost"), comparison.cost(found.parents.subjects))
+        shown.add(Heading("Cost"), *comparison.costs(found.parents.subjects))
     shown.add(*comparison.tested(found.parents), *comparison.forgetting(found.bases.pairs))
     outcomes = found.outcomes.values()
     stages = [(o.name, o.kind, o.state, f"{o.seconds:.1f} s", Mono(o.key) if o.key else "-") for o in outcomes]

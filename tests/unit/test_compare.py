@@ -211,8 +211,8 @@ def test_a_package_stands_once_with_its_quality_and_its_cost(made: Made, capsys:
     assert (subject["parity"], subject["speed"]["tokens_per_s"]) == (PARITY, 100.0)
     assert subject["sets"]["quiz"]["acc"] == 0.79
     assert evidence(scored).metrics["parity"] == PARITY
-    assert main(["compare", "packed"]) == 0
-    assert "llamacpp" in capsys.readouterr().out
+    assert main(["compare", "packed", "@merged"]) == 0
+    assert "llamacpp is asked one question at a time" in capsys.readouterr().out
 
 
 def test_lineage_leads_to_the_training_data(made: Made, tmp_path: Path) -> None:
