@@ -15,6 +15,7 @@ from export.lora.adapter import Adapter
 from export.merge import Merge, plan
 from suite.errors import SuiteError
 from suite.stages import Artifact
+from suite.store import Store, home
 
 W = "model.safetensors"
 EMBED, Q, HEAD = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head"
@@ -167,7 +168,18 @@ def test_an_adapter_that_knows_no_base_asks_for_one(tmp_path: Path) -> None:
 
 def test_the_base_that_the_adapter_recorded_is_used(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "a", {f"{Q}.lora_A.weight": (2, 4), f"{Q}.lora_B.weight": (6, 2)})
-    made_from = {"path": str(base(tmp_path / "b")), "type": "model", "digest": "d"}
+    recorded = base(tmp_path / "b")
+    made_from = {"path": str(recorded), "type": "model", "digest": Store(home()).digest(recorded)}
     (folder / "artifact.json").write_text(json.dumps({"inputs": {"base": [made_from]}}))
     with pytest.raises(SuiteError, match="another base"):
         Merge(adapter="a").check({"adapter": [Artifact(folder, "adapter")]})
+
+
+def test_an_adapter_of_another_number_of_experts_is_named(tmp_path: Path) -> None:
+    folder = base(tmp_path / "b")
+    experts = "model.layers.0.mlp.experts"
+    save_file({f"{experts}.down_proj": np.ones((4, 6, 8), np.float32)}, folder / "model.safetensors")
+    pair = {f"{experts}.lora_A.weight": (6, 8), f"{experts}.lora_B.weight": (6, 6)}
+    config = {"target_parameters": ["experts.down_proj"]}
+    with pytest.raises(SuiteError, match=r"'model.layers.0.mlp.experts.down_proj' is 4 x 6 x 8 there and 6 x 8 in the"):
+        plan(folder, [adapter(tmp_path / "a", pair, **config)])
