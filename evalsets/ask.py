@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +290,7 @@ class _Run:
             else:
                 self.lost = 0
                 if response.status not in AGAIN:
-                    reply = parse(request, response.status, content)
-                    return replace(reply, attempts=attempt, latency=time.perf_counter() - began)
+                    return parse(request, response.status, content, attempt, time.perf_counter() - began)
                 error = http_error(response.status, content)
                 wait = max(wait, _seconds(response.headers.get("Retry-After")))
             if attempt < self.client.attempts:
@@ -300,11 +299,11 @@ class _Run:
         return Reply(request.id, request.digest, attempts=attempt, error=error)
 
 
-def parse(request: Request, status: int, content: bytes) -> Reply:
+def parse(request: Request, status: int, content: bytes, attempts: int = 1, latency: float = 0.0) -> Reply:
     """The reply in the body of an answer; one with an error where the body is not what the OpenAI API promises."""
-    name, digest = request.id, request.digest
+    reply = partial(Reply, request.id, request.digest, attempts=attempts, latency=latency)
     if status >= 400:
-        return Reply(name, digest, error=http_error(status, content), refused=status != 408)
+        return reply(error=http_error(status, content), refused=status != 408)
     try:
         body = json.loads(content)
         choice = body["choices"][0]
@@ -314,14 +313,14 @@ def parse(request: Request, status: int, content: bytes) -> Reply:
         if not isinstance(text, str | None):
             raise TypeError("content is no text")
     except (ValueError, LookupError, TypeError, AttributeError):
-        return Reply(name, digest, error=f"not an OpenAI reply: {_excerpt(content)}")
+        return reply(error=f"not an OpenAI reply: {_excerpt(content)}")
     if not request.body.get("echo"):
-        return Reply(name, digest, _clean(text or ""), str(finish), tokens)
+        return reply(_clean(text or ""), str(finish), tokens)
     try:
         logprobs = _prompt_logprobs(choice, usage, text or "", str(request.body["prompt"]))
     except (LookupError, TypeError, ValueError) as error:
-        return Reply(name, digest, error=f"no log-probabilities of the prompt: {error}", refused=True)
-    return Reply(name, digest, logprobs=logprobs)
+        return reply(error=f"no log-probabilities of the prompt: {error}", refused=True)
+    return reply(logprobs=logprobs)
 
 
 def said(message: Mapping[str, Any]) -> str | None:
