@@ -58,7 +58,8 @@ class Quantize(Stage):
     `awq` 4 bits with zero points (the GEMM layout), `bnb` 4 bits as nf4 or fp4, or 8 as int8. `w4a16`, `w8a8` (int8
     activations too) and `fp8` are compressed-tensors, made by llm-compressor in an environment of its own: `suite env
     install llmcompressor`. `keep` gives chosen layers more bits, `search` chooses for itself. Transformers reads all
-    of them; vLLM no bnb, and of gptq 4 and 8 bits that are symmetric and not `desc_act`.
+    of them but layers of different bits, and experts of gptq and awq, which GPTQModel and this suite read; vLLM no
+    bnb, and of gptq 4 and 8 bits that are symmetric and not `desc_act`.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "gptqmodel", "bitsandbytes")
