@@ -195,7 +195,7 @@ def test_answers_and_scores_are_the_same(done: Done, artifact: str) -> None:
 def test_texts_are_as_likely(done: Done, artifact: str) -> None:
     ours, theirs = (done.rows(f"{engine}-{artifact}", "perplexity") for engine in ("ours", "theirs"))
     assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
-    rounded = 2e-2 if artifact == "small" else 1e-4  # 16 bits
+    rounded = 5e-2 if artifact == "small" else 1e-4  # 16 bits
     assert [row["nll"] for row in theirs] == pytest.approx([row["nll"] for row in ours], rel=rounded)
 
 
