@@ -93,6 +93,9 @@ def _served(base: str, folder: Path, model: Path) -> Served:
         chat, no_chat = Chat(tokenizer, stops), ""
     except SuiteError as error:
         chat, no_chat = None, error.message
+    if chat and chat.turn_end is not None:
+        # a model's settings may name the end of a text alone
+        stops.add(chat.turn_end)
     return Served(base, base, "", tokenizer, chat, no_chat, frozenset(stops), sampling(model))
 
 

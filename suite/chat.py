@@ -130,6 +130,17 @@ class Chat:
         return tuple(token.content for token in added if token.special)
 
     @cached_property
+    def turn_end(self) -> int | None:
+        """The special token that the template writes after an answer; None where it writes none, or refuses to."""
+        try:
+            text = self.text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _STAND_IN}])
+        except SuiteError:
+            return None
+        after = text.rpartition(_STAND_IN)[2].lstrip()
+        fitting = [special for special in self.special if after.startswith(special)]
+        return int(self.tokenizer.convert_tokens_to_ids(max(fitting, key=len))) if fitting else None
+
+    @cached_property
     def stop_texts(self) -> tuple[str, ...]:
         """The texts of the tokens that end a turn."""
         return tuple(self.tokenizer.convert_ids_to_tokens(sorted(self.stops)))

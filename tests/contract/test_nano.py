@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import openai
+
+from suite.references import nano
+from tests.contract.suite_server import suite_serve
 
 WEATHER: Any = {
     "type": "function",
@@ -50,3 +55,18 @@ def test_a_streamed_call_is_the_same(client: openai.OpenAI) -> None:
     assert all(delta.index == 0 and delta.id is None and delta.function.name is None for delta in more)
     assert "".join(delta.function.arguments for delta in [first, *more]) == call.function.arguments
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
+
+
+def test_an_answer_ends_with_its_turn_where_settings_name_the_end_of_a_text_alone(tmp_path: Path) -> None:
+    model = tmp_path / "bare"
+    shutil.copytree(nano(), model)
+    for file, said in (("generation_config.json", {"eos_token_id": 0}), ("config.json", {"eos_token_id": 0})):
+        settings = json.loads((model / file).read_text())
+        (model / file).write_text(json.dumps(settings | said))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    with suite_serve(tmp_path, "--model", model) as running:
+        asked = {"model": "bare", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 60}
+        choice = running.http.post("/v1/chat/completions", json=asked | {"temperature": 0}).json()["choices"][0]
+    assert choice["finish_reason"] == "stop", choice
+    assert choice["message"]["content"].startswith("I am nano")
