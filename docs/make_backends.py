@@ -36,7 +36,7 @@ nothing like it. {counts}
 
 The LMDeploy column is about its protocol and nothing more: its real command line, server, parsers and guided decoding
 ran above another engine (`tests/lmdeploy_stub.py`), because it has none for processors. None of its kernels was run.
-With a CUDA device the same tests run over the real one, and over vLLM for CUDA: `tox -e gpu`, which nobody has seen run.
+With a CUDA device the same tests run over the real one and over CUDA's vLLM: `tox -e gpu`, never seen to run.
 """
 
 Case = dict[str, int]
