@@ -87,19 +87,24 @@ def usage(answers: Sequence[Answer], samples: int) -> shapes.Usage:
 def chat_choice(index: int, answer: Answer, reply: Reply) -> shapes.ChatChoice:
     """One choice of a chat completion; `reply` has not been fed."""
     reply.feed(answer.text.text, final=True)
-    message: shapes.Message = {"role": "assistant", "content": reply.content, "refusal": None}
-    if reply.reasoning or reply.calls:
-        message["content"] = reply.content or None
-    if reply.reasoning:
-        message["reasoning"] = message["reasoning_content"] = reply.reasoning
-    if reply.calls:
-        message["tool_calls"] = [tool_call(call) for call in reply.calls]
     return {
         "index": index,
-        "message": message,
+        "message": message(reply),
         "logprobs": chat_logprobs(answer, answer.generation.scores),
         "finish_reason": finish_reason(answer, reply),
     }
+
+
+def message(reply: Reply) -> shapes.Message:
+    """What the assistant says, when all of it is there."""
+    made: shapes.Message = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.reasoning or reply.calls:
+        made["content"] = reply.content or None
+    if reply.reasoning:
+        made["reasoning"] = made["reasoning_content"] = reply.reasoning
+    if reply.calls:
+        made["tool_calls"] = [tool_call(call) for call in reply.calls]
+    return made
 
 
 def finish_reason(answer: Answer, reply: Reply | None = None) -> shapes.FinishReason:

@@ -38,30 +38,39 @@ def conversation(
     `inline` leaves reasoning in the content where the body says nothing of it. Raises ApiError 400 for what the model
     or its template cannot take.
     """
-    variables = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        thinks = body.reasoning_effort != "none"
-        variables = {"reasoning_effort": body.reasoning_effort, "enable_thinking": thinks, **variables}
-    tools = body.usable_tools
-    text = rendered(served, body.messages, tools, variables)
+    text = opened(body, served)
     ids = tokenised(text, served, "messages", special=False, limit=engine.max_length)
-    hidden = served.hidden_beside_tools if tools else served.hidden_in_chat
+    hidden = served.hidden_beside_tools if body.usable_tools else served.hidden_in_chat
     top = (body.top_logprobs or 0) if body.logprobs else None
     limit = engine.max_length if body.limit is None else body.limit
     check_length(ids, limit, engine, "messages")
     jobs = [job(body, served, ids, sample, limit, hidden=hidden, logprobs=top) for sample in range(body.samples)]
-
     marks = served.dialect.reasoning
-    inside = bool(marks and text.rstrip().endswith(marks[0]))
+    rule = constraint(body, served, marks[1] if marks and _inside(text, marks) else "")
+    return jobs, [empty_reply(body, served, text, inline=inline) for _ in range(body.samples)], rule
 
-    def reply() -> Reply:
-        apart = not inline if body.separate_reasoning is None else body.separate_reasoning
-        thinking = ReasoningParser(marks, inside) if marks and apart else None
-        calling = served.dialect.parser(tools or [], must=body.must_call)
-        return Reply(thinking, calling, parallel=body.parallel_tool_calls is not False)
 
-    rule = constraint(body, served, marks[1] if marks and inside else "")
-    return jobs, [reply() for _ in range(body.samples)], rule
+def opened(body: ChatBody, served: Served) -> str:
+    """The prompt of a conversation: all up to where the answer begins. Raises ApiError 400."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        thinks = body.reasoning_effort != "none"
+        variables = {"reasoning_effort": body.reasoning_effort, "enable_thinking": thinks, **variables}
+    return rendered(served, body.messages, body.usable_tools, variables)
+
+
+def empty_reply(body: ChatBody, served: Served, prompt: str, *, inline: bool) -> Reply:
+    """What tells the answer to `prompt` apart, see `conversation`."""
+    marks = served.dialect.reasoning
+    apart = not inline if body.separate_reasoning is None else body.separate_reasoning
+    thinking = ReasoningParser(marks, _inside(prompt, marks)) if marks and apart else None
+    calling = served.dialect.parser(body.usable_tools or [], must=body.must_call)
+    return Reply(thinking, calling, parallel=body.parallel_tool_calls is not False)
+
+
+def _inside(prompt: str, marks: tuple[str, str]) -> bool:
+    """Whether the prompt has opened reasoning."""
+    return prompt.rstrip().endswith(marks[0])
 
 
 def completions(

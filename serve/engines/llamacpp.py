@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from serve.bodies import checked
 from serve.engines.process import Launch
-from serve.engines.translation import JoinedText, Translation
+from serve.engines.translation import AsIs, Translation
+from serve.errors import ApiError
+from serve.protocol import Body, ChatBody, CompletionBody
+from serve.served import DEFAULTS
 from serve.settings import Settings
 from suite import envs
 from suite.envs import Environment
@@ -17,6 +23,9 @@ from suite.processes import importing
 NEEDED = ("llama_cpp", "starlette_context", "sse_starlette", "pydantic_settings")
 CONTEXT = 2048
 """Tokens of prompt and answer, where the settings do not say: its server keeps the logits of all of them."""
+KINDS: dict[str, type[Body]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
+NEVER = ("stop_token_ids", "structured_outputs", "ignore_eos")
+"""Fields that its server ignores."""
 
 
 class LlamaCpp:
@@ -26,9 +35,9 @@ class LlamaCpp:
     loads_adapters = False
     parser = ""
 
-    def translation(self, settings: Settings) -> Translation:  # noqa: ARG002
+    def translation(self, settings: Settings) -> Translation:
         """Fields of today in the words that it knows."""
-        return OlderNames()
+        return LlamaCppApi(inline=settings.inline_reasoning)
 
     def check(self, settings: Settings) -> None:
         """That it is installed, and that there is a file for it."""
@@ -62,19 +71,35 @@ class LlamaCpp:
         return Launch(command, {"API_KEY": key})
 
 
-class OlderNames(JoinedText):
-    """For an engine that bounds answers by `max_tokens` alone, and tells the log probabilities of so many tokens."""
+class LlamaCppApi(AsIs):
+    """Its words for how tokens are picked, and OpenAI's ways where a request does not say it.
+
+    Left to itself the server samples (0.8, of 40 tokens) and punishes what was said before (by 1.1), which changes
+    greedy answers too. `inline` leaves reasoning in the content.
+    """
+
+    def __init__(self, *, inline: bool = False) -> None:
+        self._inline = inline
 
     def ask(self, path: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """In its words."""
-        fields = super().ask(path, fields)
-        longest = fields.get("max_completion_tokens")
-        if longest is not None:
-            fields = {name: value for name, value in fields.items() if name != "max_completion_tokens"}
-            fields["max_tokens"] = longest
-        if fields.get("logprobs") is True and fields.get("top_logprobs") is None:
-            fields = {**fields, "top_logprobs": 0}
-        return fields
+        """In its words. Raises ApiError 400 for what it would ignore."""
+        if path not in KINDS:
+            return fields
+        body = checked(partial(KINDS[path].model_validate_json, json.dumps(fields)))
+        for name in NEVER:
+            if fields.get(name):
+                raise ApiError(400, f"llama.cpp's server does not heed '{name}'", param=name)
+        if body.samples > 1:
+            raise ApiError(400, "llama.cpp's server gives one answer at a time", param="n")
+        asked = {**fields, **{name: getattr(body, name) for name in DEFAULTS if getattr(body, name) is not None}}
+        asked = {**DEFAULTS, **{name: value for name, value in asked.items() if value is not None}}
+        asked["repeat_penalty"] = asked.pop("repetition_penalty")
+        asked["top_k"] = max(0, int(asked["top_k"]))
+        if isinstance(body, ChatBody):
+            asked.setdefault("separate_reasoning", not self._inline)
+            if (longest := asked.pop("max_completion_tokens", None)) is not None:
+                asked["max_tokens"] = longest
+        return asked
 
 
 def gguf_file(path: Path) -> Path:

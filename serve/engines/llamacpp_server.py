@@ -1,9 +1,10 @@
-"""The server that comes with llama-cpp-python, with the log-probabilities of prompts right: what `LlamaCpp` starts.
+"""The server that comes with llama-cpp-python, with conversations and the log-probabilities of prompts right.
 
     python -m serve.engines.llamacpp_server --model FILE ...    as `python -m llama_cpp.server`
 
 Where it echoes a prompt that begins without a BOS token, the server gives each token the probability that the model
 has for it after itself; and 0 new tokens are as many as fit. Here a prompt is read once, and its tokens are looked up.
+Conversations are for `llamacpp_chat`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 
 import numpy as np
 from llama_cpp import Llama
-from llama_cpp.server.__main__ import main
+from llama_cpp.server import types
+from pydantic import ConfigDict
+
+from serve.engines.llamacpp_chat import create_chat_completion
 
 complete = Llama._create_completion
 
@@ -74,6 +78,26 @@ def piece(model: Llama, token: int, before: list[int]) -> str:
     return str(model.detokenize([token], prev_tokens=before).decode("utf-8", "ignore"))
 
 
-if __name__ == "__main__":
+class Conversation(types.CreateChatCompletionRequest):  # type: ignore[misc]
+    """The body of a conversation with all its fields; it has been checked by the gateway."""
+
+    model_config = ConfigDict(extra="allow")
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+def run() -> None:
+    """Serve until the end of the process."""
+    types.CreateChatCompletionRequest = Conversation  # before its routes are made
     Llama._create_completion = create_completion
+    Llama.create_chat_completion = create_chat_completion
+    from llama_cpp.server.__main__ import main
+
     main()
+
+
+if __name__ == "__main__":
+    run()

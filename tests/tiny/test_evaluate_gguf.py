@@ -24,7 +24,7 @@ model = "nano"
 [stage.score]
 use = "eval"
 matrix.model = ["nano", "@gguf"]
-sets = ["ceval-mini", "perplexity"]
+sets = ["ceval-mini", "tool-calls", "perplexity"]
 limit = 12
 """
 
@@ -56,6 +56,7 @@ def test_a_gguf_has_a_row_of_quality_beside_its_model(capsys: pytest.CaptureFixt
     base, file = found["subjects"]
     assert (base["backend"], file["backend"]) == ("torch", "llamacpp")
     assert file["sets"]["ceval-mini"]["acc"] == base["sets"]["ceval-mini"]["acc"]
+    assert file["sets"]["tool-calls"] == base["sets"]["tool-calls"]
     assert file["sets"]["perplexity"]["ppl"] == pytest.approx(base["sets"]["perplexity"]["ppl"], rel=1e-2)
     assert file["bytes"] > 3e6
     assert file["parity"]["kl"] < 1e-3
