@@ -34,6 +34,8 @@ OF_PIP_ALONE = frozenset({
     "no-compile", "no-python-version-warning", "config-file",
 })  # fmt: skip
 """Settings that decide nothing of what is installed."""
+OFF = ("0", "false", "no", "off", "n", "f")
+"""How pip's settings say that something is not done, which is uv's way too."""
 
 CURES: Mapping[str, str] = {
     "No space left on device": "free some space, or set SUITE_HOME to a larger disk",
@@ -114,12 +116,14 @@ def _as_uv_takes(settings: Mapping[str, str]) -> tuple[list[str], dict[str, str]
     """Flags and variables for uv; raises SuiteError for a setting that it has no word for."""
     flags, variables = [], {}
     for name, value in settings.items():
+        if value.lower() in OFF:  # as `user` is in virtual environments
+            continue
         if name in FLAGS:
             flags += [part for each in value.split() for part in (FLAGS[name], each)]
         elif name in VARIABLES:
             variables[VARIABLES[name]] = " ".join(value.split())
         elif name == "no-index":
-            flags += ["--no-index"] if value.lower() in ("1", "true", "yes", "on") else []
+            flags += ["--no-index"]
         elif name not in OF_PIP_ALONE:
             raise SuiteError(f"pip is set up with '{name}', which uv does not know")
     # what is said to uv itself counts
