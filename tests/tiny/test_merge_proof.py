@@ -23,12 +23,21 @@ from tests.tiny.tiny_models import tiny_adapter, tiny_model
 Folders = tuple[Path, Path]
 
 
+def variant(adapter: Path, folder: Path, factor: Callable[[str], float]) -> Path:
+    """A copy of the adapter whose B matrices are multiplied by what `factor` says of their names."""
+    shutil.copytree(adapter, folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t * (factor(n) if "lora_B" in n else 1.0) for n, t in tensors.items()}, file)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """A base in bfloat16, and an adapter."""
+    """A base in bfloat16, and an adapter whose change is many steps of that type."""
     folder = tmp_path_factory.mktemp("proof")
     base = tiny_model(folder / "base", hidden=64, dtype="bfloat16")
-    return base, tiny_adapter(base, folder / "adapter")
+    return base, variant(tiny_adapter(base, folder / "adapter"), folder / "strong", lambda _: 2.0)
 
 
 def prove(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
@@ -47,15 +56,6 @@ def test_a_merge_costs_what_rounding_at_random_costs(
     found = prove(base, adapter, tmp_path / "out")
     assert found["rounding"] / 4 < found["kl"] < found["rounding"]
     assert found["effect"] > 20 * found["kl"]
-
-
-def variant(adapter: Path, folder: Path, factor: Callable[[str], float]) -> Path:
-    """A copy of the adapter whose B matrices are multiplied by what `factor` says of their names."""
-    shutil.copytree(adapter, folder)
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    save_file({n: t * (factor(n) if "lora_B" in n else 1.0) for n, t in tensors.items()}, file)
-    return folder
 
 
 FAULTS: dict[str, Callable[[str], float]] = {
@@ -86,6 +86,15 @@ def test_an_adapter_that_rounding_swallows_is_not_merged_silently(folders: Folde
     with pytest.raises(SuiteError, match=r"the adapter is lost: .*; worst on '") as caught:
         prove(base, weak, tmp_path / "out")
     assert "serve it unmerged" in caught.value.hint
+
+
+def test_of_a_faint_adapter_rounding_may_take_a_part(folders: Folders, tmp_path: Path) -> None:
+    """As of one that was trained for a few steps, which tests/quickstart/test_crash.py merges."""
+    base, adapter = folders
+    faint, less = (variant(adapter, tmp_path / str(part), lambda _, part=part: part) for part in (0.1, 0.075))
+    merge(base, [less], tmp_path / "out", 10**9)
+    found = prove(base, faint, tmp_path / "out")
+    assert proof.ROUNDINGS * found["rounding"] < found["kl"] < proof.LOST * found["effect"]
 
 
 def test_new_tokens_are_proved_without_loading_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
