@@ -47,6 +47,7 @@ measure(work)
 GGUF = """
 from pathlib import Path
 import gguf as _, torch as _
+from transformers import AutoTokenizer as _, PreTrainedTokenizerFast as _
 from export import gguf
 def work():
     Path(out).mkdir()

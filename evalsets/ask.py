@@ -116,6 +116,10 @@ class Journal:
             yield write
 
 
+GATHERING = 0.02
+"""Seconds in which replies may gather: to wake a thread for each of them takes the interpreter from those who ask."""
+
+
 @contextlib.contextmanager
 def _aside(work: Callable[[Request, Reply], None]) -> Iterator[Callable[[Request, Reply], None]]:
     """What hands its arguments to a thread that does `work` with them in order; all is done after the block.
@@ -129,6 +133,8 @@ def _aside(work: Callable[[Request, Reply], None]) -> Iterator[Callable[[Request
         try:
             while arrived := waiting.get():
                 work(*arrived)
+                if waiting.empty():
+                    time.sleep(GATHERING)
         except Exception as error:
             raised.append(error)
 
