@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON line a row")
     options = parser.parse_args()
     start = time.perf_counter()
-    for mib, rounds in ((256, 5),) if options.quick else ((1024, 7), (4096, 3)):
+    for mib, rounds in ((256, 5),) if options.quick else ((1024, 7), (4096, 9)):
         for found in rows(mib, rounds, options.swift, options.llamafactory):
             show(found, options.json)
     if not options.json:
