@@ -15,7 +15,7 @@ that read a part of a prompt or whose generation left, and `Step.loads` into row
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -61,6 +61,11 @@ class Step:
         """Tokens of the longest row; the others are padded to it."""
         return max(self.counts)
 
+    def shape(self, running: Sequence[Generation]) -> tuple[int, int]:
+        """The rows that the cache must have room for, those of `running`, and their length, padding included."""
+        padded = max(generation.cached for generation in self.rows) + self.width
+        return len(running), max(padded, *(len(generation.tokens) for generation in running))
+
 
 class Scheduler:
     """Continuous batching over at most `max_rows` rows.
@@ -68,8 +73,9 @@ class Scheduler:
     `max_cells` bounds the cache: rows x (longest one, rounded up to `block`). Generations start in the order they
     came. When those that run outgrow the cache, the youngest one waits again and is read anew later (its tokens are
     kept), so the oldest always goes on and everything finishes; one that can outgrow the cache alone must not be added.
-    A prefill step reads at most `chunk` tokens of a generation and about `budget` tokens in all, and a decode step is
-    made between two of them: a long prompt delays nobody for more than one chunk.
+    A prefill step reads at most `chunk` tokens of a generation and about `budget` tokens in all, with no padding that
+    would outgrow the cache, and a decode step is made between two of them: a long prompt delays nobody for more than
+    one chunk.
     """
 
     def __init__(
@@ -91,7 +97,8 @@ class Scheduler:
         self.looked_for, self.found = 0, 0
         """Tokens of prompts that kept blocks were looked for, and those that were found."""
         self._limit, self._calm = max_rows, 0
-        self._keeps: list[Copy] = []
+        self._keeps: dict[int, Copy] = {}
+        """By place: a block that made room before it was copied is copied no more."""
         self._prefilled = False
 
     def add(self, generation: Generation) -> None:
@@ -132,7 +139,7 @@ class Scheduler:
         if not self.running:
             return None
         step = self._prefill() if prefill_next else self._decode()
-        step.keeps, self._keeps = self._keeps, []
+        step.keeps, self._keeps = [*self._keeps.values()], {}
         for row, generation in enumerate(self.running):
             if generation.row is not None and generation.row != row:
                 step.moves.append(Move(generation.row, row, generation.cached))
@@ -171,17 +178,19 @@ class Scheduler:
         rows: list[Generation] = []
         loads: list[Copy] = []
         reading: set[Hashable] = set()
-        width = 0
+        room = self.max_cells // len(self.running) // self.block * self.block  # for each, padding included
+        width = start = 0
         for row, generation in enumerate(self.running[self.decoding :], self.decoding):
             found, following = self._find(row)
             loads += found
-            wider = max(width, min(generation.left, self.chunk))
+            wider, further = max(width, min(generation.left, self.chunk)), max(start, generation.cached)
+            large = wider * (len(rows) + 1) > self.budget or further + wider > room
             # one that begins like another waits for it, and takes over what that one reads
-            if rows and (wider * (len(rows) + 1) > self.budget or following in reading):
+            if rows and (large or following in reading):
                 break
             rows.append(generation)
             reading.add(following)
-            width = wider
+            width, start = wider, further
         return Step(self.decoding, rows, [min(generation.left, self.chunk) for generation in rows], loads)
 
     def _find(self, row: int) -> tuple[list[Copy], Hashable]:
@@ -211,7 +220,7 @@ class Scheduler:
         if generation.row is None:
             return
         known, places = self.prefixes.keep(generation.weights, generation.tokens[: generation.cached])
-        self._keeps += [Copy(generation.row, block, place) for block, place in enumerate(places, known)]
+        self._keeps |= {place: Copy(generation.row, block, place) for block, place in enumerate(places, known)}
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < min(self.max_rows, self._limit):

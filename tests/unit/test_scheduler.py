@@ -77,6 +77,8 @@ class Machine:
             row.observed = max(row.observed, last)
 
     def copy(self, step: Step) -> None:
+        places = [copy.place for copy in step.keeps]
+        assert len(places) == len(set(places)), "copied at once, in no order"
         for row, block, place in step.keeps:
             self.kept[place] = self.rows[row][block * BLOCK : (block + 1) * BLOCK]
             assert len(self.kept[place]) == BLOCK
@@ -230,16 +232,28 @@ def test_after_a_lack_of_memory_fewer_run_at_once_for_a_while(monkeypatch: pytes
     assert len(run.finished) == 8
 
 
+def test_blocks_that_make_room_before_they_were_copied() -> None:
+    run = machine(rows=6, cells=768, chunk=40, budget=240, kept=16)
+    for number in range(6):
+        run.scheduler.add(generation(100, 20, odd=number))
+    run.run()
+    assert len(run.finished) == 6
+
+
 @settings(max_examples=80, deadline=None)
-@given(st.lists(lengths, min_size=1, max_size=20), st.integers(64, 200))
-def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], cells: int) -> None:
-    run = machine(rows=8, cells=cells)
+@given(st.lists(lengths, min_size=1, max_size=20), st.integers(16, 50), st.sampled_from([8, 24]))
+@example([(26, 4), (24, 4), (24, 4)], 24, 24)  # the rest of the first, padded to what the third one reads
+def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], blocks: int, chunk: int) -> None:
+    run = machine(rows=8, cells=blocks * BLOCK, chunk=chunk, budget=2 * chunk)
     for request in requests:
         run.scheduler.add(generation(*request))
     while (step := run.scheduler.schedule()) is not None:
         running = run.scheduler.running
-        longest = -(-max(len(row.tokens) for row in running) // BLOCK) * BLOCK
-        assert len(running) == 1 or len(running) * longest <= cells
+        rows, length = step.shape(running)
+        assert rows * -(-length // BLOCK) * BLOCK <= blocks * BLOCK
+        assert all(row.cached + step.width <= length for row in step.rows)
+        assert all(len(row.tokens) <= length for row in running)
+        assert rows == len(running)
         for row in run.scheduler.advance(step):
             row.tokens.append(0)
             if row.count == row.request.max_tokens:
