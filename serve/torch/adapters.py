@@ -29,7 +29,7 @@ class Adapters:
     """
 
     def __init__(self, model: Any, base: ModelFolder, memory: int, wake: Callable[[], None]) -> None:
-        self.lora = MultiLora(model)
+        self.lora = MultiLora(model, memory)
         self._base, self._dtype, self._wake = base, model.dtype, wake
         self._itemsize: int = model.dtype.itemsize
         self._named: dict[str, AdapterFolder] = {}
@@ -129,9 +129,9 @@ class Adapters:
             self._thread.start()
         return go, failed
 
-    def select(self, first: int, rows: Sequence[Generation], width: int) -> None:
-        """Say which rows the next forward pass has, the first's place among those that run, and tokens a row."""
-        self.lora.select([generation.weights for generation in rows], self._pool.resident, first, width)
+    def select(self, rows: Sequence[Generation], width: int) -> None:
+        """Say which rows the next forward pass has, and how many tokens each."""
+        self.lora.select([generation.weights for generation in rows], self._pool.resident, width)
 
     def stats(self) -> PoolStats:
         """How the pool is at the moment."""

@@ -14,17 +14,21 @@ from serve.torch.cache import SlotCache
 
 
 class Order(NamedTuple):
-    """Rows of a batch computed in another order than the cache has them in: place `p` has row `rows[p]`."""
+    """Rows of a batch computed in another order than the cache has them in: place `p` has row `rows[p]`.
+
+    A row may have several places, where all get the same result.
+    """
 
     rows: torch.Tensor
     places: torch.Tensor
-    """Where each row is, (B,)."""
+    """Where each row is, (B,): at the first of its places."""
 
     @classmethod
     def of(cls, rows: Sequence[int], device: torch.device) -> Order:
-        """The order of a list."""
-        ordered = torch.tensor(rows, device=device)
-        return cls(ordered, ordered.argsort())
+        """The order of a list that has every row."""
+        places = {row: place for place, row in reversed([*enumerate(rows)])}
+        first = [places[row] for row in range(len(places))]
+        return cls(torch.tensor(rows, device=device), torch.tensor(first, device=device))
 
 
 class Projection(nn.Linear):

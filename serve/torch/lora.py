@@ -17,8 +17,10 @@ from serve.torch.stack import Stack
 READING, MOVING = 16, 6
 """Reading the weights of a block takes about as long as computing this many rows with them; bringing a row to its block
 and its result back, as long as computing this many."""
-FEW_ON_CPU, FEW_ELSEWHERE = 8, 3
-"""With so many adapters, two products for each take as long as the operations around those by blocks."""
+SLOTS = 8
+"""Above so many slots, so many come at a time."""
+FEW = 8
+"""Turns that are quickly begun, where a row has few tokens."""
 WIDE = 16
 """Tokens in a row from which on the products of a row take much longer than to begin them."""
 
@@ -33,46 +35,46 @@ class Block(NamedTuple):
 class MultiLora:
     """Adds `x A^T B^T * scaling` of each row's adapter to the output of every adapted linear layer.
 
-    Where few adapters share a batch, they take turns: two matrix products for each, on the rows that it has. A `Stack`
-    is asked to compute its rows in an `order` that gives each adapter one turn.
-
-    Where there are more, their rows are gathered to blocks of one size, and each block has a slot with its adapter's
-    weights, so that a batched matrix product computes them all:
+    Where a token is computed for each row, rows of one adapter are blocks of one size, and each block has a slot with
+    its adapter's weights, so that two batched matrix products compute them all. A `Stack` is asked to compute its rows
+    in the `order` of the blocks, some of them twice where a block is not full, and the base's behind them:
 
         row      0   1   2   3   4        block 0:  1  3      slot 0:  a
-        adapter  b   a   -   a   c        block 1:  0  .      slot 1:  b      y[rows] += (x[gather] A^T B^T)[places]
-                                          block 2:  4  .      slot 2:  c
+        adapter  b   a   -   a   c        block 1:  0  0      slot 1:  b      y[blocks] += x[blocks] A^T B^T
+                                          block 2:  4  4      slot 2:  c
+                                          base:     2
 
-    Where most rows have an adapter of their own, each row is a block, and nothing is gathered.
+    Any other model's rows are gathered to such blocks before each layer, and their results brought back; or each row is
+    a block, where most have an adapter of their own. Prompts are so much more work that the adapters take turns: two
+    products for each, on the rows that it has.
 
     A row's result comes from products of its own, whatever its neighbours ask for. Slots are written only where the
-    adapters of a batch change; ranks are padded to the highest in the batch. `model.parts` says which layers of the
-    checkpoint are one now (`serve.torch.fused`): their A stand side by side, and each B in units of its own. Only
-    outputs of layers are touched, so the layers may be quantized.
+    adapters of a batch change; ranks are padded to the highest in the batch. They take `memory` bytes at most: where
+    those of a batch need more, its adapters take turns. `model.parts` says which layers of the checkpoint are one now
+    (`serve.torch.fused`). Only outputs of layers are touched, so the layers may be quantized.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, memory: int) -> None:
+        self._model, self._memory = model, memory
         self._parts: Mapping[str, Part] = model.parts
         self._layers: dict[str, Layer] = {}
         self._slots: list[Hashable] = []
         self._room = 0  # the rank that slots have room for
         self._rows: list[Hashable] = []
         self._width = 1
-        self._held: list[Hashable] = []  # those that took turns last
-        self._few = FEW_ON_CPU if model.device.type == "cpu" else FEW_ELSEWHERE
         self._orders = isinstance(vars(model).get("forward"), Stack)
         self._adapters: set[Hashable] = set()
         self._touched: set[str] = set()
         self._rank = 0
+        self._size = 0
+        self._model_size = sum(t.numel() for t in model.base_model.layers.parameters()) if self._orders else 0
         self.order: Order | None = None
         """How a `Stack` has to order the rows of the next forward pass."""
 
-    def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], first: int = 0, width: int = 1) -> None:
+    def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], width: int = 1) -> None:
         """Name the adapter of each row of the next forward pass, a key of `pool`; an empty one is the base.
 
-        `first` is where the rows stand among all that run: their slots are there too where that costs nothing, so that
-        those that are computed in different steps leave each other's alone. Each row has `width` tokens.
+        Each row has `width` tokens.
         """
         if rows == self._rows and width == self._width:
             return
@@ -81,35 +83,12 @@ class MultiLora:
         if adapters != self._adapters:
             self._meet([pool[key] for key in adapters])
             self._adapters = adapters
-        touched = [layer for layer in self._layers.values() if not self._touched.isdisjoint(layer.parts)]
-        order = self._ordered(rows, touched)
+        touched = {layer for layer in self._layers.values() if not self._touched.isdisjoint(layer.parts)}
+        order, plan = self._planned(rows, pool, width, self._orders and all(layer.in_stack for layer in touched))
         self.order = Order.of(order, self._model.device) if order != [*range(len(rows))] else None
-        turns = [(key, len([*same])) for key, same in groupby(rows[row] for row in order)]
-        plan: Plan | Turns | None = None
-        quick = len(adapters) <= self._few and len(turns) <= 2 * self._few * max(1, width // WIDE)
-        if quick or any(pool[key].scales for key in adapters):  # which blocks do not know
-            plan = self._turns(turns, pool) if adapters else None
-        else:
-            plan = self._plan(rows, pool, first)
         for layer in self._layers.values():
             layer.follow(plan if layer in touched else None)
         self._rows, self._width = [*rows], width
-
-    def _ordered(self, rows: Sequence[Hashable], touched: Sequence[Layer]) -> list[int]:
-        """The rows so that neighbours have one adapter, where few adapters take turns and the model lets them."""
-        if not (self._orders and len(self._adapters) <= self._few and all(layer.in_stack for layer in touched)):
-            return [*range(len(rows))]
-        places = {key: place for place, key in enumerate(dict.fromkeys(rows))}
-        return sorted(range(len(rows)), key=lambda row: places[rows[row]])
-
-    def _turns(self, turns: Sequence[tuple[Hashable, int]], pool: Mapping[Any, Weights]) -> Turns:
-        """Let every layer hold the weights of these adapters; the last that had turns stay, in case they come back."""
-        now = {key for key, _ in turns if key}
-        before = [key for key in self._held if key in pool and key not in now]
-        self._held = [*before[-self._few :], *now]
-        for layer in self._layers.values():
-            layer.hold({key: pool[key] for key in self._held})
-        return Turns([key for key, _ in turns], [count for _, count in turns])
 
     def device(self, name: str) -> torch.device:
         """Where the weights for a layer of the checkpoint belong."""
@@ -144,19 +123,24 @@ class MultiLora:
 
     @property
     def bytes(self) -> int:
-        """The memory of the slots, and of what is held for turns."""
-        return sum(layer.bytes for layer in self._layers.values())
+        """The memory of the slots."""
+        return self._bytes(len(self._slots), self._room)
+
+    def _bytes(self, slots: int, rank: int) -> int:
+        return slots * rank * sum(layer.bytes for layer in self._layers.values())
 
     def _meet(self, adapters: Sequence[Weights]) -> None:
         """Note what these adapters need, and hook into layers that none before had weights for."""
         self._rank = max((weights.rank for weights in adapters), default=0)
+        self._size = max((weights.size for weights in adapters), default=0)
         self._touched = set().union(*(weights.layers for weights in adapters))
         for name, (a, b) in ((name, pair) for weights in adapters for name, pair in weights.layers.items()):
             path = self._path(name)
             if path not in self._layers:
                 parts = {n: p for n, p in self._parts.items() if p.path == path} or {name: Part(path, 0, b.shape[1])}
-                layer = self._layers[path] = Layer(parts, a)
+                layer = Layer(parts, a)
                 layer.resize(len(self._slots), self._room)
+                self._layers[path] = layer
                 module = self._model.get_submodule(path)
                 if isinstance(module, Projection):
                     module.adapt, layer.in_stack = layer.add, self._orders
@@ -166,39 +150,78 @@ class MultiLora:
     def _path(self, name: str) -> str:
         return self._parts[name].path if name in self._parts else name
 
-    def _plan(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], first: int) -> Plan:
-        size, blocks = arrange(rows)
-        batch, count = len(rows), len(blocks)
-        if count > len(self._slots) or self._rank > self._room:
-            self._room = max(self._rank, self._room)
-            self._slots = [None] * max(-(-count // 8) * 8, len(self._slots))
-            for layer in self._layers.values():
-                layer.resize(len(self._slots), self._room)
-        if [row for block in blocks for row in block.rows] == [*range(batch)] and size * count == batch:
-            first = min(first, len(self._slots) - count)
-            self._fill(first, blocks, pool)
-            return Plan(batch, first, count, self._rank, None)
-        blocks = self._matched(blocks)
-        self._fill(0, blocks, pool)
-        source = [row for block in blocks for row in block.rows + block.rows[:1] * (size - len(block.rows))]
-        places = [count * size] * batch  # where nothing but zeros is
+    def _planned(
+        self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], width: int, ordered: bool
+    ) -> tuple[list[int], Plan | Turns | None]:
+        """The order of the rows, as they stand unless it is `ordered` by adapter, and how they are computed."""
+        order = [*range(len(rows))]
+        if not self._adapters:
+            return order, None
+        first = {key: place for place, key in enumerate(dict.fromkeys(rows))}
+        grouped = sorted(order, key=lambda row: first[rows[row]]) if ordered else order
+        turns = [(pool[key] if key else NOTHING, len([*same])) for key, same in groupby(rows[row] for row in grouped)]
+        quick = width > 1 and (ordered or len(turns) <= FEW * max(1, width // WIDE))
+        size, blocks = self._arranged(rows, width, ordered)
+        large = self._bytes(len(blocks), self._rank) > self._memory
+        if quick or large or any(pool[key].scales for key in self._adapters):  # which blocks do not know
+            return grouped, Turns([weights for weights, _ in turns], [count for _, count in turns])
+        if len(blocks) == len(rows):
+            self._fill(blocks, pool)
+            return order, Plan(len(rows), len(rows), 1, self._rank)
+        blocks = self._filled(blocks, pool)
+        source = [row for block in blocks for row in padded(block.rows, size)]
+        if ordered:
+            source += [row for row, key in enumerate(rows) if not key]
+            return source, Plan(len(source), len(blocks), size, self._rank)
+        places = [len(source)] * len(rows)  # where nothing but zeros is
         for i, block in enumerate(blocks):
             for j, row in enumerate(block.rows):
                 places[row] = i * size + j
-        return Plan(batch, 0, count, self._rank, Gather(size, torch.tensor(source), torch.tensor(places)))
+        gather = Gather(torch.tensor(source), torch.tensor(places))
+        return order, Plan(len(rows), len(blocks), size, self._rank, gather)
 
-    def _matched(self, blocks: list[Block]) -> list[Block]:
-        """The blocks in another order: what the first slots hold of them stays where it is."""
+    def _arranged(self, rows: Sequence[Hashable], width: int, ordered: bool) -> tuple[int, list[Block]]:
+        """The size of the blocks, and the blocks: those of `arrange`, or one for each row where it stands.
+
+        That saves bringing rows to their blocks, which is why the base's rows may have blocks too.
+        """
+        if ordered:  # a row more is computed by all of the layer, and by its adapter
+            size, blocks = arrange(rows, (1 + self._model_size / self._size) * width)
+            stay = size == 1 and READING * (len(rows) - len(blocks)) <= MOVING * len(rows)
+        else:
+            size, blocks = arrange(rows, 1 + MOVING)
+            stay = cost(1, len(rows), 1) <= cost(size, len(blocks), 1 + MOVING)
+        return (1, [Block(key, [row]) for row, key in enumerate(rows)]) if stay else (size, blocks)
+
+    def _filled(self, blocks: list[Block], pool: Mapping[Any, Weights]) -> list[Block]:
+        """The blocks in the order of the first slots, which have their weights now.
+
+        What those held of them stays where it is.
+        """
         missing: dict[Hashable, list[Block]] = {}
         for block in blocks:
             missing.setdefault(block.adapter, []).append(block)
         held = [missing[key].pop(0) if missing.get(key) else None for key in self._slots[: len(blocks)]]
+        held += [None] * (len(blocks) - len(held))
         rest = iter([block for left in missing.values() for block in left])
-        return [block or next(rest) for block in held]
+        ordered = [block or next(rest) for block in held]
+        self._fill(ordered, pool)
+        return ordered
 
-    def _fill(self, first: int, blocks: list[Block], pool: Mapping[Any, Weights]) -> None:
-        """Give the slots from `first` on the weights of the blocks, where they have others."""
-        for slot, block in enumerate(blocks, first):
+    def _fill(self, blocks: Sequence[Block], pool: Mapping[Any, Weights]) -> None:
+        """Give the first slots the weights of the blocks, where they have others."""
+        count = len(blocks)
+        if count > len(self._slots) or self._rank > self._room or self.bytes > self._memory:
+            # few adapters need no room for many
+            rounded = 1 << (count - 1).bit_length() if count < SLOTS else -(-count // SLOTS) * SLOTS
+            slots, room = max(rounded, len(self._slots)), max(self._rank, self._room)
+            if self._bytes(slots, room) > self._memory:
+                slots, room = count, self._rank
+            self._slots, self._room = [], 0  # until there is memory for all
+            for layer in self._layers.values():
+                layer.resize(slots, room)
+            self._slots, self._room = [None] * slots, room
+        for slot, block in enumerate(blocks):
             if self._slots[slot] != block.adapter:
                 self._slots[slot] = None  # until all of it is written
                 for layer in self._layers.values():
@@ -206,23 +229,29 @@ class MultiLora:
                 self._slots[slot] = block.adapter
 
 
-def arrange(rows: Sequence[Hashable]) -> tuple[int, list[Block]]:
+def arrange(rows: Sequence[Hashable], row: float) -> tuple[int, list[Block]]:
     """The size of the blocks that costs least, and the blocks; `rows` are the adapters of the rows, empty for the base.
 
-    With a block for each row, in their order, the base's are among them.
+    A `row` costs so much to compute, in a block or in vain.
     """
     members: dict[Hashable, list[int]] = {}
-    for row, key in enumerate(rows):
+    for place, key in enumerate(rows):
         if key:
-            members.setdefault(key, []).append(row)
-    longest = max(map(len, members.values()))
-    sizes = [longest, *(1 << i for i in range(longest.bit_length()))]
+            members.setdefault(key, []).append(place)
+    counts = [len(places) for places in members.values()]
 
-    def cost(size: int) -> int:
-        blocks = sum(-(-len(rows) // size) for rows in members.values())
-        return blocks * (size * (1 + MOVING) + READING)
+    def whole(size: int) -> float:
+        return cost(size, sum(-(-count // size) for count in counts), row)
 
-    size = min(sizes, key=cost)
-    if len(rows) * (1 + READING) <= cost(size):
-        return 1, [Block(key, [row]) for row, key in enumerate(rows)]
-    return size, [Block(key, rows[i : i + size]) for key, rows in members.items() for i in range(0, len(rows), size)]
+    size = min({*counts, *(1 << i for i in range(max(counts).bit_length()))}, key=whole)
+    return size, [Block(key, own[i : i + size]) for key, own in members.items() for i in range(0, len(own), size)]
+
+
+def cost(size: int, blocks: int, row: float) -> float:
+    """What `blocks` blocks of `size` rows cost, in rows that are computed."""
+    return blocks * (size * row + READING)
+
+
+def padded(rows: Sequence[int], size: int) -> list[int]:
+    """As many rows as a block has; the first stands in for those that are missing."""
+    return [*rows, *rows[:1] * (size - len(rows))]

@@ -59,11 +59,11 @@ class Stack:
         **_: Any,
     ) -> Output:
         """input_ids and position_ids: (B, Q). Layers compute their rows in `order`; nobody else sees it."""
+        rows, width = input_ids.shape
         if order is not None:
             input_ids = input_ids.index_select(0, order.rows)
         hidden = functional.embedding(input_ids, self._embedding)  # (B, Q, hidden)
         tables = self._rotary.forward(hidden, position_ids)
-        rows, width = input_ids.shape
         mask = slot_mask(
             rows,
             width,

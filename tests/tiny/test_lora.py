@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from serve.generation import Request
 from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
-from serve.torch.lora import FEW_ON_CPU, arrange
+from serve.torch.lora import arrange
+from serve.torch.lora_layer import Layer, Plan, Turns
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
@@ -90,52 +91,95 @@ def test_the_base_and_eight_adapters_in_one_batch_are_peft(engine: Engine, folde
     assert len({tuple(new) for new in together[: len(folders)]}) == len(folders), "adapters that change nothing"
 
 
-@pytest.mark.parametrize("count", [3, 7, 12])
-def test_few_take_turns_and_many_have_blocks(engine: Engine, folders: dict[str, Path], count: int) -> None:
+@pytest.fixture
+def plans(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Plan | Turns | None]:
+    """How layers were told to compute, from now on."""
+    followed: list[Plan | Turns | None] = []
+    follow = Layer.follow
+
+    def watch(layer: Layer, plan: Plan | Turns | None) -> None:
+        followed.append(plan)
+        follow(layer, plan)
+
+    monkeypatch.setattr(Layer, "follow", watch)
+    return followed
+
+
+def mixed_and_alone(engine: Engine, folders: dict[str, Path], names: list[str]) -> None:
+    """Rows of the base and of adapters, called by their kind and a number, are what peft makes of each."""
+    asked = prompts(len(names))
+    together = tokens(engine, [Request(prompt, name, NEW) for prompt, name in zip(asked, names, strict=True)])
+    for kind in {name.split()[0] if name else "" for name in names}:
+        model = reference(folders[""], folders[kind] if kind else None)
+        rows = [row for row, name in enumerate(names) if name.split()[:1] == [kind][: bool(kind)]]
+        assert [together[row] for row in rows] == [generate(model, asked[row]) for row in rows], kind
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 12])
+def test_rows_are_computed_in_the_order_of_blocks(
+    engine: Engine, folders: dict[str, Path], plans: list[Plan | Turns | None], count: int
+) -> None:
     kinds = [name for name in KINDS if name != "head"]  # it is outside of what orders rows
     names = [f"{kinds[i % len(kinds)]} {i}" for i in range(count)]
     for name in names:  # each a version of its own
         engine.load_adapter(name, folders[name.split()[0]])
-    orders = set()
-    hook = engine.model.lm_head.register_forward_pre_hook(
-        lambda *_: orders.add(engine._adapters.lora.order is not None)  # type: ignore[func-returns-value]
-    )
-    mixed = [name for _ in range(3) for name in ("", *names)]
-    asked = prompts(len(mixed))
-    together = tokens(engine, [Request(prompt, name, NEW) for prompt, name in zip(asked, mixed, strict=True)])
-    hook.remove()
-    if count <= FEW_ON_CPU:
-        assert any(orders)
-    else:
-        assert engine._adapters.lora._slots, "too many to take turns: they have blocks"
-    for name in {"", *kinds[:count]}:
-        model = reference(folders[""], folders[name] if name else None)
-        rows = [row for row, other in enumerate(mixed) if other.split()[:1] == [name][: bool(name)]]
-        assert [together[row] for row in rows] == [generate(model, asked[row]) for row in rows], name
+    mixed_and_alone(engine, folders, [*names, names[0], *(["", *names] * 2), ""])
+    blocks = [plan for plan in plans if isinstance(plan, Plan)]
+    assert any(isinstance(plan, Turns) for plan in plans), "prompts are read in turns"
+    assert not any(plan.gather for plan in blocks)
+    assert any(plan.size > 1 and plan.blocks * plan.size < plan.batch for plan in blocks), "the base is behind them"
     for name in names:
         engine.unload_adapter(name)
 
 
-def test_what_is_held_for_turns_leaves_with_its_adapter(engine: Engine) -> None:
+def test_slots_that_would_take_more_memory_than_adapters_may_are_not_made(
+    engine: Engine, folders: dict[str, Path], plans: list[Plan | Turns | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lora = engine._adapters.lora
-    for name in ("one", "two", "three", "five"):
-        tokens(engine, [Request([3, 4, 5], name, 2)])
-    assert len(lora._held) <= 1 + FEW_ON_CPU
-    assert all(layer._held.keys() == {*lora._held} for layer in lora._layers.values())
-    assert {*lora._held} <= {*engine._adapters._pool.resident}
+    tokens(engine, [Request([3, 4, 5], "sixteen", 2)])
+    wide = lora.bytes
+    names = ["one", "sixteen", ""]
+    mixed_and_alone(engine, folders, names)
+    assert any(isinstance(plan, Plan) for plan in plans)
+    monkeypatch.setattr(lora, "_memory", wide // len(lora._slots))
+    del plans[:]
+    mixed_and_alone(engine, folders, names)
+    assert any(isinstance(plan, Turns) for plan in plans)
+    assert not any(isinstance(plan, Plan) and plan.blocks * plan.rank > 16 for plan in plans)
+    mixed_and_alone(engine, folders, ["one", "one", ""])
+    assert lora.bytes <= lora._memory, "there is no room for the highest rank that ever was"
 
 
+def test_memory_that_was_not_there_for_slots_is_asked_for_again(
+    engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, resize, failed = engine._adapters.lora, Layer.resize, []
+
+    def fail_in_the_middle(layer: Layer, slots: int, rank: int) -> None:
+        if len(failed) < 3 and slots:
+            failed.append(layer)
+            if len(failed) == 3:
+                raise torch.OutOfMemoryError("no memory")
+        resize(layer, slots, rank)
+
+    lora._slots, lora._room = [], 0
+    monkeypatch.setattr(Layer, "resize", fail_in_the_middle)
+    mixed_and_alone(engine, folders, ["one", "two", "one", ""])
+    assert len(failed) == 3
+
+
+@pytest.mark.parametrize("count", [3, 6])
 @pytest.mark.parametrize(
     ("architecture", "targets"),
     [("phi3", ["qkv_proj", "down_proj"]), ("gpt2", ["c_attn", "c_fc"]), ("gemma2", ["k_proj", "gate_proj", "o_proj"])],
 )
-def test_architectures(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+def test_architectures(tmp_path: Path, architecture: str, targets: list[str], count: int) -> None:
     base = tiny_model(tmp_path / "base", architecture=architecture)
     adapters = {
         n: tiny_adapter(base, tmp_path / n, seed=len(n), target_modules=targets, rank=len(n)) for n in ("ab", "c")
     }
     engine = Engine(base, adapters, max_batch=8)
-    asked = prompts(6)
+    asked = prompts(count)  # each row is a block, or they are gathered
     names = ["", *adapters]
     try:
         given = tokens(engine, [Request(prompt, names[i % 3], NEW) for i, prompt in enumerate(asked)])
@@ -200,21 +244,15 @@ def test_an_adapter_of_rubbish_is_refused_and_harms_nobody(folders: dict[str, Pa
     assert all(g.finish == "error" and "not finite" in g.error for g in refused)
 
 
-def test_rows_are_gathered_to_blocks_of_one_size() -> None:
-    assert arrange(["a"] * 4) == (4, [("a", [0, 1, 2, 3])])
-    size, blocks = arrange([*"a" * 60, "b", "c", "d"])
+def test_rows_are_arranged_in_blocks_of_one_size() -> None:
+    assert arrange(["a"] * 4, 7) == (4, [("a", [0, 1, 2, 3])])
+    size, blocks = arrange([*"a" * 60, "b", "c", "d"], 7)
     assert size < 60, "three rows would cost as much as 180"
+    assert arrange([*"a" * 5, *"b" * 4], 1000)[0] == 1, "no row is worth computing in vain"
     for rows in (["b", "a", "", "a", *"b" * 9], [*"abcdefghi" * 3], [*"a" * 33, "", "b", "b"]):
-        size, blocks = arrange(rows)
+        size, blocks = arrange(rows, 7)
         assert all(0 < len(block.rows) <= size for block in blocks)
         for key in {*rows} - {""}:
             assert [row for block in blocks if block.adapter == key for row in block.rows] == [
                 row for row, other in enumerate(rows) if other == key
             ]
-
-
-def test_rows_with_adapters_of_their_own_stay_where_they_are() -> None:
-    rows = ["b", "", "c", "a", "d", "a"]
-    assert arrange(rows) == (1, [(key, [row]) for row, key in enumerate(rows)])
-    size, blocks = arrange(["", "", "", "a"])
-    assert (size, blocks) == (1, [("a", [3])]), "the base would be read three times for nothing"
