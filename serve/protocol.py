@@ -25,7 +25,6 @@ UNSUPPORTED: dict[str, Any] = {
     "add_generation_prompt": True,
     "documents": None,
     "truncate_prompt_tokens": None,
-    "stop_token_ids": [],
     "include_stop_str_in_output": False,
     "allowed_token_ids": None,
     "bad_words": [],
