@@ -34,6 +34,10 @@ def preload(model: Path) -> None:
     """Map torch's libraries in a thread: half of importing torch is the loader's work, which needs no Python."""
     if "torch" in sys.modules:
         return
+    # threads that spin for as long as they wait take the cores from those that work; those that sleep at once wake too
+    # late for the next operation of a step: a tenth of a millisecond lies between
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if quantized.settings(model) is None:
         _without(*UNUSED)
     found = importlib.util.find_spec("torch")
