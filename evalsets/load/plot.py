@@ -39,7 +39,10 @@ def rates(path: Path, probes: Sequence[Figures]) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     ordered = sorted(probes, key=lambda found: float(found["rate"]))
-    axis.plot([p["rate"] for p in ordered], [p["goodput"]["share"] for p in ordered], marker="o")
+    axis.plot([p["rate"] for p in ordered], [p["goodput"]["share"] for p in ordered], color="C0")
+    for kept, marker, name in ((True, "o", "kept"), (False, "x", "too few keep them, or answers too slow")):
+        these = [p for p in ordered if p["kept"] is kept]
+        axis.plot([p["rate"] for p in these], [p["goodput"]["share"] for p in these], f"C0{marker}", label=name)
     axis.axhline(SHARE, linestyle="--", color="grey", label=f"{SHARE:.0%} must keep them")
     axis.set(xlabel="requests a second", ylabel="share that keeps the limits", xscale="log", ylim=(0, 1.05))
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

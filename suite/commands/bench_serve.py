@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ def _parser(verb: str) -> Parser:
     flag = parser.add_argument
     flag("--url", required=True, help="the endpoint, e.g. http://127.0.0.1:8000")
     flag("--model", required=True, metavar="A,B", help="the names to ask for, in turn: models, adapters")
-    flag("--requests", type=int, default=200, help="requests that are measured, of each probe too [200]")
+    flag("--requests", type=int, default=200, help="requests that are measured; of each probe at least [200]")
     flag("--concurrency", type=int, default=16, help="requests at the same time [16]")
     flag("--rate", type=float, help="in place of --concurrency: requests a second, coming by chance (Poisson)")
     flag("--prompt-tokens", type=int, default=128, help="tokens of each prompt, about [128]")
@@ -119,8 +119,8 @@ class _Bench:
     timings: list[Timing]
     asked: int = 0
 
-    def measure(self, how: Load, what: str) -> Figures:
-        """The figures of one load."""
+    def measure(self, how: Load, what: str, requests: int) -> Figures:
+        """The figures of one load of so many requests."""
         from evalsets.load.client import run
         from evalsets.load.timing import figures
 
@@ -129,10 +129,10 @@ class _Bench:
         def step(_: Timing) -> None:
             nonlocal done
             done += 1
-            self.progress(done, self.requests, what)
+            self.progress(done, requests, what)
 
         warm = max(len(self.shape.models), min(WARM, how.concurrency)) if not self.asked else 0
-        bodies = self.shape.bodies(warm + self.requests, self.asked)
+        bodies = self.shape.bodies(warm + requests, self.asked)
         self.asked += len(bodies)
         self.timings = run(self.client, how, bodies[warm:], step, warm=bodies[:warm])
         return figures(self.timings, self.limits)
@@ -141,23 +141,27 @@ class _Bench:
         """The load that was asked for, of all models and of each."""
         from evalsets.load.timing import by_model
 
-        found = {"load": self._about(), **self.measure(self.how, "requests")}
+        found = {"load": self._about(), **self.measure(self.how, "requests", self.requests)}
         return found | ({"models": by_model(self.timings, self.limits)} if len(self.shape.models) > 1 else {})
 
     def saturation(self, probes: int) -> dict[str, Any]:
-        """The highest rate that keeps the limits; the search starts at half of what a closed load gives."""
+        """The highest rate that keeps the limits, or `at_least` that where no rate that was tried is too high.
+
+        The search starts at half of what a closed load gives.
+        """
         from evalsets.load.client import Load
         from evalsets.load.saturation import search
 
-        start = self.how.rate or self.measure(self.how, "closed load")["requests_per_s"] / 2
+        start = self.how.rate or self.measure(self.how, "closed load", self.requests)["requests_per_s"] / 2
         if not start:
             raise StageFailed(f"not one request was answered: {next(t.error for t in self.timings if t.error)}")
 
-        def probe(rate: float) -> Figures:
-            return self.measure(Load(rate=rate, seed=self.how.seed), f"at {rate:.3g} requests/s")
+        def probe(rate: float, requests: int) -> Figures:
+            return self.measure(Load(rate=rate, seed=self.how.seed), f"at {rate:.3g} requests/s", requests)
 
-        rate, made = search(probe, start, probes)
-        return {"load": self._about(), "limits": dict(self.limits), "saturation": rate, "probes": made}
+        rate, made = search(probe, start, probes, self.requests)
+        found = {"saturation": rate, "at_least": all(one["kept"] for one in made), "probes": made}
+        return {"load": self._about(), "limits": dict(self.limits), **found}
 
     def plot(self, path: Path, found: Mapping[str, Any]) -> None:
         """Write a PNG."""
@@ -217,8 +221,8 @@ def _show(found: Mapping[str, Any]) -> None:
     console = Console()
     if "probes" in found:
         console.print(_probes(found))
-        if found["saturation"]:
-            console.print(f"highest rate that keeps the limits: {found['saturation']:.3g} requests/s", highlight=False)
+        for line in _ending(found):
+            console.print(line, highlight=False)
         return
     for title, figures in [("", found), *found.get("models", {}).items()]:
         console.print(_latencies(title, figures))
@@ -247,15 +251,33 @@ def _lines(figures: Figures) -> list[str]:
     if share:
         limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in share["limits"].items())
         lines.append(f"goodput: {share['requests_per_s']:.2f} requests/s, {100 * share['share']:.1f} % keep {limits}")
-    if figures["late"] > 10:
-        lines.append(f"the client was up to {figures['late']:.0f} ms behind its schedule: this machine is too busy")
-    return lines + [f"{count} failed: {error}" for error, count in figures["errors"].items()]
+    return lines + _late([figures]) + [f"{count} failed: {error}" for error, count in figures["errors"].items()]
+
+
+def _late(loads: Sequence[Figures]) -> list[str]:
+    worst = max(figures["late"] for figures in loads)
+    said = f"the client was up to {worst:.0f} ms behind its schedule: this machine is too busy"
+    return [said] if worst > 10 else []
+
+
+def _ending(found: Mapping[str, Any]) -> list[str]:
+    """What a search for the saturation says below its table."""
+    rate, made = found["saturation"], found["probes"]
+    if rate is None:
+        return _late(made)
+    if found["at_least"]:
+        return [f"at least {rate:.3g} requests/s keep the limits: no rate that was tried is too high", *_late(made)]
+    return [f"highest rate that keeps the limits: {rate:.3g} requests/s", *_late(made)]
 
 
 def _probes(found: Mapping[str, Any]) -> Table:
-    table = Table("requests/s", "keep the limits", *(f"{m} p95, ms" for m in found["limits"]), box=box.SIMPLE_HEAD)
+    from evalsets.load.saturation import in_limits
+
+    p95 = [f"{measure} p95, ms" for measure in found["limits"]]
+    table = Table("requests/s", "requests", "answers/s", "keep the limits", *p95, box=box.SIMPLE_HEAD)
     for probe in sorted(found["probes"], key=lambda p: float(p["rate"])):
-        kept = f"{100 * probe['goodput']['share']:.1f} %" + ("" if probe["kept"] else "  too few")
-        p95 = (f"{probe[m]['p95']:.1f}" if m in probe else "-" for m in found["limits"])
-        table.add_row(f"{probe['rate']:.3g}", kept, *p95)
+        why = "" if probe["kept"] else "  too slow" if in_limits(probe) else "  too few"
+        values = [f"{probe[m]['p95']:.1f}" if m in probe else "-" for m in found["limits"]]
+        pace, kept = f"{probe['requests_per_s']:.3g}", f"{100 * probe['goodput']['share']:.1f} %{why}"
+        table.add_row(f"{probe['rate']:.3g}", str(probe["requests"]), pace, kept, *values)
     return table

@@ -218,7 +218,21 @@ def test_the_search_finds_what_a_server_is_known_to_bear(capsys: pytest.CaptureF
         found = bench(capsys, url, *flags, "--plot", str(plot))
     assert low / CLOSE / 1.03 <= found["saturation"] <= low * 1.03
     assert found["saturation"] == max(probe["rate"] for probe in found["probes"] if probe["kept"])
+    assert not found["at_least"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_limit_allows_to_wait_is_no_rate_that_is_borne(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of a short burst is answered within 2 s at any rate: it is asked again, longer, and as slowly answered."""
+    flags = ("--requests", "60", "--find-saturation", "--rate", "75", "--goodput", "e2e:2000", "--probes")
+    with served(OneAtATime()) as url:
+        found = bench(capsys, url, *flags, "2")
+        kept, slow = found["probes"]
+        assert (found["saturation"], found["at_least"], kept["requests"]) == (75, False, 60)
+        assert slow["requests"] > 60
+        assert not slow["kept"]
+        assert main(["bench-serve", "--url", url, "--model", "a", "--new-tokens", "1", *flags, "1"]) == 0
+    assert "at least 75 requests/s keep the limits" in capsys.readouterr().out
 
 
 def test_what_cannot_be_measured_is_said(timed: tuple[str, Timed], capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,13 +129,53 @@ def test_prompts_are_new_each_time_and_the_same_for_a_seed() -> None:
 
 @given(st.floats(0.05, 500), st.floats(0.05, 500), st.integers(1, 14))
 def test_the_search_is_bounded_and_right(capacity: float, start: float, probes: int) -> None:
-    def probe(rate: float) -> dict[str, Any]:
-        return {"goodput": {"share": 1.0 if rate <= capacity else SHARE / 2}}
+    def probe(rate: float, requests: int) -> dict[str, Any]:
+        share = 1.0 if rate <= capacity else SHARE / 2
+        return {"goodput": {"share": share}, "requests": requests, "seconds": requests / rate}
 
-    rate, made = search(probe, start, probes)
+    rate, made = search(probe, start, probes, 10)
     assert len(made) <= probes
     assert rate is None or rate <= capacity
     assert all(m["kept"] == (m["rate"] <= capacity) for m in made)
     if len(made) < probes:
         assert rate is not None
         assert capacity / rate < 1.11
+
+
+def queue(service: float, latency: float, limit: float, asked: list[int]) -> Any:
+    """A probe of an endpoint with a queue, each of whose requests keeps the next waiting for `service` seconds.
+
+    An answer takes `latency` more, whatever else is asked; all in seconds. Notes in `asked` how many requests came.
+    """
+
+    def probe(rate: float, requests: int) -> dict[str, Any]:
+        asked.append(requests)
+        free, timings = 0.0, []
+        for came in arrivals(requests, rate, 0):
+            free = max(free, came) + service
+            timings.append(Timing("m", came, came, (free + latency,), 1, 1))
+        return figures(timings, {"e2e": 1000 * limit})
+
+    return probe
+
+
+@pytest.mark.parametrize("limit", [0.5, 1.0, 2.0, 5.0, 60.0])
+@pytest.mark.parametrize("start", [1.0, 60.0, 3000.0])
+def test_a_queue_that_is_emptied_after_the_last_request_bears_no_more_than_its_rate(limit: float, start: float) -> None:
+    """Within some seconds a server of 100 requests a second answers 200, at whatever rate these come."""
+    asked: list[int] = []
+    rate, made = search(queue(0.01, 0.0, limit, asked), start, 20, 200)
+    assert rate is not None
+    assert 90 < rate < 100 * 1.12
+    assert not all(probe["kept"] for probe in made)
+    assert sum(asked) < 20_000
+
+
+@pytest.mark.parametrize("latency", [0.3, 3.0])
+def test_slow_answers_are_no_queue(latency: float) -> None:
+    """An endpoint that computes everything at the same time bears more than all rates that are tried."""
+    asked: list[int] = []
+    rate, made = search(queue(0.0, latency, 5.0, asked), 10.0, 5, 50)
+    assert rate == 160
+    assert all(probe["kept"] for probe in made)
+    assert asked[:2] == ([50, 50] if latency < 1 else [50, 200])  # where answers come as fast, nobody asks more
