@@ -236,8 +236,13 @@ class Talk:
         return f"forgotten: {self.pop().given[0]['content']}"
 
     def retry(self, _: str) -> str:
-        """/retry."""
-        self.ask(self.pop().given)
+        """/retry; the last answer is kept where there is no new one."""
+        last, before = self.pop(), len(self.conversation.turns)
+        try:
+            self.ask(last.given)
+        finally:
+            if len(self.conversation.turns) == before:
+                self.conversation.turns.append(last)
         return ""
 
     def save(self, name: str) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from suite.cli import main
 from suite.commands.answers import Answer, beside
+from suite.commands.chat import Talk
 from tests.contract.conftest import Served
 from tests.contract.streaming_fake import Delta, endless, streaming
 
@@ -91,6 +92,16 @@ def test_orders(talk: Any) -> None:
     assert asked[-1] == ["four", "a 2 four", "five", "a 3 five", "six", "b 5 six", "seven"]
     assert "[a]\na 5 six\n[b]\nb 5 six\n" in out
     assert out.endswith("a, b\n")
+
+
+@pytest.mark.parametrize("failure", [400, iter(())], ids=["refused", "empty"])
+def test_an_answer_is_kept_until_there_is_another(talk: Any, monkeypatch: pytest.MonkeyPatch, failure: Any) -> None:
+    monkeypatch.setattr(Talk, "interactive", True)  # a person goes on after a mistake
+    with streaming(lambda body: failure if len(fake.asked) == 2 else echo(body)) as fake:
+        code, _, _ = talk(fake.url, "one", "/retry", "two", "/retry")
+        asked = [[m["content"] for m in body["messages"]] for body in fake.asked]
+    assert code == 0
+    assert asked == [["one"], ["one"], *[["one", "a 1 one", "two"]] * 2]
 
 
 def test_reasoning_and_tools(talk: Any, tmp_path: Path) -> None:
