@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from serve.engines.fleet import Ask, Loaded
+from serve.engines.process import Unanswered
 from suite import store
 from suite.errors import SuiteError
-from suite.processes import importing
+from suite.processes import die_with, importing
 
 log = logging.getLogger("serve")
 
@@ -39,6 +41,8 @@ EXACT, ROUNDED = 0.05, 0.4
 """How much a token's log probability may differ: in float32, and where one of the two computes in 16 bits."""
 NOISE = 1e-3
 """Differences in log probability that mean nothing at all."""
+SKIP = "--no-probe serves without it"
+SHOWN_CHARACTERS = 400
 UNSEEN = (
     "the probe cannot tell whether the adapter '%s' is heeded: it changes log probabilities by %.2g at most, which is "
     "what rounding may change too"
@@ -171,21 +175,25 @@ async def _ask_all(ask: Ask, name: str, known: Sequence[Known]) -> list[Heard]:
 
 async def _ask(ask: Ask, name: str, known: Known) -> Heard:
     path, fields = ask.translation.question(known.question, known.prompt, chat=known.chat)
-    said = await _said(ask, path, {**fields, "model": name, "max_tokens": TOKENS, "temperature": 0})
+    status, said = await ask.post(path, {**fields, "model": name, "max_tokens": TOKENS, "temperature": 0})
+    if status != 200:
+        refusal = Unanswered if status >= 500 else SuiteError
+        raise refusal(f"the engine answers the probe with {status}: {said}", hint=SKIP)
+    try:
+        return _heard(said)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"the engine tells the probe no token ids with log probabilities ({type(error).__name__}: {error})"
+        raise SuiteError(f"{what}: {str(said)[:SHOWN_CHARACTERS]}", hint=SKIP) from None
+
+
+def _heard(said: Any) -> Heard:
     choice = said["choices"][0]
     content, texts = choice["logprobs"].get("content"), choice["logprobs"].get("token_logprobs")
     scores = texts if content is None else [entry["logprob"] for entry in content]
     ids = choice["token_ids"] if "token_ids" in choice else choice["output_ids"]
     prompt = said.get("prompt_token_ids", choice.get("prompt_token_ids"))
-    answer = list(zip(ids, scores, strict=True))
+    answer = [(int(token), float(score)) for token, score in zip(ids, scores, strict=True)]
     return Heard(prompt, said["usage"]["prompt_tokens"], answer, ended=choice["finish_reason"] != "length")
-
-
-async def _said(ask: Ask, path: str, body: Mapping[str, Any]) -> Any:
-    status, said = await ask.post(path, body)
-    if status != 200:
-        raise SuiteError(f"the engine answers the probe with {status}: {said}", hint="--no-probe serves without it")
-    return said
 
 
 def references(model: Path, adapters: Mapping[str, Path]) -> dict[str, list[Known]]:
@@ -215,7 +223,7 @@ def _file(model: str, adapter: str) -> Path:
 
 
 def _compute(model: Path, adapters: Mapping[str, Path]) -> dict[str, Any]:
-    """In a process of its own: torch, and the memory that it takes, are gone afterwards."""
+    """In a process of its own: torch, and the memory that it takes, are gone afterwards, and with this process."""
     given = {
         "model": str(model),
         "adapters": {name: str(path) for name, path in adapters.items()},
@@ -223,9 +231,11 @@ def _compute(model: Path, adapters: Mapping[str, Path]) -> dict[str, Any]:
         "tokens": TOKENS,
         "top": TOP,
     }
+    parent = os.getpid()
     ran = subprocess.run(
-        [sys.executable, "-m", "serve.torch.reference"],
+        [sys.executable, "-P", "-m", "serve.torch.reference"],
         input=json.dumps(given), env=importing(), capture_output=True, text=True,
+        preexec_fn=lambda: die_with(parent),
     )  # fmt: skip
     if ran.returncode:
         said = "\n".join(ran.stderr.strip().splitlines()[-8:])

@@ -1,7 +1,7 @@
 """Requests to engines of other programs, relayed as bytes: whatever an engine understands reaches it.
 
 request ──> which replica, by the fewest under way ──> engine ──> its own bytes, as they come
-               └── the engine died, and nothing was sent yet: another one, or the same in its next life
+               └── it broke off or died, and nothing was sent yet: another one, or the same in its next life
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve.engines.upstream import Upstream
 from serve.errors import ApiError
+from serve.families import Found
 from serve.replicas import NoReplica, Replica
 from serve.serving import Serving
-from serve.traffic import Answered, Exchange
+from serve.tally import Tally
+from serve.traffic import Exchange
 
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/rerank",
@@ -33,8 +35,8 @@ PATHS = (
 )  # fmt: skip
 """What is relayed; an engine may have none behind some. Routes that administer an engine are never among them."""
 
-LIVES = 3
-"""Replicas, or lives of one, that a request is tried on."""
+TRIES = 3
+"""How often a request is sent to an engine, while each breaks off before anything was sent to the client."""
 
 OWN_HEADERS = {
     b"host", b"authorization", b"content-length", b"connection", b"keep-alive", b"transfer-encoding", b"te",
@@ -56,13 +58,38 @@ class Asked:
 
     path: str
     headers: dict[str, str]
-    body: bytes
+    raw: bytes
+    """The client's own body."""
     fields: dict[str, Any]
-    renamed: tuple[bytes, bytes] | None
-    """The engine's name of the model in its answers, and ours, where they differ."""
+    """What it says."""
+    wanted: dict[str, Any]
+    """What the engine is to read; the very same where the client's words are right for it."""
+    found: Found
+    """Which model was asked for."""
     exchange: Exchange
     upstream: Upstream
     """Who answers it."""
+
+    def inside(self) -> str:
+        """The engine's name of the model now: adapters are replaced while requests wait. Raises ApiError 404."""
+        try:
+            return self.upstream.inside(self.found.adapter)
+        except KeyError:
+            gone = f"The model '{self.found.name}' was taken away."
+            raise ApiError(404, gone, param="model", code="model_not_found") from None
+
+    def body(self, inside: str) -> bytes:
+        """What is sent to the engine: byte by byte what came, where nothing of it has to be changed."""
+        if inside == self.fields["model"] and self.wanted is self.fields:
+            return self.raw
+        return json.dumps({**self.wanted, "model": inside}).encode()
+
+    def renamed(self, inside: str) -> tuple[bytes, bytes] | None:
+        """The engine's name of the model in its answers, and ours, where they differ."""
+        if inside == self.found.name:
+            return None
+        there, here = (json.dumps(name, ensure_ascii=False) for name in (inside, self.found.name))
+        return f'"model":{there}'.encode(), f'"model":{here}'.encode()
 
 
 class Relay:
@@ -115,7 +142,7 @@ class Relay:
     async def _relay(self, request: Request, body: bytes, send: Send) -> None:
         asked = await self._asked(request, body)
         self._server.admission.check(asked.exchange.base, asked.upstream.load[1])
-        tried: set[tuple[Replica, int]] = set()
+        tried: list[Replica] = []
         while True:
             try:
                 async with asked.upstream.replicas.lease(tried) as replica:
@@ -124,49 +151,48 @@ class Relay:
                         await self._on(replica, asked, send)
                         return
                     except Broken as error:
-                        asked.upstream.broke(replica)
-                        tried.add((replica, life))
-                        if len(tried) >= LIVES:
+                        tried.append(replica)
+                        if len(tried) == TRIES:
                             raise ApiError(502, f"the engine broke off: {error}", kind="server_error") from None
+                        await asked.upstream.broke(replica, life)
             except NoReplica as error:
                 raise ApiError(503, str(error), kind="server_error", retry_after=1) from None
 
     async def _asked(self, request: Request, body: bytes) -> Asked:
         fields = read_body(request, body)
-        served, upstream = await self._server.behind(request, fields["model"], _user(fields))
-        inside, path = upstream.inside(served.adapter), str(request.scope["path"])
+        found, upstream = await self._server.behind(request, fields["model"], _user(fields))
+        path = str(request.scope["path"])
         wanted = _limited(path, upstream.translation.ask(path, fields), self._most)
-        if inside != fields["model"] or wanted is not fields:
-            body = json.dumps({**wanted, "model": inside}).encode()
-        renamed = None
-        if inside != served.name:
-            there, here = (json.dumps(name, ensure_ascii=False) for name in (inside, served.name))
-            renamed = f'"model":{there}'.encode(), f'"model":{here}'.encode()
         if query := request.scope["query_string"]:
             path += f"?{query.decode('latin-1')}"
         told = [(name, value) for name, value in request.scope["headers"] if name not in OWN_HEADERS]
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in told}
-        return Asked(path, headers, body, fields, renamed, Exchange.of(request), upstream)
+        return Asked(path, headers, body, fields, wanted, found, Exchange.of(request), upstream)
 
     async def _on(self, replica: Replica, asked: Asked, send: Send) -> None:
         """One try; raises Broken while nothing was sent."""
         life, tally, translation = replica.life, Tally(), asked.upstream.translation
+        inside = asked.inside()
+        renamed = asked.renamed(inside)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                call = asked.upstream.session.post(replica.url + asked.path, data=asked.body, headers=asked.headers)
+                session, url = asked.upstream.session, replica.url + asked.path
+                call = session.post(url, data=asked.body(inside), headers=asked.headers)
                 answer = await stack.enter_async_context(call)
                 streamed = answer.content_type == "text/event-stream"
                 chunks = aiter(answer.content.iter_any())
-                body = await anext(chunks, b"") if streamed else await answer.read()
+                body = await _head(chunks) if streamed else await answer.read()
             except (aiohttp.ClientError, OSError) as error:
                 raise Broken(f"{type(error).__name__} {error}") from None
             status, told = answer.status, {k: answer.headers[k] for k in TOLD_HEADERS if k in answer.headers}
+            if streamed and (failure := _failure(body)):
+                status, body, streamed = *failure, False
             if status >= 500 and await asked.upstream.dies(replica, life):
                 raise Broken(f"it answered {status}, and ended")
             if streamed:
                 stream = translation.stream(asked.fields, _unbroken(body, chunks))
-                if asked.renamed:
-                    stream = _renamed(stream, asked.renamed)
+                if renamed:
+                    stream = _renamed(stream, renamed)
                 try:
                     await _send_stream(tally.of(stream), told, send)
                 finally:
@@ -179,7 +205,7 @@ class Relay:
             body = translation.answer(asked.fields, body)
             tally.feed(body)
             asked.exchange.answers.append(tally.answered())
-        body = _named(body, asked.renamed) if asked.renamed else body
+        body = _named(body, renamed) if renamed else body
         raw = [(k.encode(), v.encode("latin-1")) for k, v in {**told, "content-length": str(len(body))}.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": body})
@@ -205,46 +231,6 @@ class _Ending:
         """The server's time is over."""
         self.stop(ApiError(503, "the server is shutting down", kind="server_error"))
 
-
-class Tally:
-    """What an answer tells of itself: tokens and end. A model's text is never mistaken for it: its quotes are escaped.
-
-    A stream that was not asked for its usage counts its events, which are tokens in most engines.
-    """
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._first: float | None = None
-        self._events = 0
-        self._tokens: dict[bytes, int] = {}
-        self._finish = "cancelled"
-
-    def feed(self, chunk: bytes) -> None:
-        """The next bytes of it."""
-        if self._first is None:
-            self._first = time.monotonic() - self._began
-        self._events += chunk.count(b"\ndata: ") + chunk.startswith(b"data: ")
-        if b"_tokens" in chunk:
-            self._tokens |= {kind: int(count) for kind, count in _TOKENS.findall(chunk)}
-        for finish in _FINISH.findall(chunk):
-            self._finish = finish.decode()
-
-    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The same chunks, fed."""
-        async for chunk in chunks:
-            self.feed(chunk)
-            yield chunk
-
-    def answered(self) -> Answered:
-        """The sum of it."""
-        tokens = self._tokens
-        prompt = tokens.get(b"prompt", tokens.get(b"input", 0))
-        new = tokens.get(b"completion", tokens.get(b"output", self._events))
-        return Answered(prompt, new, self._finish, None, self._first, time.monotonic() - self._began)
-
-
-_TOKENS = re.compile(rb'"(prompt|completion|input|output)_tokens":\s*(\d+)')
-_FINISH = re.compile(rb'"finish_reason":\s*"(\w+)"')
 
 LENGTHS = {
     "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
@@ -289,6 +275,35 @@ async def _gone(receive: Receive, stop: Callable[[], None]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     stop()
+
+
+_DATA = re.compile(rb"^data:(.*)\n", re.MULTILINE)
+
+
+async def _head(chunks: AsyncIterator[bytes]) -> bytes:
+    """The beginning of a stream, with the data of its first event."""
+    head = b""
+    async for chunk in chunks:
+        head += chunk
+        if _DATA.search(head):
+            break
+    return head
+
+
+def _failure(head: bytes) -> tuple[int, bytes] | None:
+    """Status and body, where a stream begins with an error: its engine had said 200 before it knew."""
+    event = _DATA.search(head)
+    if event is None or b'"error"' not in event[1]:
+        return None
+    try:
+        said = json.loads(event[1])
+    except ValueError:
+        return None
+    error = said.get("error") if isinstance(said, dict) else None
+    if not error:
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    return (code if isinstance(code, int) and 400 <= code < 600 else 500), event[1].strip()
 
 
 async def _unbroken(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

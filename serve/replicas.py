@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Replica:
-    """One of them. `life` counts its starts: what failed in an earlier one may be tried again."""
+    """One of them. `life` counts its starts."""
 
     name: str
     url: str = ""
@@ -22,9 +22,6 @@ class Replica:
     """Requests under way."""
     served: int = 0
     """Requests since the beginning."""
-
-
-Tried = Collection[tuple[Replica, int]]
 
 
 class NoReplica(Exception):
@@ -47,10 +44,10 @@ class Replicas:
         """Requests under way, on all of them."""
         return sum(member.running for member in self.members)
 
-    def pick(self, tried: Tried = ()) -> Replica | None:
-        """The one for the next request, or None while there is none; those that were `tried` in this life are out."""
-        able = [m for m in self.members if m.ready and (m, m.life) not in tried]
-        return min(able, key=lambda m: (m.running, m.served), default=None)
+    def pick(self, tried: Collection[Replica] = ()) -> Replica | None:
+        """The one for the next request, or None while there is none; those that were `tried` come last."""
+        able = [member for member in self.members if member.ready]
+        return min(able, key=lambda m: (m in tried, m.running, m.served), default=None)
 
     def changed(self) -> None:
         """Call after a member was changed: who waits looks again."""
@@ -58,9 +55,9 @@ class Replicas:
         self._changes = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def lease(self, tried: Tried = ()) -> AsyncIterator[Replica]:
+    async def lease(self, tried: Collection[Replica] = ()) -> AsyncIterator[Replica]:
         """The one for the next request, which counts as under way in the block; waits while none is ready."""
-        replica = self.pick(tried) or await self._wait(tried)
+        replica = self.pick(tried) or await self._wait()
         replica.running += 1
         replica.served += 1
         try:
@@ -78,13 +75,13 @@ class Replicas:
                     await self._changes.wait()
         return condition()
 
-    async def _wait(self, tried: Tried) -> Replica:
+    async def _wait(self) -> Replica:
         self.waiting += 1
         try:
-            await self.until(lambda: self.pick(tried) is not None or self._hopeless(), self.patience)
+            await self.until(lambda: self.pick() is not None or self._hopeless(), self.patience)
         finally:
             self.waiting -= 1
-        replica = self.pick(tried)
+        replica = self.pick()
         if replica is None:
             reasons = [member.failed for member in self.members if member.failed]
             raise NoReplica(reasons[0] if self._hopeless() else "no engine was ready in time")

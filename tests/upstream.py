@@ -1,8 +1,12 @@
 """A program that looks like an engine's server, for tests of what runs one: `python upstream.py PORT SETTINGS`.
 
-SETTINGS is JSON: `delay` seconds until it answers, `refuse` a text to die with, `child` a file for the pid of a process
-that it leaves in its group, `journal` a file that gets a line for each event. What a request's first message says is
-what happens: "die", "die once", "hang", "fail", or any other text, which is answered.
+SETTINGS is JSON: `delay` seconds until it answers, `refuse` a text to die with then, `child` a file for the pid of a
+process that it leaves in its group, `journal` a file that gets a line for each event, `pause` seconds before an answer,
+`pace` seconds between two chunks of a stream. What a request's first message says is what happens: "die", "drop", "hang",
+"fail", "lose", and of "die once" only the first time; any other text is answered.
+
+"lose" is vLLM's end where its process that computes is killed: from then on all that was asked fails, streams within
+their status 200, /health says 503, and it takes `wind_down` seconds until the server ends too.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 PORT, SETTINGS = int(sys.argv[1]), json.loads(sys.argv[2])
+LOST = asyncio.Event()
+DEAD = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
 
 
 def note(line: str) -> None:
@@ -34,7 +40,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         if headers.get("authorization") != f"Bearer {os.environ['UPSTREAM_KEY']}":
             answer(writer, 401, {"error": "Unauthorized"})
         elif method == "GET":
-            answer(writer, 200, {"data": []})
+            answer(writer, 503 if LOST.is_set() and path == "/health" else 200, {"data": []})
         elif path.endswith("_lora_adapter"):
             note(f"{path} {body.decode()}")
             answer(writer, 200, {})
@@ -47,35 +53,57 @@ async def complete(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, b
     fields = json.loads(body)
     text = fields["messages"][0]["content"]
     note(f"asked {text}")
-    marker = Path(f"{SETTINGS.get('journal')}.died")
-    if text == "die" or (text == "die once" and not marker.exists()):
-        marker.touch()
+    word = now(text)
+    if word == "die":
+        print("killed by what was asked", file=sys.stderr, flush=True)
         os._exit(9)
-    if text == "hang":
+    if word == "drop":
+        raise ConnectionError
+    if word == "lose":
+        LOST.set()
+        asyncio.get_running_loop().call_later(SETTINGS["wind_down"], os._exit, 9)
+    if word == "hang":
         # the other side closes: that is how an engine learns that nobody waits
         note("left" if not await reader.read(1) else "?")
         return
-    if text == "fail":
+    if word == "fail":
         answer(writer, 500, {"object": "error", "message": "out of luck", "type": "X", "code": 500})
         return
     await asyncio.sleep(SETTINGS.get("pause", 0.0))
     if fields.get("stream"):
         await stream(writer, fields)
         return
+    if LOST.is_set():
+        answer(writer, 500, DEAD)
+        return
     choice = {"index": 0, "message": {"role": "assistant", "content": body.decode()}, "finish_reason": "stop"}
     usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
     answer(writer, 200, {"id": str(PORT), "model": fields["model"], "choices": [choice], "usage": usage})
 
 
+def now(text: str) -> str:
+    """What shall happen: what the text says, but "... once" only the first time."""
+    word = text.removesuffix(" once")
+    if word == text:
+        return text
+    marker = Path(f"{SETTINGS.get('journal')}.{word}")
+    first = not marker.exists()
+    marker.touch()
+    return word if first else ""
+
+
 async def stream(writer: asyncio.StreamWriter, fields: dict[str, Any]) -> None:
     """Events cut into chunks of seven bytes, whose borders fall anywhere; "break" ends in the middle of them."""
     events = [{"model": fields["model"], "choices": [{"delta": {"content": f"{i} 水"}}]} for i in range(5)]
+    if LOST.is_set():
+        events = [DEAD]
     whole = b"".join(b"data: " + dumps(event) + b"\n\n" for event in events) + b"data: [DONE]\n\n"
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
     for i in range(0, len(whole), 7):
         piece = whole[i : i + 7]
         writer.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
         await writer.drain()
+        await asyncio.sleep(SETTINGS.get("pace", 0.0))
         if i > 70 and fields["messages"][0]["content"] == "break":
             os._exit(9)
     writer.write(b"0\r\n\r\n")
@@ -102,6 +130,7 @@ async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
 
 async def main() -> None:
     if refuse := SETTINGS.get("refuse"):
+        await asyncio.sleep(SETTINGS.get("delay", 0.0))
         os.kill(os.getpid(), {"KILL": signal.SIGKILL, "ILL": signal.SIGILL}.get(refuse, 0))
         sys.exit(refuse)
     if file := SETTINGS.get("child"):

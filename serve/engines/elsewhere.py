@@ -64,8 +64,8 @@ class Elsewhere(Upstream):
         """Its name for a model, "" being the first one."""
         return adapter or next(iter(self.cards))
 
-    def broke(self, replica: Replica) -> None:  # noqa: ARG002
-        """Look at once."""
+    async def broke(self, replica: Replica, life: int) -> None:  # noqa: ARG002
+        """Look at once; until it answers, it gets no requests."""
         self._answers(False)
         self._broken.set()
 
@@ -115,7 +115,6 @@ class Elsewhere(Upstream):
     def _answers(self, now: bool) -> None:
         if self._replica.ready != now:
             self.deaths += not now
-            self._replica.life += now
             self._replica.ready = now
             self.replicas.changed()
 

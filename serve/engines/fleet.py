@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import aiohttp
 
 from serve.engines.causes import brief
 from serve.engines.kind import Kind
-from serve.engines.process import EngineProcess, Launch, Patience
+from serve.engines.process import EngineProcess, Launch, Patience, Unanswered
 from serve.engines.translation import Translation
 from serve.engines.upstream import Upstream
 from serve.folders import check_fits, read_adapter, read_model
@@ -45,14 +46,14 @@ class Ask:
     translation: Translation
 
     async def post(self, path: str, body: Mapping[str, Any], seconds: float = LOAD_SECONDS) -> tuple[int, Any]:
-        """Status and answer: JSON where it is some, else text."""
+        """Status and answer: JSON where it is some, else text. Raises Unanswered where there is none."""
         timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self.session.post(self.url + path, json=body, timeout=timeout) as answer:
                 is_json = answer.content_type == "application/json"
                 return answer.status, await (answer.json() if is_json else answer.text())
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise SuiteError(f"the engine does not answer {path}: {type(error).__name__} {error}") from None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise Unanswered(f"the engine does not answer {path}: {type(error).__name__} {error}") from None
 
 
 @dataclass(frozen=True)
@@ -103,18 +104,17 @@ class Fleet(Upstream):
         folders = {**settings.adapters, **offered}
         self.adapters = {name: Loaded(self.translation.inside(name), folder) for name, folder in folders.items()}
         """By the names that requests use."""
-        self._probe, self._first = probe, first
-        self._refusal: SuiteError | None = None
+        self._probe, self._patience, self._first = probe, patience, first
         self._serving = False
         """Whether it has started: from then on a failure is for the log."""
         self._versions = 0
         self._changing = asyncio.Lock()
-        self._watching: set[asyncio.Task[None]] = set()
         self.processes = [
             EngineProcess(
                 partial(self._launch, i),
                 self._answers,
                 logs / f"{quote(replica.name, safe='')}.log",
+                admit=self._admit,
                 changed=partial(self._changed, i),
                 patience=patience,
             )
@@ -132,12 +132,10 @@ class Fleet(Upstream):
             await self._probe.prepare({name: loaded.folder for name, loaded in self.adapters.items()})
         for process in self.processes:
             process.start()
-        members = self.replicas.members
-        await self.replicas.until(lambda: any(m.ready or m.failed for m in members))
-        if any(m.failed for m in members):
-            refused = self._refusal or next(p.error for p in self.processes if p.error)
+        await self.replicas.until(lambda: any(m.ready or m.failed for m in self.replicas.members))
+        if errors := [process.error for process in self.processes if process.error]:
             await self.stop()
-            raise refused
+            raise errors[0]
         self._serving = True
 
     async def stop(self) -> None:
@@ -146,13 +144,21 @@ class Fleet(Upstream):
         await asyncio.gather(*(process.stop() for process in self.processes))
         for file in () if failed else (process.log for process in self.processes):
             file.unlink(missing_ok=True)
-        for task in self._watching:
-            task.cancel()
         await super().stop()
 
     def inside(self, adapter: str) -> str:
         """The engine's own name for an adapter, "" being the base."""
         return self.adapters[adapter].inside if adapter else self.settings.name
+
+    async def dies(self, replica: Replica, life: int) -> bool:
+        """It is asked itself: one that has lost a process of its own takes seconds to see it, and to end."""
+
+        def over() -> bool:
+            return replica.life != life or not replica.ready
+
+        if over():
+            return True
+        return not await self._is_well(replica.url) and await self.replicas.until(over, self._patience.end)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Add an adapter, or replace the one of that name: requests under way end with what they began with.
@@ -196,9 +202,9 @@ class Fleet(Upstream):
                     await self._tell(replica, "load", new)
                     self._taken[index] += 1
                     if self._probe and replica.ready:
-                        await self._probe(self._ask(replica), {name: new})
+                        await self._probe(self._ask(replica.url), {name: new})
                 lives[index] = replica.life
-        except SuiteError:
+        except Exception:
             self.adapters = before
             await self._undo(new)
             raise
@@ -225,7 +231,7 @@ class Fleet(Upstream):
         if not replica.ready:
             return
         body = {"lora_name": adapter.inside, **({"lora_path": str(adapter.folder)} if what == "load" else {})}
-        status, said = await self._ask(replica).post(f"/v1/{what}_lora_adapter", body)
+        status, said = await self._ask(replica.url).post(f"/v1/{what}_lora_adapter", body)
         if status >= 400:
             message = said["error"]["message"] if isinstance(said, dict) and "error" in said else said
             raise SuiteError(f"{self.kind.name} does not {what} '{adapter.inside}': {message}")
@@ -238,16 +244,16 @@ class Fleet(Upstream):
         await process.stop()
         process.start()
         await self._settled(replica)
-        if replica.failed:
-            raise process.error or self._refusal or SuiteError(replica.failed)
+        if process.error:
+            raise process.error
 
     async def _settled(self, replica: Replica) -> None:
         await self.replicas.until(lambda: replica.ready or bool(replica.failed))
 
     # processes
 
-    def _ask(self, replica: Replica) -> Ask:
-        return Ask(self.session, replica.url, self.translation)
+    def _ask(self, url: str) -> Ask:
+        return Ask(self.session, url, self.translation)
 
     def _with(self, adapters: dict[str, Path]) -> Settings:
         return self.settings.model_copy(update={"adapters": adapters})
@@ -258,47 +264,34 @@ class Fleet(Upstream):
         return self.kind.launch(self._with(inside), self.environment, port, self.key, self._first + index)
 
     async def _answers(self, url: str) -> bool:
+        return await self._status(f"{url}/v1/models") == 200
+
+    async def _is_well(self, url: str) -> bool:
+        """By its own account, and one without that route has none to give."""
+        return await self._status(f"{url}/health") < 500
+
+    async def _status(self, url: str) -> float:
+        """Of the answer there; infinite where there is none."""
         try:
             timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
-            async with self.session.get(f"{url}/v1/models", timeout=timeout) as answer:
-                return answer.status == 200
+            async with self.session.get(url, timeout=timeout) as answer:
+                return answer.status
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+            return math.inf
+
+    async def _admit(self, url: str) -> None:
+        """The probe must have nothing against one that has just come up."""
+        if self._probe:
+            await self._probe(self._ask(url), self.adapters)
 
     def _changed(self, index: int) -> None:
         process, replica = self.processes[index], self.replicas.members[index]
+        if process.state == "starting" and replica.ready:
+            self.deaths += 1
+            log.warning("%s died, and is started again; its log: %s", replica.name, process.log)
+        if process.state == "failed" and self._serving:
+            log.error("%s: %s", replica.name, process.error)
         replica.url, replica.life = process.url, process.starts
+        replica.ready = process.state == "ready"
         replica.failed = brief(process.error) if process.error else ""
-        if process.state == "ready":
-            task = asyncio.create_task(self._admit(index, process.starts))
-            self._watching.add(task)
-            task.add_done_callback(self._watching.discard)
-        else:
-            if process.state == "starting" and replica.ready:
-                self.deaths += 1
-                log.warning("%s died, and is started again; its log: %s", replica.name, process.log)
-            elif process.error:
-                self._note(replica, process.error)
-            replica.ready = False
         self.replicas.changed()
-
-    async def _admit(self, index: int, life: int) -> None:
-        """Let a replica that has just come up have requests, once the probe has nothing against it."""
-        process, replica = self.processes[index], self.replicas.members[index]
-        if self._probe:
-            try:
-                await self._probe(self._ask(replica), self.adapters)
-            except SuiteError as error:
-                if process.starts == life and process.state == "ready":
-                    self._refusal = error
-                    replica.failed = brief(error)
-                    self._note(replica, error)
-                    self.replicas.changed()
-                return
-        if process.starts == life and process.state == "ready":
-            replica.ready = True
-            self.replicas.changed()
-
-    def _note(self, replica: Replica, error: SuiteError) -> None:
-        if self._serving:
-            log.error("%s: %s", replica.name, error)

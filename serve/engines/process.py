@@ -2,8 +2,8 @@
 
              ┌────── dies: a pause, longer each time ──────┐
              v                                             │
-stopped ─> starting ───────── answers ──────────────────> ready ─> draining ─> stopped
-             └─ dies before it ever answered, or again and again ─> failed
+stopped ─> starting ──── answers, and is admitted ──────> ready ─> draining ─> stopped
+             └─ dies before it was ever ready, or again and again, or is refused ─> failed
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ class Patience:
     """Whoever was ready for so long, and dies, starts with a short pause again."""
     starts: int = 5
     """Starts in a row, none of them steady, after which it counts as failed."""
+    end: float = 15.0
+    """From an engine's first error to its end: vLLM looks every 5 s whether the process that computes still lives."""
+
+
+class Unanswered(SuiteError):
+    """An engine gave no answer, or an error of its own: this may be its end."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class EngineProcess:
     """A server of another program on a free local port.
 
     `launch(port)` is asked before every start, so a restart runs with the settings of that moment. `answers(url)` says
-    whether it takes requests. `changed` is called after each change of `state`. All of it lives in one event loop.
+    whether it takes requests, and then `admit(url)`, which raises SuiteError, whether they should be given to it.
+    `changed` is called after each change of `state`. All of it lives in one event loop.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class EngineProcess:
         answers: Callable[[str], Awaitable[bool]],
         log: Path,
         *,
+        admit: Callable[[str], Awaitable[None]] | None = None,
         changed: Callable[[], None] = lambda: None,
         patience: Patience = Patience(),
     ) -> None:
@@ -78,7 +86,8 @@ class EngineProcess:
         self.error: SuiteError | None = None
         """Why it failed, with the last lines of its log."""
         self.log = log
-        self._launch, self._answers, self._changed, self._patience = launch, answers, changed, patience
+        self._launch, self._answers, self._admit = launch, answers, admit
+        self._changed, self._patience = changed, patience
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -116,15 +125,15 @@ class EngineProcess:
         """Start it and start it again, until SuiteError says why that is useless."""
         patience, restless, was_ready = self._patience, 0, False
         while True:
+            steady = False
             async with self._process() as process:
-                began = time.monotonic()
                 if await self._until_ready(process):
                     was_ready = True
                     self._to("ready")
-                    began = time.monotonic()
+                    since = time.monotonic()
                     await process.wait()
+                    steady = time.monotonic() - since > patience.steady
             self._to("starting")
-            steady = time.monotonic() - began > patience.steady
             restless = 0 if steady else restless + 1
             said = tail(self.log)
             hopeless = not was_ready and not any(sign in said for sign in PORT_TAKEN)
@@ -142,7 +151,7 @@ class EngineProcess:
         self.starts += 1
         launch = self._launch(port)
         variables = {**importing(), **launch.variables}
-        guard = [sys.executable, "-m", "serve.engines.guard", str(self._patience.stop)]
+        guard = [sys.executable, "-P", "-m", "serve.engines.guard", str(self._patience.stop)]
         with self.log.open("ab") as log:
             log.write(f"# {' '.join(launch.command)}\n".encode())
             log.flush()
@@ -162,11 +171,23 @@ class EngineProcess:
         deadline = time.monotonic() + self._patience.start
         while process.returncode is None:
             if await self._answers(self.url):
-                return True
+                return await self._admitted(process)
             if time.monotonic() > deadline:
                 raise ended(f"was not ready after {self._patience.start:g} s", self.log)
             await asyncio.sleep(self._patience.poll)
         return False
+
+    async def _admitted(self, process: asyncio.subprocess.Process) -> bool:
+        """Whether it may be given requests; False where it ended while it was looked at."""
+        if self._admit:
+            try:
+                await self._admit(self.url)
+            except Unanswered as error:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), self._patience.end)
+                if process.returncode is None:
+                    raise ended(f"runs, but fails: {error.message}", self.log) from None
+        return process.returncode is None
 
 
 def free_port() -> int:

@@ -17,8 +17,6 @@ from serve.settings import Settings
 CONNECT_SECONDS = 10.0
 KEEP_SECONDS = 4
 """How long an idle connection is kept: uvicorn, in most engines, closes it after 5."""
-DEATH_SECONDS = 3.0
-"""An answer of 500 waits for so long whether the engine is just dying, which makes it worth another try."""
 
 
 class Upstream(ABC):
@@ -70,12 +68,13 @@ class Upstream(ABC):
         """The names that it answers to."""
         return Family(self.settings, self.load_adapter, self.unload_adapter)
 
-    def broke(self, replica: Replica) -> None:  # noqa: B027
-        """A connection broke before there was an answer."""
+    async def broke(self, replica: Replica, life: int) -> None:
+        """A connection broke before there was an answer: returns when it is known whether that was its end."""
+        await self.dies(replica, life)
 
+    @abstractmethod
     async def dies(self, replica: Replica, life: int) -> bool:
-        """Whether one that has answered with an error of its own is just ending."""
-        return await self.replicas.until(lambda: replica.life != life or not replica.ready, DEATH_SECONDS)
+        """Whether one that has answered with an error of its own is at its end, or comes to it now."""
 
     @abstractmethod
     def inside(self, adapter: str) -> str:

@@ -186,6 +186,21 @@ def test_one_that_dies_again_and_again_fails(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_loading_is_no_steady_life(tmp_path: Path) -> None:
+    """One that loads for longer than a life must last to be steady, and dies before it is ready, is given up too."""
+
+    async def scenario() -> None:
+        watched = Watched(tmp_path, patience=replace(HASTY, steady=0.3))
+        watched.process.start()
+        await watched.at("ready")
+        watched.settings |= {"refuse": "out of memory", "delay": 0.4}
+        os.kill(upstream(watched.ports[0]), signal.SIGKILL)
+        await watched.at("failed")
+        assert "died 3 times" in str(watched.process.error)
+
+    asyncio.run(scenario())
+
+
 def test_a_port_that_somebody_took_is_no_reason_to_fail(tmp_path: Path) -> None:
     async def scenario() -> None:
         with socket.socket() as taken:

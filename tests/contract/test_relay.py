@@ -5,14 +5,9 @@ The engine is `tests/upstream.py`, which does what requests say.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,117 +15,13 @@ import httpx
 import pytest
 
 from serve.backends import START_SECONDS
-from serve.engines import remote
-from serve.engines.fleet import Ask
-from serve.engines.process import Launch, Patience
-from serve.engines.translation import AsIs
-from serve.gateway import create_app
-from serve.settings import Settings
-from suite.envs import Environment
-from suite.errors import SuiteError
-from tests.contract.threaded import threaded
-from tests.tiny.tiny_models import tiny_adapter, tiny_model
-
-UPSTREAM = Path(__file__).parents[1] / "upstream.py"
-
-
-@dataclass
-class Pretended:
-    """An engine whose program is `upstream.py`."""
-
-    given: dict[str, Any]
-    loads_adapters: bool = True
-    name: str = "vllm"
-    parser: str = "parser = None"
-    most: int | None = None
-
-    def translation(self, settings: Settings) -> AsIs:
-        return AsIs()
-
-    def check(self, settings: Settings) -> None:
-        pass
-
-    def room(self, settings: Settings) -> int | None:
-        return self.most
-
-    def precision(self, settings: Settings) -> str:
-        return "float32"
-
-    def launch(self, settings: Settings, environment: Environment, port: int, key: str, replica: int) -> Launch:
-        journal = self.given.get("journal")
-        if journal:
-            with Path(journal).open("a") as file:
-                file.write(f"launch {replica} {' '.join(settings.adapters)}\n")
-        return Launch([sys.executable, "-S", str(UPSTREAM), str(port), json.dumps(self.given)], {"UPSTREAM_KEY": key})
-
-
-@dataclass
-class Running:
-    """A gateway, its engine's processes, and what they noted."""
-
-    http: httpx.Client
-    journal: Path
-    url: str
-
-    def chat(self, text: str, model: str = "base", **more: Any) -> httpx.Response:
-        body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
-        return self.http.post("/v1/chat/completions", json=body)
-
-    def together(self, texts: list[str]) -> list[httpx.Response]:
-        async def ask() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
-                bodies = [{"model": "base", "messages": [{"role": "user", "content": text}]} for text in texts]
-                return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
-
-        return asyncio.run(ask())
-
-    def lines(self, start: str = "") -> list[str]:
-        return [line for line in self.journal.read_text().splitlines() if line.startswith(start)]
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, self.journal.read_text()
-            time.sleep(0.02)
+from serve.engines.process import Patience
+from tests.contract.pretended import Pretended, Running, gateway, model_and_adapters
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("relay")
-    base = tiny_model(root / "base")
-    for seed, name in enumerate("abc"):
-        tiny_adapter(base, root / name, seed=seed)
-    (root / "more").mkdir()
-    for name in "bc":
-        (root / name).rename(root / "more" / name)
-    return root
-
-
-@contextlib.contextmanager
-def gateway(folder: Path, scratch: Path, kind: Pretended, *, wait: bool = True, **options: Any) -> Iterator[Running]:
-    """It has started inside the block, or with `wait` False may be starting."""
-    journal = scratch / "journal"
-    kind.given = {"journal": str(journal), **kind.given}
-    given = {"probe": False, "log": "off", "adapters": {"a": folder / "a"}, **options}
-    settings = Settings(model=folder / "base", backend="vllm", env_python=sys.executable, **given)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(remote.KINDS, "vllm", kind)
-        settings.check()
-        ready = threading.Event()
-        failed: list[Any] = []
-
-        def loaded(error: Any) -> None:
-            failed.append(error)
-            ready.set()
-
-        app = create_app(settings, loaded=loaded)
-    with threaded(app) as url:
-        if wait:
-            assert ready.wait(30)
-            if failed[0]:
-                raise failed[0]
-        with httpx.Client(base_url=url, timeout=60) as http:
-            yield Running(http, journal, url)
+    return model_and_adapters(tmp_path_factory.mktemp("relay"))
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +72,25 @@ def test_nothing_is_lost_when_the_engine_dies_under_load(folder: Path, tmp_path:
         answers = running.together([*(f"{i}" for i in range(20)), "die once", *(f"{i}" for i in range(20, 32))])
         assert [answer.status_code for answer in answers] == [200] * 33
         assert len(running.lines("started")) == 2
+
+
+def test_nothing_is_lost_when_an_engine_takes_its_time_to_die(folder: Path, tmp_path: Path) -> None:
+    """Longer than it would be waited for without looking; vLLM's server looks every 5 s whether its engine lives."""
+    with gateway(folder, tmp_path, Pretended({"pause": 0.5, "wind_down": 4})) as running:
+        answers = running.together([*(f"{i}" for i in range(16)), "lose once"], streams=8)
+        assert [answer.status_code for answer in answers] == [200] * 17
+        assert all(a.text.count('"delta"') == 5 and a.text.endswith("data: [DONE]\n\n") for a in answers[:8])
+        assert len(running.lines("started")) == 2
+        assert running.http.get("/health").json()["failed_steps"] == 1
+
+
+def test_a_connection_that_breaks_while_the_engine_lives_is_another_try(folder: Path, tmp_path: Path) -> None:
+    """As where both sides end an idle connection just when a request comes."""
+    with gateway(folder, tmp_path, Pretended({})) as running:
+        assert running.chat("drop once").status_code == 200
+        given_up = running.chat("drop")
+        assert (given_up.status_code, len(running.lines("asked drop"))) == (502, 5)
+        assert len(running.lines("started")) == 1
 
 
 def test_requests_are_shared_and_a_replicas_death_is_not_seen(folder: Path, tmp_path: Path) -> None:
@@ -251,48 +161,25 @@ def test_adapters_come_and_go_while_the_engine_runs(folder: Path, tmp_path: Path
         assert json.loads(running.lines("/v1/unload_lora_adapter")[-1].partition(" ")[2])["lora_name"] == inside
 
 
-def test_every_replica_is_probed_and_again_in_its_next_life(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[str, list[str]]] = []
+def test_what_is_tried_again_asks_for_its_adapter_as_it_is_called_by_then(folder: Path, tmp_path: Path) -> None:
+    with gateway(folder, tmp_path, Pretended({}), lora_dir=[str(folder / "more")]) as running:
 
-    class Probe:
-        """Finds "x" wrong on the replica that is asked second."""
+        def load(path: str) -> None:
+            body = {"lora_name": "d", "lora_path": path, "load_inplace": True}
+            running.http.post("/v1/load_lora_adapter", json=body).raise_for_status()
 
-        async def prepare(self, _: Any) -> None:
-            pass
-
-        async def __call__(self, ask: Ask, adapters: Any) -> None:
-            asked.append((ask.url, [*adapters]))
-            if ["x"] in [names for _, names in asked[:-1]] and "x" in adapters:
-                raise SuiteError("the adapter 'x' has no effect in this engine")
-
-    monkeypatch.setattr(remote, "ParityProbe", lambda *_, **__: Probe())
-    options: dict[str, Any] = {"probe": True, "replicas": 2, "lora_dir": [str(folder / "more")]}
-    with gateway(folder, tmp_path, Pretended({}), **options) as running:
-
-        def load(name: str, path: str) -> httpx.Response:
-            return running.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
-
-        def news(count: int) -> list[list[str]]:
-            """What replicas were asked about since the last time: each once."""
-            running.until(lambda: len(asked) >= count)
-            assert len({url for url, _ in asked}) == count
-            found = [names for _, names in asked]
-            asked.clear()
-            return found
-
-        assert news(2) == [["a"], ["a"]]
-        running.until(lambda: len({a.json()["id"] for a in running.together(["x"] * 4)}) == 2)
-        assert load("d", "b").status_code == 200
-        assert news(2) == [["d"], ["d"]]
-        refused = load("x", "c")
-        assert (refused.status_code, "no effect" in refused.text) == (400, True)
-        assert news(2) == [["x"], ["x"]]
-        assert running.chat("x", "x").status_code == 404
-        assert len(running.lines("/v1/unload_lora_adapter")) == 2
+        load("b")
+        answers: list[dict[str, Any]] = []
+        asking = threading.Thread(target=lambda: answers.append(running.chat("hang once", "d").json()))
+        asking.start()
+        running.until(lambda: bool(running.lines("asked hang")))
+        load("c")
         assert running.chat("die once").status_code == 200
-        assert news(1) == [["a", "d"]]
+        asking.join()
+        (answer,) = answers
+        inside = json.loads(answer["choices"][0]["message"]["content"])["model"]
+        assert running.lines("launch")[-1] == f"launch 0 a {inside}"
+        assert (answer["model"], inside != "d") == ("d", True)
 
 
 @pytest.mark.parametrize(

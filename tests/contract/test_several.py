@@ -23,8 +23,8 @@ from serve.engines.process import Patience
 from serve.settings import Settings
 from suite.errors import SuiteError
 from tests.contract.conftest import Served
+from tests.contract.pretended import Pretended, gateway
 from tests.contract.suite_server import Running, suite_serve
-from tests.contract.test_relay import Pretended, gateway
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
 KEYS = '[ops]\nkey = "sk-ops"\nadmin = true\n[team]\nkey = "sk-team"\nmodels = ["far*", "prod"]\n'

@@ -18,8 +18,10 @@ from serve.engines.kind import flags
 from serve.engines.translation import AsIs, JoinedText, openai_error
 from serve.engines.vllm import Vllm
 from serve.probe import Heard, Known, ParityProbe, Token, compare, distance
-from serve.relay import Tally, _limited, _renamed
+from serve.relay import _failure, _head, _limited, _renamed
 from serve.settings import Settings
+from serve.tally import Tally
+from serve.traffic import Answered
 from suite.errors import SuiteError
 
 NAMES = (b'"model":"a@2"', b'"model":"a"')
@@ -63,6 +65,48 @@ def test_an_answer_tells_its_tokens_and_no_text_of_a_model_does() -> None:
     for _ in range(3):
         streamed.feed(b'data: {"choices":[{"finish_reason":null}]}\n\n')
     assert (streamed.answered().new_tokens, streamed.answered().finish) == (3, "cancelled")
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 99_999), st.lists(st.text(), max_size=4), st.lists(st.integers(0, 10_000), max_size=12))
+def test_what_a_stream_tells_does_not_depend_on_where_it_is_cut(count: int, texts: list[str], cuts: list[int]) -> None:
+    texts += ['\ndata: "completion_tokens":7 "finish_reason":"x"']
+    events = [{"choices": [{"text": text, "finish_reason": None}]} for text in texts]
+    end = {"choices": [{"finish_reason": "stop"}], "usage": {"prompt_tokens": 3, "completion_tokens": count}}
+    whole = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in [*events, end])
+
+    def told(stream: bytes) -> Answered:
+        tally = Tally()
+        assert gathered(tally.of(pieces(stream, cuts))) == stream
+        return tally.answered()
+
+    found = told(whole)
+    assert (found.prompt_tokens, found.new_tokens, found.finish) == (3, count, "stop")
+    uncounted = told(whole[: whole.index(b'data: {"choices": [{"finish_reason": "stop"}')])
+    assert (uncounted.new_tokens, uncounted.finish) == (len(events), "cancelled")
+
+
+ERROR = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("event", "wanted"),
+    [
+        (ERROR, 500),
+        ({"error": {**ERROR["error"], "code": 400}}, 400),
+        ({"type": "error", "error": {"message": "odd", "code": "odd"}}, 500),
+        ({"error": "in words"}, 500),
+        ({"error": None, "choices": []}, None),
+        ({"choices": [{"delta": {"content": '{"error"'}}]}, None),
+        ({"response": {"error": "of its own"}}, None),
+    ],
+)
+def test_a_stream_that_begins_with_an_error_is_one(event: dict[str, Any], wanted: int | None, end: str) -> None:
+    whole = f": ping{end}event: x\ndata: {json.dumps(event)}{end}data: [DONE]{end}".encode()
+    for cuts in ([], [3], [*range(len(whole))]):
+        found = _failure(asyncio.run(_head(pieces(whole, cuts))))
+        assert (found and (found[0], json.loads(found[1]))) == (wanted and (wanted, event))
 
 
 @pytest.mark.parametrize(
@@ -170,15 +214,38 @@ def test_distance() -> None:
 
 
 class Echo:
-    """An engine that answers as ours does."""
+    """An engine that answers as ours does, but for what is `changed` in its choices."""
 
     translation = AsIs()
+
+    def __init__(self, **changed: Any) -> None:
+        self.changed = changed
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         ours = known((3, -1.0 if body["model"] == "base" else -1.2))
         content = [{"logprob": token.logprob} for token in ours.answer]
-        choice = {"logprobs": {"content": content}, "token_ids": [3], "finish_reason": "length"}
+        choice = {"logprobs": {"content": content}, "token_ids": [3], "finish_reason": "length", **self.changed}
         return 200, {"choices": [choice], "prompt_token_ids": ours.prompt, "usage": {"prompt_tokens": 2}}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"logprobs": None},
+        {"logprobs": {"content": [{"logprob": None}]}},
+        {"token_ids": None},
+        {"token_ids": [3, 4]},
+        {"logprobs": {"content": [{}]}},
+    ],
+)
+def test_an_engine_that_does_not_tell_what_the_probe_needs_is_refused(
+    changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.probe.references", lambda *_: {"": [known((3, -1.0))]})
+    probe = ParityProbe(Path("model"), "base", exact=True)
+    with pytest.raises(SuiteError, match="tells the probe no token ids with log probabilities") as refused:
+        asyncio.run(probe(Echo(**changed), {}))  # type: ignore[arg-type]
+    assert "--no-probe" in refused.value.hint
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -52,17 +52,26 @@ def test_equally_loaded_ones_take_turns() -> None:
     assert asyncio.run(scenario()) == ["0", "1", "2", "0", "1", "2"]
 
 
-def test_what_was_tried_is_tried_again_in_its_next_life_only() -> None:
+def test_what_was_tried_comes_last() -> None:
+    replicas = ready(3)
+    first, second, third = replicas.members
+    second.running = 5
+    assert replicas.pick([first, third]) is second
+    second.ready = False
+    assert replicas.pick([first]) is third
+    third.ready = False
+    assert replicas.pick([first]) is first
+
+
+def test_who_finds_none_waits_for_the_first_that_is_ready() -> None:
     async def scenario() -> None:
         replicas = ready(1)
         (member,) = replicas.members
-        tried = {(member, 1)}
-        waiting = asyncio.create_task(replicas.lease(tried).__aenter__())
+        member.ready = False
+        waiting = asyncio.create_task(replicas.lease([member]).__aenter__())
         await asyncio.sleep(0)
         assert (replicas.waiting, waiting.done()) == (1, False)
-        member.ready = False
-        replicas.changed()
-        member.ready, member.life = True, 2
+        member.ready = True
         replicas.changed()
         assert await waiting is member
         assert replicas.waiting == 0
