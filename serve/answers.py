@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from serve.errors import ApiError
+from serve.errors import ApiError, unreadable
 from serve.generation import EngineEnded, Generation, Request, Stats, UnknownAdapter
 from serve.text import TextStream
 from suite.errors import SuiteError
@@ -71,7 +71,9 @@ class Answer:
             self.text.extend(token for token in came if token not in request.stop_ids)
 
     def end(self) -> None:
-        """Complete the text; raises ApiError when the engine gave up."""
+        """Complete the text; raises ApiError when there is none: the engine gave up, or its adapter is lost."""
+        if self.generation.unreadable:
+            raise unreadable(self.generation.request.adapter, self.generation.error)
         if self.generation.finish == "error":
             raise ApiError(500, f"the engine failed: {self.generation.error}", kind="server_error")
         if self.generation.finish == "timeout":

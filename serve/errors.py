@@ -29,3 +29,8 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def unreadable(adapter: str, reason: str) -> ApiError:
+    """The answer where an adapter's files are wrong, lost or changed."""
+    return ApiError(400, f"the adapter '{adapter}' cannot be served: {reason}", param="model")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve.errors import ApiError
+from serve.errors import unreadable
 from serve.offers import offers
 from serve.settings import Settings
 from suite.errors import SuiteError
@@ -100,8 +100,8 @@ class Family:
                 self._unregistered.discard(name)
             return await asyncio.to_thread(self._read, name)
         except (SuiteError, OSError) as error:
-            reason = error.message if isinstance(error, SuiteError) else error.strerror
-            raise ApiError(400, f"the adapter '{name}' cannot be served: {reason}", param="model") from None
+            reason = error.message if isinstance(error, SuiteError) else error.strerror or type(error).__name__
+            raise unreadable(name, reason) from None
 
     def _read(self, name: str) -> Found:
         return Found(name, self.base, "" if name == self.base else name)

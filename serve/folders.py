@@ -199,7 +199,11 @@ def check_fits(adapter: AdapterFolder, model: ModelFolder) -> None:
         weight = model.shapes.get(f"{name}.weight")
         given = (module.outputs, module.inputs)
         if name not in stems:
-            raise SuiteError(f"this adapter is for another base: {model.path} has no {name}", where=str(adapter.path))
+            raise SuiteError(
+                f"this adapter is for another base: the model has no {name}",
+                where=str(adapter.path),
+                hint=f"the model is {model.path}",
+            )
         # a quantized weight is packed, so its shape says nothing
         if weight and len(weight) == 2 and not model.quantized and given not in (weight, weight[::-1]):
             raise misfit(adapter, name, model, weight)
@@ -210,8 +214,9 @@ def misfit(adapter: AdapterFolder, name: str, model: ModelFolder, shape: Shape) 
     module = adapter.modules[name]
     return SuiteError(
         f"this adapter is for another base: its {name} maps {module.inputs} to {module.outputs} values, "
-        f"that of {model.path} {shape[1]} to {shape[0]}",
+        f"that of the model {shape[1]} to {shape[0]}",
         where=str(adapter.path),
+        hint=f"the model is {model.path}",
     )
 
 

@@ -128,6 +128,8 @@ class Generation:
         """(hidden size,), of length 1 once it has ended; empty where none was asked for."""
         self.finish: Finish | None = None
         self.error = ""
+        self.unreadable = False
+        """Whether the error is that its adapter cannot be read: the engine is well."""
         self.submitted = time.monotonic()
         self.started: float | None = None
         self.first_token: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,13 +20,15 @@ from serve.torch.lora_layer import Scale, Weights
 from serve.torch.pool import Pool, PoolStats
 from suite.errors import SuiteError, near
 
+log = logging.getLogger("serve")
+
 
 class Adapters:
     """Adapters by name, as many as there are on disk, with `memory` bytes of them in memory at most.
 
     A name may be given to another adapter at any time: generations keep the one that they were submitted with, which
     is `Generation.weights`. `register`, `unregister` and `find` are called with a lock held, `check` in any thread, the
-    rest in the engine's; `wake` is called in a thread of its own when `arrived` becomes true.
+    rest in the engine's; `wake` is called in a thread of its own when one was read.
     """
 
     def __init__(self, model: Any, base: ModelFolder, memory: int, wake: Callable[[], None]) -> None:
@@ -89,9 +92,9 @@ class Adapters:
             self._pool.retire(self._retired.pop())
 
     @property
-    def arrived(self) -> bool:
-        """Whether `admit` has something new to say."""
-        return bool(self._read)
+    def changed(self) -> bool:
+        """Whether there is something new for `retire` or `admit`."""
+        return bool(self._retired or self._read)
 
     @property
     def parked(self) -> list[Generation]:
@@ -122,7 +125,10 @@ class Adapters:
                 self._pool.loaded(folder, read)
         if self._pool.idle:
             return [], failed
-        go, load = self._pool.admit({generation.weights for generation in running()})
+        in_use = {generation.weights for generation in running()}
+        if not in_use:
+            self.lora.select([], self._pool.resident)  # what the last batch had is let go
+        go, load = self._pool.admit(in_use)
         for folder in load:
             self._wanted.put(folder)
         if load and not self._thread.is_alive():
@@ -146,15 +152,20 @@ class Adapters:
 
     def _read_all(self) -> None:
         while (folder := self._wanted.get()) is not None:
-            read: Weights | SuiteError
-            try:
-                read = self._weights(folder)
-            except SuiteError as error:
-                read = error
-            except Exception as error:
-                read = SuiteError(f"cannot be read: {error}", where=str(folder.path))
-            self._read.append((folder, read))
+            self._read.append((folder, self._weights_or_why(folder)))
             self._wake()
+
+    def _weights_or_why(self, folder: AdapterFolder) -> Weights | SuiteError:
+        try:
+            return self._weights(folder)
+        except SuiteError as error:
+            found = error
+        except OSError as error:  # whose text names the place, which is no client's business
+            found = SuiteError(f"cannot be read: {error.strerror or type(error).__name__}", where=str(folder.path))
+        except Exception as error:
+            found = SuiteError(f"cannot be read: {error}", where=str(folder.path))
+        log.warning("an adapter's requests end with an error: %s", found)
+        return found
 
     def _weights(self, folder: AdapterFolder) -> Weights:
         folder.check_unchanged()

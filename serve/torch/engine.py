@@ -19,7 +19,7 @@ import torch
 from serve.folders import read_model
 from serve.generation import EngineEnded, Finish, Generation, Request, Stats
 from serve.torch.adapters import Adapters
-from serve.torch.cache import SlotCache
+from serve.torch.cache import BLOCK, SlotCache
 from serve.torch.forward import Forward
 from serve.torch.loading import cache_cells, load_model, memory_share
 from serve.torch.observing import observe
@@ -66,13 +66,13 @@ class Engine:
         self.model = load_model(folder, dtype)
         cells = cache_cells(self.model, cache_memory)
         kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK if prefix_cache else 0
-        cells -= kept * PREFIX_BLOCK
+        cells = (cells - kept * PREFIX_BLOCK) // BLOCK * BLOCK
         self.max_length = min(max_length or folder.max_length, cells)
         self.vocabulary = int(self.model.config.get_text_config().vocab_size)
         # prompt logprobs need all logits of a step at once: 2**26 of them are 256 MB in float32
         budget = max(64, min(1024, 2**26 // self.vocabulary))
         prefixes = Prefixes(kept, PREFIX_BLOCK)
-        self.scheduler = Scheduler(max_batch, cells, prefixes, chunk=min(512, budget), budget=budget)
+        self.scheduler = Scheduler(max_batch, cells, prefixes, chunk=min(512, budget), budget=budget, block=BLOCK)
         self.steps = 0
         """Forward passes since the start."""
         self.failures = 0
@@ -218,7 +218,7 @@ class Engine:
         """Take in what came, end what was cancelled or is due; wait while there is nothing to do. False to close."""
         self._admit()  # what ended since may have made room
         with self._wake:
-            while not (self._closing or self._inbox or self._gone or self._adapters.arrived or self._has_work()):
+            while not (self._closing or self._inbox or self._gone or self._adapters.changed or self._has_work()):
                 left = self._due - time.monotonic()
                 if left <= 0:
                     break
@@ -246,7 +246,8 @@ class Engine:
         for generation in go:
             self.scheduler.add(generation)
         for generation, error in failed:
-            self._end(generation, "error", str(error))
+            generation.unreadable = True
+            self._end(generation, "error", error.message)
 
     def _has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)

@@ -40,7 +40,7 @@ class Forward:
             row.tokens[row.cached : row.cached + read] + [0] * (width - read)
             for row, read in zip(step.rows, step.counts, strict=True)
         ]
-        self.cache.arrange(step.moves, len(running), max(row.cached + max(width, row.left) for row in running))
+        self.cache.arrange(step.moves, *step.shape(running))
         self.cache.load(step.loads)
         self.cache.begin(step.first, [row.cached for row in step.rows], width, device)
         self.adapters.select(step.rows, width)

@@ -45,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "loras" / "link").symlink_to(root / "outside")
     shutil.copytree(root / "loras" / "spare", root / "loras" / "broken")
     (root / "loras" / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
-    shutil.copytree(root / "loras" / "spare", root / "loras" / "late")
+    for name in ("late", "lost"):
+        shutil.copytree(root / "loras" / "spare", root / "loras" / name)
     other = tiny_model(root / "other", hidden=64)
     tiny_adapter(other, root / "loras" / "foreign")
     (root / "keys.toml").write_text(KEYS)
@@ -57,7 +58,8 @@ def server(folder: Path) -> Iterator[Running]:
     arguments = ["--model", folder / "base", "--lora-dir", folder / "loras", "--alias", "prod=law@v2:0.7,law@v3:0.3",
                  "--api-key-file", folder / "keys.toml", "--log", folder / "log.jsonl", "--cors", "https://chat.example",
                  "--max-prompt", "500", "--max-tokens", "300", "--timeout", "3"]  # fmt: skip
-    with suite_serve(folder, *arguments) as running:
+    one = (folder / "loras" / "spare" / "adapter_model.safetensors").stat().st_size
+    with suite_serve(folder, *arguments, "--adapter-memory", str(one)) as running:
         yield running
 
 
@@ -97,13 +99,15 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_every_folder_of_adapters_is_offered_and_answers(server: Running) -> None:
+def test_every_folder_of_adapters_is_offered_and_answers(server: Running, folder: Path) -> None:
     listed = [card["id"] for card in get(server, "/v1/models").json()["data"]]
-    assert listed == ["base", "broken", "foreign", "late", "law@v2", "law@v3", "link", "spare", "prod"]
+    assert listed == ["base", "broken", "foreign", "late", "law@v2", "law@v3", "link", "lost", "spare", "prod"]
     texts = {model: answer(server, model) for model in ("base", "law@v2", "law@v3", "spare")}
     assert len(set(texts.values())) == 4
     assert "cannot be served: not a safetensors file" in error(chat(server, "broken"), 400)
-    assert "another base" in error(chat(server, "foreign"), 400)
+    foreign = error(chat(server, "foreign"), 400)
+    assert "another base" in foreign
+    assert str(folder) not in foreign
     assert answer(server, "base") == texts["base"]
 
 
@@ -176,6 +180,15 @@ def test_an_adapter_that_is_deleted(server: Running, folder: Path) -> None:
     assert "no such folder" in error(chat(server, "late"), 400)
     assert chat(server, "spare").status_code == 200
     assert post(server, "unload_lora_adapter", lora_name="late").status_code == 200
+    assert server.http.get("/health").json()["failed_steps"] == 0
+
+
+def test_an_adapter_that_is_deleted_after_it_left_memory(server: Running, folder: Path) -> None:
+    assert chat(server, "lost").status_code == chat(server, "spare").status_code == 200
+    shutil.rmtree(folder / "loras" / "lost")
+    said = error(chat(server, "lost"), 400)
+    assert "the adapter 'lost' cannot be served" in said
+    assert str(folder) not in said + chat(server, "lost", stream=True).text
     assert server.http.get("/health").json()["failed_steps"] == 0
 
 

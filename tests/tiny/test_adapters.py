@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def ask(engine: Engine, *names: str, new: int = NEW) -> list[list[int]]:
     return [g.new for g in found]
 
 
+def emptied(engine: Engine) -> bool:
+    """Whether its memory for adapters is empty soon, with nothing asked of it."""
+    deadline = time.monotonic() + 30
+    while engine.stats().adapters.used and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return (engine.stats().adapters.resident, engine.stats().adapters.used) == (0, 0)
+
+
 def stalled(engine: Engine, name: str) -> tuple[Generation, threading.Event]:
     """A generation that has begun, and the event that lets it go on to its end."""
     began, go_on = threading.Event(), threading.Event()
@@ -96,11 +105,21 @@ def test_an_adapter_that_is_unloaded_while_it_runs_ends_its_work(
     assert engine.adapter_names == []
     go_on.set()
     assert running.wait(30).new == wanted
-    ask(engine, "")
-    assert engine.stats().adapters.resident == 0
-    assert engine.stats().adapters.used == 0
+    assert emptied(engine)
     with pytest.raises(SuiteError, match="unknown adapter 'a'"):
         engine.unload_adapter("a")
+
+
+def test_an_idle_engine_holds_nothing_of_what_was_unloaded(engine: Engine, seed_adapter: Path) -> None:
+    for name in ("a", "b"):
+        engine.load_adapter(name, seed_adapter)
+        ask(engine, name, new=1)
+    resident = engine._adapters._pool.resident.values()
+    held = [weakref.ref(tensor) for weights in resident for pair in weights.layers.values() for tensor in pair]
+    engine.load_adapter("b", seed_adapter)
+    engine.unload_adapter("a")
+    assert emptied(engine)
+    assert not any(reference() is not None for reference in held)
 
 
 def test_two_hundred_adapters_in_the_memory_of_eight(base: Path, seed_adapter: Path, tmp_path: Path) -> None:
@@ -172,10 +191,21 @@ def test_a_file_that_is_lost_fails_only_who_needs_it(
     first, second, third = engine.generate([Request(PROMPT, name, NEW) for name in ("lost", "kept", "")])
     assert (first.finish, second.finish, third.finish) == ("error", "length", "length")
     assert ("missing" if fault == "deleted" else "changed on disk") in first.error
+    assert first.unreadable
+    assert str(tmp_path) not in first.error
     engine.load_adapter("lost", variant(seed_adapter, lost, 8))
     assert ask(engine, "lost")[0] != ask(engine, "kept")[0]
     assert engine.stats().adapters.failures == 1
     assert engine.alive
+
+
+def test_an_error_of_the_disk_names_no_place(
+    engine: Engine, seed_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load_adapter("a", seed_adapter)
+    monkeypatch.setattr("serve.torch.adapters.safe_open", lambda path, *_, **__: next(Path(path).iterdir()))
+    failed = engine.submit(Request(PROMPT, "a", NEW)).wait(30)
+    assert (failed.unreadable, failed.error) == (True, "cannot be read: Not a directory")
 
 
 def test_an_adapter_in_memory_needs_no_file(engine: Engine, seed_adapter: Path, tmp_path: Path) -> None:
@@ -210,9 +240,8 @@ def test_loading_and_unloading_under_load_disturbs_nobody(base: Path, seed_adapt
         assert {generation.wait(30).finish for generation in gone} == {"cancelled"}
         for name in engine.adapter_names:
             engine.unload_adapter(name)
-        ask(engine, "")
+        assert emptied(engine)
         assert engine.load == (0, 0)
-        assert (engine.stats().adapters.resident, engine.stats().adapters.used) == (0, 0)
     finally:
         engine.close()
 

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from serve.generation import Request, Sampling
+from serve.generation import Generation, Request, Sampling
 from serve.torch.engine import Engine
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
@@ -149,6 +149,27 @@ def test_a_small_cache_and_small_chunks_change_nothing(folders: dict[str, Path],
         assert [s.logprob for s in mine.prompt_scores] == pytest.approx(
             [s.logprob for s in theirs.prompt_scores], abs=1e-4
         )
+
+
+def test_keys_and_values_stay_within_their_memory(folders: dict[str, Path]) -> None:
+    sizes = []
+
+    def watch(_: Any) -> None:
+        sizes.extend(keys.shape[0] * keys.shape[2] for keys in engine._forward.cache.keys.values())
+
+    def join(_: int) -> bool:  # it is read while the first one decodes
+        if not second:
+            second.append(engine.submit(Request([5] * 400, "", 2)))
+        return False
+
+    second: list[Generation] = []
+    engine = Engine(folders["base"], cache_memory=0, prefix_cache=False, notify=watch)
+    try:
+        first = engine.submit(Request([4] * 400, "", 8, stop=join)).wait(30)
+        assert (first.finish, second[0].wait(30).finish) == ("length", "length")
+    finally:
+        engine.close()
+    assert 800 < max(sizes) <= engine.scheduler.max_cells == 1024
 
 
 def test_logprobs_are_those_of_the_model(engine: Engine, folders: dict[str, Path]) -> None:
