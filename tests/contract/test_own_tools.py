@@ -66,6 +66,17 @@ def test_a_required_call_streams(client: openai.OpenAI) -> None:
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_parallel_calls_stream(client: openai.OpenAI) -> None:
+    more: Any = {"tools": TOOLS, "tool_choice": "required", "temperature": 0, "max_tokens": 120}
+    more["extra_body"] = {"min_tokens": 40}  # nano ends after one call where it may
+    whole = client.chat.completions.create(model="nano", messages=HELLO, **more).choices[0].message.tool_calls
+    with client.chat.completions.stream(model="nano", messages=HELLO, **more) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    calls = [[(call.function.name, call.function.arguments) for call in found or []] for found in (whole, streamed)]
+    assert calls[0] == calls[1]
+    assert len(calls[0]) == len({call.id for call in streamed or []}) > 1
+
+
 def test_choices_that_fit_no_tool(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="other"):
         ask(client, {"type": "function", "function": {"name": "other"}})
