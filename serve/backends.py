@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
+from serve.engines.guard import GONE_SECONDS
 from serve.engines.process import Patience
 from serve.server import listen, run
 from serve.settings import Settings
@@ -39,6 +40,8 @@ BACKENDS: dict[str, str] = {
 START_SECONDS = 2 * Patience.start
 """How long a start may take: the probe's references, and then an engine, whose own end says why it is none."""
 STOP_SECONDS = 10.0
+ENGINES_STOP_SECONDS = Patience.stop + GONE_SECONDS + 2
+"""How long engines in processes of their own may take to be gone, which is as long as their guard waits for them."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def endpoint(
         port = sock.getsockname()[1]
         with sock:  # only the child listens: when it dies, connections are refused
             child = (_forked if settings.in_process and _may_fork() else _spawned)(settings, sock, output)
-        stack.callback(_stop, child)
+        stack.callback(_stop, child, STOP_SECONDS if settings.in_process else ENGINES_STOP_SECONDS)
         _await_ready(child, port, output)
         yield Endpoint(f"http://127.0.0.1:{port}", [name, *settings.adapters])
 
@@ -157,7 +160,8 @@ def _serve_in_child(settings: Settings, sock: socket.socket, output: BinaryIO, p
 
 def _spawned(settings: Settings, sock: socket.socket, output: BinaryIO) -> Child:
     return subprocess.Popen(
-        [sys.executable, "-m", "serve", settings.model_dump_json(), str(sock.fileno()), str(os.getpid())],
+        # -P: a person's own serve.py, in the folder where they stand, is not this package
+        [sys.executable, "-P", "-m", "serve", settings.model_dump_json(), str(sock.fileno()), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
@@ -195,11 +199,11 @@ def _tail(output: BinaryIO, lines: int = 24) -> str:
     return "\n".join(f"  {line}" for line in text[-lines:]) or "  (nothing)"
 
 
-def _stop(child: Child) -> None:
+def _stop(child: Child, seconds: float) -> None:
     """SIGTERM, time to end, then SIGKILL to all that is left of its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_SECONDS)
+            child.wait(seconds)
         os.killpg(child.pid, signal.SIGKILL)
     child.wait(STOP_SECONDS)

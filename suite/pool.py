@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from suite.errors import StageFailed
+from suite.processes import importing
 
 
 @dataclass
@@ -91,11 +92,9 @@ class WorkerPool:
         """The connection to the warm server, which starts with the first stage that must run."""
         if self._connection is None:
             ours, theirs = socket.socketpair()
-            command = [sys.executable, "-m", "suite.worker", "--warm", str(theirs.fileno())]
-            environment = worker_environment(self.threads)
-            root = Path(__file__).parent.parent
-            if (root / "pyproject.toml").is_file():  # a checkout that is not installed
-                environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+            # -P: a person's own serve.py, in the folder where they stand, is not our package of that name
+            command = [sys.executable, "-P", "-m", "suite.worker", "--warm", str(theirs.fileno())]
+            environment = {**worker_environment(self.threads), "PYTHONPATH": importing()["PYTHONPATH"]}
             with self.log.open("ab") as log:  # what libraries say while they are imported
                 self._server = subprocess.Popen(
                     command,
@@ -121,7 +120,9 @@ class WorkerPool:
             file.flush()
             reader, writer = os.pipe()
             os.set_blocking(reader, False)
-            request = {"id": self._count, "stage": str(stage), "preload": list(preload)}
+            # where the plan found the kinds of its stages
+            path = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+            request = {"id": self._count, "stage": str(stage), "preload": list(preload), "path": path}
             try:
                 socket.send_fds(connection, [json.dumps(request).encode()], [file.fileno(), writer])
             except BrokenPipeError:

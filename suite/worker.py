@@ -118,6 +118,7 @@ class WarmServer:
             return False
         request = json.loads(data)
         log, events = fds
+        sys.path += [folder for folder in request["path"] if folder not in sys.path]
         for module in request["preload"]:
             with contextlib.suppress(Exception):  # the stage meets the same error and reports it
                 importlib.import_module(module)

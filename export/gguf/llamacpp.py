@@ -281,7 +281,7 @@ class _Process:
         if (root / "pyproject.toml").is_file():  # a checkout that is not installed
             environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "export.gguf.llamacpp_process", str(os.getpid())],
+            [sys.executable, "-P", "-m", "export.gguf.llamacpp_process", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

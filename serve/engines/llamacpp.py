@@ -63,7 +63,8 @@ class LlamaCpp:
         layers = "-1" if envs.device() == "cuda" else "0"
         command = [
             "env", f"PYTHONPATH={importing()['PYTHONPATH']}",
-            str(environment.python), "-m", "serve.engines.llamacpp_server", "--model", str(gguf_file(settings.model)),
+            str(environment.python), "-P", "-m", "serve.engines.llamacpp_server",
+            "--model", str(gguf_file(settings.model)),
             "--model_alias", settings.name, "--host", "127.0.0.1", "--port", str(port),
             "--n_ctx", str(settings.max_length or CONTEXT), "--n_gpu_layers", layers,
             "--interrupt_requests", "false", "--disable_ping_events", "true", "--verbose", "false",

@@ -51,4 +51,4 @@ class Own:
         asked = settings.model_copy(update=alone).model_dump_json()
         # other interpreters are given none of our paths
         ours = ["env", f"PYTHONPATH={importing()['PYTHONPATH']}"]
-        return Launch([*ours, str(environment.python), "-m", "serve", asked], found)
+        return Launch([*ours, str(environment.python), "-P", "-m", "serve", asked], found)

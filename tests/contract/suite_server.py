@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import httpx
 
-ROOT = Path(__file__).parents[2]
+from suite.processes import importing
+from tests.namesakes import namesakes
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Running:
 
 @contextlib.contextmanager
 def suite_serve(scratch: Path, *arguments: str | Path, **environment: str) -> Iterator[Running]:
-    """Ready inside the block; killed after it if it has not ended by then."""
+    """Ready inside the block; killed after it if it has not ended by then. Paths among `arguments` are absolute."""
     errors = scratch / "stderr.txt"
-    command = [sys.executable, "-m", "suite.cli", "serve", "--port", "0", *map(str, arguments)]
+    # as the installed command, which does not look for packages where a person stands
+    command = [sys.executable, "-P", "-m", "suite.cli", "serve", "--port", "0", *map(str, arguments)]
+    here, variables = namesakes(scratch / "here"), {**importing(), **environment}
     with errors.open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=log, text=True
-        )
+        process = subprocess.Popen(command, cwd=here, env=variables, stdout=subprocess.PIPE, stderr=log, text=True)
     assert process.stdout is not None
     try:
         lines = iter(process.stdout.readline, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from serve.forms import Json
 from serve.protocol import ChatBody
 from suite.chat import Chat
 from suite.errors import SuiteError
+from tests.namesakes import namesakes
 
 for name in NEEDED:
     pytest.importorskip(name, reason="llama.cpp's server is not installed")
@@ -63,8 +65,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(package: Path) -> Iterator[openai.OpenAI]:
+def client(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     with (
+        contextlib.chdir(namesakes(tmp_path_factory.mktemp("here"))),
         endpoint(package, name="nano", backend="llamacpp", max_length=256) as running,
         openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
     ):

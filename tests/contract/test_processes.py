@@ -19,8 +19,10 @@ from serve.backends import endpoint
 from serve.command import serve
 from serve.settings import Settings
 from suite.errors import SuiteError
+from suite.processes import importing
 from tests.contract.conftest import Served
 from tests.contract.suite_server import suite_serve
+from tests.namesakes import namesakes
 from tests.tiny.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +59,10 @@ def refuses(url: str) -> bool:
 
 @pytest.mark.parametrize("imports", ["", "import torch, transformers"], ids=["spawned", "forked"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_server_dies_with_its_parent(folder: Path, imports: str, how: signal.Signals) -> None:
-    command = [sys.executable, "-c", HOLD.format(imports=imports), str(folder)]
-    parent = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def test_the_server_dies_with_its_parent(folder: Path, imports: str, how: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", HOLD.format(imports=imports), str(folder)]
+    here = namesakes(tmp_path / "here")
+    parent = subprocess.Popen(command, cwd=here, env=importing(), stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdout is not None
         url = parent.stdout.readline().strip()
@@ -89,6 +92,37 @@ def test_why_it_cannot_start_is_the_error(folder: Path, tmp_path: Path) -> None:
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "no-such-type", "architectures": None}))
     with pytest.raises(SuiteError, match="no-such-type"), endpoint(broken):
         pass
+
+
+SLOW = """#!{python}
+import http.server, os, signal, sys, time
+from pathlib import Path
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+def end(*_):
+    time.sleep(1)
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+Path({pid!r}).write_text(str(os.getpid()))
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def test_an_engine_that_ends_slowly_has_ended_after_the_block(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one may measure how much memory is free."""
+    monkeypatch.setattr("serve.backends.STOP_SECONDS", 0.1)  # enough for a server of ours alone
+    (tmp_path / "python").symlink_to(sys.executable)
+    command, pid = tmp_path / "vllm", tmp_path / "pid"
+    command.write_text(SLOW.format(python=sys.executable, pid=str(pid)))
+    command.chmod(0o755)
+    with endpoint(folder, backend="vllm", env_python=str(tmp_path / "python"), probe=False):
+        engine = Path("/proc") / pid.read_text()
+        assert engine.exists()
+    assert not engine.exists()
 
 
 def test_suite_serve_says_where_and_ends_cleanly(folder: Path) -> None:

@@ -23,6 +23,8 @@ from export.gguf.texts import TEXTS
 from suite.chat import load_tokenizer
 from suite.cli import main
 from suite.errors import SuiteError
+from suite.processes import importing
+from tests.namesakes import namesakes
 from tests.tiny.test_gguf import ARCHITECTURES, SETTINGS
 from tests.tiny.tiny_models import tiny_model
 
@@ -357,13 +359,14 @@ def test_a_crash_of_native_code_is_an_error(nano: Path) -> None:
             model.logits([1, 2, 3])
 
 
-def test_llama_cpp_ends_with_the_process_that_started_it(nano: Path) -> None:
+def test_llama_cpp_ends_with_the_process_that_started_it(nano: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from export.gguf.llamacpp import LlamaCpp\n"
         "model = LlamaCpp(Path(sys.argv[1])); model.tokenize('x'); print('ready', flush=True); time.sleep(60)"
     )
-    command = [sys.executable, "-c", code, str(nano / "f16.gguf")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=NANO.parents[2]) as parent:
+    command = [sys.executable, "-P", "-c", code, str(nano / "f16.gguf")]
+    here = namesakes(tmp_path / "here")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=here, env=importing()) as parent:
         assert parent.stdout
         assert parent.stdout.readline() == b"ready\n"
         (child,) = children(parent.pid)

@@ -17,6 +17,7 @@ from suite import pipeline
 from suite.cli import main
 from suite.commands.pipelines import execute
 from suite.store import Store
+from tests.namesakes import namesakes
 from tests.unit.kinds import pipeline_file
 
 CHAIN = """
@@ -207,6 +208,21 @@ def test_a_stopped_run_leaves_no_process_and_continues(
     assert error is None
     said = (run_dir / "events.jsonl").read_text()
     assert "continuing what an interrupted run left" in said
+
+
+def test_a_kind_of_ones_own_is_found_where_the_plan_found_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "our_kinds.py").write_text("from tests.unit.kinds import Make\nclass Own(Make):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    file = tmp_path / "p.toml"
+    file.write_text('[stage.start]\nuse = "our_kinds:Own"\n')
+    assert execute(pipeline.read(file))[1] is None
+
+
+def test_files_beside_a_person_are_not_taken_for_our_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = pipeline_file(tmp_path, '[stage.start]\nuse = "make"\n')
+    monkeypatch.chdir(namesakes(tmp_path / "here"))
+    assert execute(pipeline.read(file))[1] is None
 
 
 def test_two_runs_at_once_make_each_artifact_once(tmp_path: Path, suite_home: Path) -> None:
