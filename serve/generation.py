@@ -187,3 +187,5 @@ class Stats:
     last_failure_time: float | None = None
     """Seconds since the epoch."""
     adapters: PoolStats = field(default_factory=PoolStats)
+    adapter_slots: int = 0
+    """Bytes of the copies of them that batches are computed with."""

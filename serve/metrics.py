@@ -33,6 +33,7 @@ ENGINE: dict[str, tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str
     "preemptions": (CounterMetricFamily, "Answers that gave up their place in the cache, and started again"),
     "steps": (CounterMetricFamily, "Steps of the engine"),
     "failures": (CounterMetricFamily, "Steps of the engine that failed"),
+    "adapter_slots": (GaugeMetricFamily, "Bytes of the copies of adapters that batches are computed with"),
 }
 """Of `serve.generation.Stats`: what it is, and its help."""
 

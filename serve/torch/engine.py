@@ -179,6 +179,7 @@ class Engine:
             last_failure=failure,
             last_failure_time=failure_time,
             adapters=self._adapters.stats(),
+            adapter_slots=self._adapters.lora.bytes,
         )
 
     def close(self) -> None:

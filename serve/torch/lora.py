@@ -127,7 +127,8 @@ class MultiLora:
         return self._bytes(len(self._slots), self._room)
 
     def _bytes(self, slots: int, rank: int) -> int:
-        return slots * rank * sum(layer.bytes for layer in self._layers.values())
+        layers = [*self._layers.values()]  # another thread may ask
+        return slots * rank * sum(layer.bytes for layer in layers)
 
     def _meet(self, adapters: Sequence[Weights]) -> None:
         """Note what these adapters need, and hook into layers that none before had weights for."""
@@ -252,6 +253,6 @@ def cost(size: int, blocks: int, row: float) -> float:
     return blocks * (size * row + READING)
 
 
-def padded(rows: Sequence[int], size: int) -> list[int]:
+def padded(rows: list[int], size: int) -> list[int]:
     """As many rows as a block has; the first stands in for those that are missing."""
     return [*rows, *rows[:1] * (size - len(rows))]

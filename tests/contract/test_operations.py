@@ -296,6 +296,7 @@ def test_metrics_tell_what_happened(server: Running) -> None:
     assert grew("engine_failures_total", model="base") == 0
     base = frozenset({("model", "base")})
     assert after["suite_adapters_resident", base] >= 1
+    assert after["suite_engine_adapter_slots", base] >= 0
     assert after["suite_engine_running", base] == after["suite_engine_waiting", base] == 0
     assert all(len(labels) <= 4 for _, labels in after)
     assert not [labels for _, labels in after if ("model", "law@v4") in labels]

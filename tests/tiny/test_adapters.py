@@ -110,6 +110,17 @@ def test_an_adapter_that_is_unloaded_while_it_runs_ends_its_work(
         engine.unload_adapter("a")
 
 
+def test_the_memory_of_slots_is_told(engine: Engine, seed_adapter: Path) -> None:
+    ask(engine, "")
+    assert engine.stats().adapter_slots == 0
+    engine.load_adapter("a", seed_adapter)
+    ask(engine, "a")
+    assert engine.stats().adapter_slots >= engine.stats().adapters.used > 0
+    ask(engine, "a", "a", "", "a")
+    slots = [layer._a.nbytes + layer._b.nbytes for layer in engine._adapters.lora._layers.values()]
+    assert engine.stats().adapter_slots == sum(slots)
+
+
 def test_an_idle_engine_holds_nothing_of_what_was_unloaded(engine: Engine, seed_adapter: Path) -> None:
     for name in ("a", "b"):
         engine.load_adapter(name, seed_adapter)

@@ -253,7 +253,6 @@ def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], blo
         assert rows * -(-length // BLOCK) * BLOCK <= blocks * BLOCK
         assert all(row.cached + step.width <= length for row in step.rows)
         assert all(len(row.tokens) <= length for row in running)
-        assert rows == len(running)
         for row in run.scheduler.advance(step):
             row.tokens.append(0)
             if row.count == row.request.max_tokens:
