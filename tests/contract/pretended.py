@@ -1,6 +1,4 @@
-"""An engine whose program is `tests/upstream.py`, in the place of vLLM: here, or by
-`python -m tests.contract.pretended SETTINGS serve ...`, which is `suite serve ...` with it.
-"""
+"""An engine whose program is `tests/upstream.py`, in the place of vLLM: of a gateway in this process, or of any."""
 
 from __future__ import annotations
 
@@ -23,7 +21,6 @@ from serve.engines.process import Launch
 from serve.engines.translation import AsIs
 from serve.gateway import create_app
 from serve.settings import Settings
-from suite import cli
 from suite.envs import Environment
 from tests.contract.threaded import threaded
 
@@ -130,6 +127,18 @@ def gateway(folder: Path, scratch: Path, kind: Pretended, *, wait: bool = True, 
             yield Running(http, journal, url)
 
 
-if __name__ == "__main__":
-    remote.KINDS["vllm"] = Pretended(json.loads(sys.argv[1]))
-    raise SystemExit(cli.dispatch(sys.argv[2], sys.argv[3:]))
+PROGRAM = """#!{python}
+import os, sys
+variables = {{**os.environ, "UPSTREAM_KEY": os.environ["VLLM_API_KEY"]}}
+port = sys.argv[sys.argv.index("--port") + 1]
+os.execve(sys.executable, [sys.executable, "-S", {upstream!r}, port, {given!r}], variables)
+"""
+
+
+def pretended_vllm(folder: Path, given: dict[str, Any]) -> Path:
+    """An interpreter in `folder`, for `--env-python`, which has a program `vllm` beside it that does as `given`."""
+    python, program = folder / "python", folder / "vllm"
+    python.symlink_to(sys.executable)
+    program.write_text(PROGRAM.format(python=sys.executable, upstream=str(UPSTREAM), given=json.dumps(given)))
+    program.chmod(0o755)
+    return python

@@ -1,8 +1,12 @@
-"""How our own server ends, and what it does when too much is asked: real processes, and streams while signals come."""
+"""How a server ends, and what it does when too much is asked: real processes, and streams while signals come.
+
+The engine is ours; in the last tests it is another program behind the relay, which `tests/upstream.py` stands for.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import threading
@@ -14,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.contract.pretended import pretended_vllm
 from tests.contract.suite_server import Running, suite_serve
 from tests.tiny.tiny_models import tiny_model
 
@@ -107,3 +112,58 @@ def test_a_second_signal_ends_at_once(server: Running) -> None:
     assert server.process.wait(30) == 0
     stream.join(30)
     assert "[DONE]" not in stream.text
+
+
+@contextlib.contextmanager
+def relaying(folder: Path, scratch: Path, *options: str, **given: Any) -> Iterator[tuple[Running, Path]]:
+    """A server with an engine behind it, and the engine's journal; nothing of that engine is left when it has ended."""
+    journal, child = scratch / "journal", scratch / "child"
+    python = pretended_vllm(scratch, {"journal": str(journal), "child": str(child), **given})
+    own = ["--backend", "vllm", "--env-python", python, "--no-probe"]
+    with suite_serve(scratch, "--model", folder, "--name", "base", *own, *options) as server:
+        yield server, journal
+        assert server.process.wait(30) == 0
+        assert not (Path("/proc") / child.read_text()).exists()
+        assert "Traceback" not in server.errors.read_text()
+
+
+def ask(server: Running, text: str, *, stream: bool = True) -> Stream:
+    return Stream(server, messages=[{"role": "user", "content": text}], stream=stream)
+
+
+def answered(asked: Stream) -> bool:
+    """Whether it has ended as it should."""
+    asked.join(60)
+    if asked.body["stream"]:
+        return asked.text.count('"delta"') == 5 and asked.text.endswith("data: [DONE]\n\n")
+    return "usage" in json.loads(asked.text)
+
+
+def test_streams_of_an_engine_behind_the_relay_end_before_it_does(folder: Path, tmp_path: Path) -> None:
+    with relaying(folder, tmp_path, "--drain", "60", pace=0.02) as (server, _):
+        streams = [ask(server, str(i)) for i in range(4)]
+        assert all(stream.begun.wait(30) for stream in streams)
+        server.process.send_signal(signal.SIGTERM)
+        until(server, draining)
+        refused = server.http.post("/v1/completions", json=LONG)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is shutting down")
+        assert [answered(stream) for stream in streams] == [True] * 4
+
+
+@pytest.mark.parametrize(("drain", "enough"), [("60", True), ("0.1", False)])
+def test_what_waits_for_an_engine_that_starts_again(folder: Path, tmp_path: Path, drain: str, enough: bool) -> None:
+    """It is answered by its next life, or told when the time is over."""
+    with relaying(folder, tmp_path, "--drain", drain, delay=1.5) as (server, journal):
+        asked = [ask(server, "hang once")]
+        until(server, lambda _: "asked hang" in journal.read_text())
+        asked.append(ask(server, "die once", stream=False))
+        until(server, lambda health: health["waiting"] == 2)
+        asked += [ask(server, str(i), stream=i % 2 == 0) for i in range(6)]
+        until(server, lambda health: health["waiting"] == 8)
+        server.process.send_signal(signal.SIGTERM)
+        if enough:
+            assert [answered(each) for each in asked] == [True] * 8
+        else:
+            for each in asked:
+                each.join(60)
+                assert json.loads(each.text)["error"]["message"] == "the server is shutting down"

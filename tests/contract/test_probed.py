@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,6 +21,7 @@ from serve.engines import remote
 from serve.engines.fleet import Ask, Fleet
 from serve.engines.process import Patience
 from suite.errors import SuiteError
+from suite.processes import importing
 from tests.contract.pretended import Pretended, Running, gateway, model_and_adapters
 
 Judge = Callable[[Ask, Mapping[str, Any]], Awaitable[None]]
@@ -146,3 +153,42 @@ def test_a_bug_in_the_probe_ends_the_start(folder: Path, tmp_path: Path, probe: 
     probe(judge)
     with pytest.raises(SuiteError, match="KeyError: 'token_ids'"), probed(folder, tmp_path):
         pass
+
+
+HANG = """
+import os, sys, time
+if "serve.torch.reference" in sys.orig_argv:
+    with open({pid!r}, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+"""
+ASK = "from pathlib import Path; from serve.probe import references; references(Path({folder!r}), {{}})"
+
+
+def test_nobody_computes_what_our_engine_would_say_for_one_that_was_killed(folder: Path, tmp_path: Path) -> None:
+    """It may take the memory of a whole model, and minutes; here it hangs."""
+    file, code = tmp_path / "pid", ASK.format(folder=str(folder / "base"))
+    (tmp_path / "sitecustomize.py").write_text(HANG.format(pid=str(file)))
+    paths = os.pathsep.join([importing()["PYTHONPATH"], str(tmp_path)])
+    asking = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    deadline = time.monotonic() + 30
+    while not file.is_file() or not file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    asking.kill()
+    asking.wait()
+    computing = int(file.read_text())
+    try:
+        while not ended(computing):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(computing, signal.SIGKILL)
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except OSError:
+        return True
