@@ -7,15 +7,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from evalsets.intervals import Moved, moved
 from evalsets.report import REPORT
 from evalsets.statistics import ROUNDING, Change, holm, paired
 from suite.errors import SuiteError
 
 Row = dict[str, Any]
 ALPHA = 0.05
+AVERAGES = ("macro", "bleu")
+"""Figures beside the deciding one of which no question has a part: how they differ takes all questions together."""
 LN2 = math.log(2)
 NONE_SHARED = "no question was answered on both sides"
 
@@ -55,6 +59,7 @@ class Difference:
 
     `pairs` are the rows of the questions that both sides answered; `left_out` counts those that failed or are missing
     on a side. `change` is None where nothing can be compared; `remarks` say why, and what else a reader must know.
+    `others` are figures of both sides that are no mean over questions.
     """
 
     kind: str
@@ -63,6 +68,13 @@ class Difference:
     change: Change | None
     p_corrected: float | None = None
     remarks: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @cached_property
+    def averages(self) -> dict[str, Moved]:
+        """How the `others` differ on the same questions; nothing is decided by them."""
+        found = {name: moved(name, self.pairs) for name in self.others if self.change}
+        return {name: change for name, change in found.items() if change}
 
     @property
     def verdict(self) -> str:
@@ -106,7 +118,8 @@ class Difference:
         for name in ("gained", "lost", "forgotten", "learnt"):
             found[name] = [row["id"] for row in getattr(self, name)]
         about = {"left_out": self.left_out, "p_corrected": self.p_corrected, "remarks": list(self.remarks)}
-        return found | {"subjects": self.subjects(), **about}
+        averages = {name: change._asdict() for name, change in self.averages.items()}
+        return found | {"subjects": self.subjects(), "averages": averages, **about}
 
 
 def counts(kind: str, row: Row, failed: bool) -> bool:
@@ -141,7 +154,8 @@ def difference(before: Report, after: Report, name: str, confidence: float = 0.9
     first, second = ([score(kind, pair[side]) for pair in pairs] for side in (0, 1))
     weights = [float(a["bytes"]) for a, _ in pairs] if kind == "perplexity" else None
     change = paired(first, second, weights=weights, lower_is_better=kind == "perplexity", confidence=confidence)
-    return Difference(kind, pairs, left_out, change, remarks=remarks)
+    others = tuple(figure for figure in AVERAGES if all(figure in side.sets[name]["total"] for side in (before, after)))
+    return Difference(kind, pairs, left_out, change, remarks=remarks, others=others)
 
 
 def _incomparable(old: Mapping[str, Any], new: Mapping[str, Any], both: Sequence[tuple[Row, Row]]) -> str:

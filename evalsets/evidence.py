@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from evalsets.compare import Difference, Report, Row, difference
-from evalsets.intervals import interval, part
-from evalsets.statistics import Change, Interval, bootstrap, paired
+from evalsets.intervals import Moved, interval, moved, part
+from evalsets.statistics import Change, Interval, are_shares, bootstrap, few
 from suite.evidence import Bounds, Evidence, Unmeasured, size
 
 
@@ -38,16 +38,18 @@ class ReportEvidence(Evidence):
             raise Unmeasured(f"'{path}' is not available: {about['total']['not_available']}")
         if figure not in (sure := _sure(about)):
             raise Unmeasured(f"'{path}' has no interval; of '{name}' one have: {', '.join(sure)}")
+        of = "score" if figure == about["headline"] else figure
         if against is not None:
             found = self._difference(against, name, confidence)
-            return (
-                _beside(found, confidence) if figure == about["headline"] else _paired(found, path, figure, confidence)
-            )
+            for side in zip(*found.pairs, strict=True):
+                _enough(path, found.kind, of, side, confidence)
+            return _beside(found, confidence) if of == "score" else _moved(found, path, of, confidence)
         if not (rows := self.report.answers(name)):
             raise Unmeasured(f"'{name}' has no answers to single questions, so '{path}' has no interval")
+        _enough(path, about["kind"], of, rows, confidence)
         if about["kind"] == "perplexity":
             return _perplexity(path, rows, confidence)
-        ends = interval("score" if figure == about["headline"] else figure, rows, confidence)
+        ends = interval(of, rows, confidence)
         if ends is None:
             raise Unmeasured(f"no question of '{name}' has a '{figure}'")
         return Bounds(*ends, sum(part(figure, row) is not None for row in rows) or len(rows))
@@ -98,17 +100,19 @@ def _perplexity(path: str, rows: Sequence[Row], confidence: float) -> Bounds:
     return Bounds(math.exp(ends.low), math.exp(ends.high), len(rows))
 
 
-def _paired(found: Difference, path: str, figure: str, confidence: float) -> Bounds:
+def _enough(path: str, kind: str, figure: str, rows: Sequence[Row], confidence: float) -> None:
+    """Raise Unmeasured for so few values of no known scale that they do not tell how much others may differ."""
+    values = [found.value for row in rows if (found := part(figure, row))]
+    scaled = kind != "perplexity" and (kind != "external" or are_shares(values))
+    if few(len(rows), confidence) and not scaled:
+        raise Unmeasured(f"'{path}' has no interval: {len(rows)} are too few for one at {100 * confidence:.4g} %")
+
+
+def _moved(found: Difference, path: str, figure: str, confidence: float) -> Bounds:
     """The same as `_beside` of a figure that does not decide comparisons, over the questions that have it."""
-    parts = [(part(figure, a), part(figure, b)) for a, b in found.pairs]
-    both = [(a, b) for a, b in parts if a and b]
-    if not both or any(a.weight != b.weight for a, b in both):
+    change = moved(figure, found.pairs, confidence)
+    if change is None:
         raise Unmeasured(f"'{path}' has no interval beside another's: it is no mean over the same questions")
-    weights = [a.weight for a, _ in both]
-    change = paired(
-        [a.value for a, _ in both], [b.value for _, b in both],
-        weights=None if set(weights) == {1.0} else weights, confidence=confidence,
-    )  # fmt: skip
     return _around(found, change)
 
 
@@ -137,7 +141,7 @@ def _beside(found: Difference, confidence: float) -> Bounds:
     return Bounds(low, high, change.n, before, "; ".join(found.remarks))
 
 
-def _around(found: Difference, change: Change) -> Bounds:
+def _around(found: Difference, change: Change | Moved) -> Bounds:
     """This side's value where the other's is what it was before the change."""
     low, high = change.before + change.low, change.before + change.high
     if found.kind != "external":  # whose scores are on scales of their own

@@ -1,11 +1,13 @@
 """How sure the figures of a set are that stand beside its deciding one: an interval for each that questions add up to.
 
 Most figures are means over questions, or ratios of sums over them: Wilson's interval where each question is right or
-wrong, else the bootstrap. Corpus BLEU is computed of resampled questions.
+wrong, else the bootstrap. Corpus BLEU is computed of resampled questions. Beside another evaluation, the interval is of
+the difference on the same questions.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,17 +16,25 @@ import numpy as np
 from evalsets.metrics.overlap import BLEU_TOKENIZERS
 from evalsets.statistics import (
     ROUNDING,
+    Array,
     Interval,
     average_interval,
-    bootstrap,
+    difference_interval,
+    effective,
+    few,
+    flips_interval,
     mean_interval,
+    paired,
     percentiles,
     resampled,
 )
 
 Row = dict[str, Any]
+Pairs = Sequence[tuple[Row, Row]]
 ORDERS = 4
 """Longest n-gram of BLEU."""
+COUNTS = 2 * ORDERS + 2
+"""What BLEU is computed of: matches and n-grams of each order, lengths of replies and references."""
 
 
 class Part(NamedTuple):
@@ -32,6 +42,16 @@ class Part(NamedTuple):
 
     value: float
     weight: float = 1.0
+
+
+class Moved(NamedTuple):
+    """A figure on both sides of `n` questions, and where the difference of the two lies."""
+
+    n: int
+    before: float
+    after: float
+    low: float
+    high: float
 
 
 def _score_of(wanted: Callable[[Row], bool]) -> Callable[[Row], Part | None]:
@@ -74,10 +94,9 @@ def interval(figure: str, rows: Sequence[Row], confidence: float = 0.95) -> Inte
     parts = [found for row in rows if (found := part(figure, row)) and found.weight]
     if not parts:
         return None
-    means = [found.value / found.weight for found in parts]
-    if len(set(means)) == 1 or all(found.weight == 1 for found in parts):
-        return mean_interval(means, confidence)
-    return bootstrap([found.value for found in parts], [found.weight for found in parts], confidence)
+    means, weights = [found.value / found.weight for found in parts], [found.weight for found in parts]
+    alike = len(set(means)) == 1 or len(set(weights)) == 1
+    return mean_interval(means, None if alike else weights, confidence=confidence)
 
 
 def intervals(total: Mapping[str, Any], headline: str, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
@@ -88,6 +107,24 @@ def intervals(total: Mapping[str, Any], headline: str, rows: Sequence[Row]) -> d
     return {"intervals": {name: ends._asdict() for name, ends in found.items()}} if found else {}
 
 
+def moved(figure: str, pairs: Pairs, confidence: float = 0.95) -> Moved | None:
+    """How a figure differs between the two rows of each pair; None for one that is no mean over the same questions."""
+    if figure == "bleu":
+        return _bleu_moved(pairs, confidence)
+    if figure == "macro":
+        return _macro_moved(pairs, confidence)
+    parts = [(part(figure, a), part(figure, b)) for a, b in pairs]
+    both = [(a, b) for a, b in parts if a and b]
+    if not both or any(a.weight != b.weight for a, b in both):
+        return None
+    weights = [a.weight for a, _ in both]
+    change = paired(
+        [a.value for a, _ in both], [b.value for _, b in both],
+        weights=None if set(weights) == {1.0} else weights, confidence=confidence,
+    )  # fmt: skip
+    return Moved(change.n, change.before, change.after, change.low, change.high)
+
+
 def _macro(rows: Sequence[Row], confidence: float) -> Interval:
     """The mean accuracy of subjects, each of which counts the same."""
     subjects = sorted({row["subset"] for row in rows})
@@ -95,26 +132,72 @@ def _macro(rows: Sequence[Row], confidence: float) -> Interval:
     return average_interval([(sum(score == 1 for score in of), len(of)) for of in scores], confidence)
 
 
+def _macro_moved(pairs: Pairs, confidence: float) -> Moved:
+    """The same of both sides: flips, of as many questions as those weigh that count as they do in the average."""
+    size = Counter(b["subset"] for _, b in pairs)
+    shares = np.array([1 / len(size) / size[b["subset"]] for _, b in pairs])
+    before, after = (np.array([row["score"] == 1 for row in side]) for side in zip(*pairs, strict=True))
+    n = effective(shares)
+    gained, lost = (float(shares @ flipped) * n for flipped in (after & ~before, before & ~after))
+    ends = flips_interval(gained, lost, n, confidence)
+    return Moved(len(pairs), float(shares @ before), float(shares @ after), *ends)
+
+
 def _bleu(rows: Sequence[Row], confidence: float) -> Interval:
     """Corpus BLEU of each language over resampled questions; of several, their mean weighted by questions."""
-    drawn = np.zeros(())
+    drawn: Array = np.zeros(())
     for seed, language in enumerate(sorted({row["language"] for row in rows})):  # draws of their own
         of = [row for row in rows if row["language"] == language]
         drawn = drawn + len(of) / len(rows) * _bleus(language, of, seed)
-    if np.ptp(drawn) < ROUNDING:  # all perfect, or nothing right
-        return mean_interval([float(drawn[0])] * len(rows), confidence)
-    return percentiles(drawn, confidence)
+    if np.ptp(drawn) < ROUNDING or few(len(rows), confidence):  # all perfect, or nothing right
+        return mean_interval([float(drawn.mean())] * len(rows), confidence=confidence)
+    return percentiles(drawn, len(rows), confidence)
 
 
-def _bleus(language: str, rows: Sequence[Row], seed: int) -> Any:
-    """BLEU of resamples from the counts that sacrebleu makes of each reply."""
+def _bleu_moved(pairs: Pairs, confidence: float) -> Moved:
+    """The same of both sides, of resamples with the same questions.
+
+    Where but few replies differ in what BLEU counts, these are taken to have made all of the difference.
+    """
+    before = after = 0.0
+    drawn: Array = np.zeros(())
+    differ = 0
+    for seed, language in enumerate(sorted({b["language"] for _, b in pairs})):
+        of = [pair for pair in pairs if pair[1]["language"] == language]
+        old, new = (_counted(language, side) for side in zip(*of, strict=True))
+        sums, share = resampled(np.hstack([old, new]), seed), len(of) / len(pairs)
+        drawn = drawn + share * (_scores(sums[:, COUNTS:]) - _scores(sums[:, :COUNTS]))
+        before += share * float(_scores(old.sum(0, keepdims=True))[0])
+        after += share * float(_scores(new.sum(0, keepdims=True))[0])
+        differ += int((old != new).any(1).sum())
+    low, high = percentiles(drawn, len(pairs), confidence)
+    if few(differ, confidence):
+        each = np.zeros(len(pairs))
+        each[:differ] = (after - before) * len(pairs) / max(1, differ)
+        low, high = difference_interval(each, 1.0, confidence)
+    return Moved(len(pairs), before, after, max(-1.0, low), min(1.0, high))
+
+
+def _bleus(language: str, rows: Sequence[Row], seed: int) -> Array:
+    """BLEU of resamples, (RESAMPLES,)."""
+    return _scores(resampled(_counted(language, rows), seed))
+
+
+def _counted(language: str, rows: Sequence[Row]) -> Array:
+    """What sacrebleu counts in each reply, (n, COUNTS); a corpus has the sums."""
     from sacrebleu.metrics.bleu import BLEU
 
     metric = BLEU(tokenize=BLEU_TOKENIZERS[language], effective_order=True)  # which it wants for single sentences
     of_each = [metric.sentence_score(row["reply"], [row["expected"]]) for row in rows]
-    counted = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in of_each], float)
-    sums = resampled(counted, seed).round().astype(int).tolist()
+    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in of_each], float)
+
+
+def _scores(sums: Array) -> Array:
+    """BLEU of corpora by their counts, (corpora, COUNTS) -> (corpora,)."""
+    from sacrebleu.metrics.bleu import BLEU
+
     scores = (
-        BLEU.compute_bleu(of[:ORDERS], of[ORDERS:-2], of[-2], of[-1], smooth_method="exp").score / 100 for of in sums
+        BLEU.compute_bleu(of[:ORDERS], of[ORDERS:-2], of[-2], of[-1], smooth_method="exp").score / 100
+        for of in sums.round().astype(int).tolist()
     )
     return np.fromiter(scores, float, len(sums))

@@ -47,18 +47,52 @@ def wilson(successes: float, n: float, confidence: float = 0.95) -> Interval:
 
 
 def bootstrap(
-    values: Sequence[float], weights: Sequence[float] | None = None, confidence: float = 0.95, seed: int = 0
+    values: Sequence[float] | Array,
+    weights: Sequence[float] | Array | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Percentile interval of sum(values) / sum(weights) over resampled questions (Efron 1979); a mean by default."""
     w = np.ones(len(values)) if weights is None else np.asarray(weights, float)
-    return percentiles(_ratios(np.asarray(values, float), w, seed), confidence)
+    return percentiles(_ratios(np.asarray(values, float), w, seed), len(w), confidence)
 
 
-def mean_interval(scores: Sequence[float], confidence: float = 0.95) -> Interval:
-    """The interval of a mean score: Wilson's where every score is right or wrong, else by the bootstrap."""
-    if _right_or_wrong(np.asarray(scores, float)):
+def few(n: int, confidence: float = 0.95) -> bool:
+    """Whether n of a kind may be chance, for as many coins often fall alike: up to 5 at 95 %."""
+    return 2 * 0.5**n > 1 - confidence
+
+
+def mean_interval(
+    scores: Sequence[float], weights: Sequence[float] | None = None, *, confidence: float = 0.95
+) -> Interval:
+    """The interval of a mean score; weighted, sum(weights * scores) / sum(weights).
+
+    Wilson's where every score is right or wrong, and where all but `few` scores from 0 to 1 are one number: what these
+    few say of the rest is chance, and no scores of that mean vary more than right and wrong ones. Else the bootstrap.
+    """
+    of = np.asarray(scores, float)
+    if weights is None and _right_or_wrong(of):
         return wilson(round(sum(scores)), len(scores), confidence)
-    return bootstrap(scores, confidence=confidence)
+    w: Array = np.ones(len(of)) if weights is None else np.asarray(weights, float)
+    commonest = max(np.unique(of.round(6), return_counts=True)[1])
+    if few(len(of) - int(commonest), confidence) and are_shares(of):
+        n = effective(w)
+        return wilson(float(of @ w / w.sum()) * n, n, confidence)
+    return bootstrap(of * w, w, confidence)
+
+
+def effective(weights: Array) -> float:
+    """How many questions that weigh the same would be as sure (Kish, Survey Sampling, 1965)."""
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def difference_interval(values: Sequence[float] | Array, scale: float = 1.0, confidence: float = 0.95) -> Interval:
+    """The interval of a mean difference of which few are not 0: Wald's with one more of the whole `scale` each way.
+
+    What `flips_interval` is for differences of 1 and -1. It does not shrink to a point where all are the same.
+    """
+    more = np.append(values, (scale, -scale))
+    return _wald(float(more.mean()), float((more**2).mean()), len(more), confidence)
 
 
 def average_interval(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:
@@ -78,10 +112,30 @@ def _z(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def percentiles(values: Array, confidence: float = 0.95) -> Interval:
-    """The interval between which that share of resampled `values`, (RESAMPLES,), lies, as much below as above."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def _wald(mean: float, square: float, n: float, confidence: float) -> Interval:
+    """Wald's interval of a mean of n values, by the mean of their squares."""
+    half = _z(confidence) * math.sqrt(max(0.0, square - mean**2) / n)
+    return Interval(mean - half, mean + half)
+
+
+def percentiles(values: Array, n: int, confidence: float = 0.95) -> Interval:
+    """The interval between which that share of `values`, (RESAMPLES,), lies, as much below as above.
+
+    Expanded by what resamples of `n` questions vary too little (Hesterberg, Am. Stat. 69, 2015, section 5.3): with ten,
+    the share alone holds the truth nine times in ten where it says 95 %.
+    """
+    z = _z(confidence)
+    if n > 1:
+        z = _student(z, n - 1) * math.sqrt(n / (n - 1))
+    tail = NormalDist().cdf(-z)
+    low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def _student(z: float, freedom: int) -> float:
+    """The quantile of Student's distribution where z is the normal one's (Abramowitz and Stegun 1964, 26.7.5)."""
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return z + math.fsum(term / freedom ** (i + 1) for i, term in enumerate(terms))
 
 
 def resampled(table: Array, seed: int = 0) -> Array:
@@ -108,6 +162,12 @@ def _right_or_wrong(scores: Array) -> bool:
     return bool((np.abs(scores - scores.round()) < ROUNDING).all() and np.isin(scores.round(), (0.0, 1.0)).all())
 
 
+def are_shares(scores: Sequence[float] | Array) -> bool:
+    """Whether all are from 0 to 1, but for rounding."""
+    of = np.asarray(scores, float)
+    return bool((of > -ROUNDING).all() and (of < 1 + ROUNDING).all())
+
+
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p-value that gains and losses are equally likely (McNemar 1947, binomial form)."""
     n = gained + lost
@@ -118,15 +178,14 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / (1 << n))
 
 
-def flips_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
+def flips_interval(gained: float, lost: float, n: float, confidence: float = 0.95) -> Interval:
     """Interval of (gained - lost) / n, the difference of two proportions on the same n questions.
 
     Wald's with one more flip each way (Bonett and Price, J. Educ. Behav. Stat. 37, 2012): it keeps its coverage also
     where few questions flip, and does not shrink to a point where none did, as resampling would.
     """
-    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = _z(confidence) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
-    return Interval(max(-1.0, up - down - half), min(1.0, up - down + half))
+    low, high = _wald((gained - lost) / (n + 2), (gained + lost + 2) / (n + 2), n + 2, confidence)
+    return Interval(max(-1.0, low), min(1.0, high))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -209,8 +268,9 @@ def paired(
     """Compare the two scores of each question; totals are sum(scores) / sum(weights).
 
     Right-or-wrong scores are decided by McNemar's exact test; others by the paired bootstrap of the difference, whose
-    p-value cannot be below that of a sign test of the pairs that differ. Raises ValueError for lists of unequal length
-    or none.
+    p-value cannot be below that of a sign test of the pairs that differ. Where only a `few` do, the interval is
+    `difference_interval`; its scale is 1, of scores beyond 0 and 1 and of ratios the largest difference seen. Raises
+    ValueError for lists of unequal length or none.
     """
     if len(before) != len(after) or not before:
         raise ValueError("paired scores must be of the same questions, and at least one")
@@ -227,8 +287,12 @@ def paired(
         interval, p, deviation = flips_interval(rose, fell, len(a), confidence), mcnemar(rose, fell), None
     else:
         drawn = _ratios(b - a, w, seed)
-        interval, p = percentiles(drawn, confidence), max(_two_sided(drawn), mcnemar(0, rose + fell))
-        deviation = float(np.std((b - a - difference * w) * len(a) / total))
+        p = max(_two_sided(drawn), mcnemar(0, rose + fell))
+        each = (b - a - difference * w) * len(a) / total + difference  # so that their mean is the difference
+        interval, deviation = percentiles(drawn, len(a), confidence), float(np.std(each))
+        if few(rose + fell, confidence):
+            bounded = weights is None and are_shares(np.concatenate([a, b]))
+            interval = difference_interval(each, 1.0 if bounded else float(np.abs(each).max()), confidence)
     change = Change(
         len(a), float(a.sum()) / total, float(b.sum()) / total, difference, interval.low, interval.high, gained, lost,
         deviation, (difference < 0) == lower_is_better, p,

@@ -131,7 +131,7 @@ def tested(found: Comparison) -> list[Part]:
                 about.setdefault((name, f"beside {pair.reference.name}: {remark}"), []).append(pair.subject.name)
     parts: list[Part] = [Heading("Differences"), explanation(found), differences(found)]
     remarks = [f"{name} of {', '.join(subjects)} {text}" for (name, text), subjects in about.items()]
-    return [*parts, Bullets(remarks)] if remarks else parts
+    return [*parts, *([Bullets(remarks)] if remarks else []), *averages(found)]
 
 
 def questions(found: Comparison) -> list[Part]:
@@ -218,7 +218,10 @@ def size_text(count: int) -> str:
 def explanation(found: Comparison) -> str:
     """What the verdicts mean."""
     several = (
-        f" All {found.tests} tests are decided together: p is corrected by Holm's method." if found.tests > 1 else ""
+        f" All {found.tests} tests are decided together: p is corrected by Holm's method. Each interval is of its own "
+        "difference alone, so one that excludes 0 may stand beside a p that cannot tell."
+        if found.tests > 1
+        else ""
     )
     return (
         "On the same questions: McNemar's exact test where answers are right or wrong, else the paired bootstrap. "
@@ -235,6 +238,18 @@ def differences(found: Comparison) -> Table:
         for pair in found.pairs for name, one in pair.differences.items()
     ]  # fmt: skip
     return Table(header, rows)
+
+
+def averages(found: Comparison) -> list[Part]:
+    """How averages differ that are no mean over questions, as BLEU; nothing where no set has one."""
+    rows = [
+        (pair.subject.name, pair.reference.name, name, label(figure), number(figure, moved.before),
+         number(figure, moved.after), f"{moved.after - moved.before:+.3f}", f"{moved.low:+.3f} to {moved.high:+.3f}")
+        for pair in found.pairs for name, one in pair.differences.items() for figure, moved in one.averages.items()
+    ]  # fmt: skip
+    header = ("artifact", "against", "set", "average", "against's", "artifact's", "difference", "95 % interval")
+    said = "Averages of the same questions that no single question has a part of. No verdict: none of them is tested."
+    return [Heading("Other averages", 3), said, Table(header, rows)] if rows else []
 
 
 def _difference(found: Difference) -> tuple[str, ...]:

@@ -118,6 +118,34 @@ def test_sets_that_only_one_was_asked_are_said_to_be_no_comparison(
     assert "Differences" not in shown
 
 
+def test_averages_that_are_no_mean_over_questions_stand_beside_with_an_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, scores in (("a", RIGHT), ("b", FORGETFUL)):
+        evaluations.write(tmp_path / name, "m", scores)
+        edited(tmp_path / name, total=Report.read(tmp_path / name).sets["quiz"]["total"] | {"macro": 0.9, "bleu": 0.1})
+    found = said(capsys, str(tmp_path / "a"), str(tmp_path / "b"))["comparisons"][0]["sets"]["quiz"]
+    macro, bleu = found["averages"]["macro"], found["averages"]["bleu"]
+    assert (macro["n"], macro["before"], macro["after"]) == pytest.approx((100, 0.9, 0.79))
+    assert macro["low"] < -0.11 < macro["high"] < 0
+    assert bleu["before"] == bleu["after"] == 0  # of one-letter references
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    assert "Other averages" in shown
+    assert "subject average" in shown
+    edited(tmp_path / "a", total={"acc": 0.9, "low": 0.8, "high": 1.0, "n": 100})
+    assert said(capsys, str(tmp_path / "a"), str(tmp_path / "b"))["comparisons"][0]["sets"]["quiz"]["averages"] == {}
+
+
+def test_what_is_corrected_for_many_tests_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, scores in (("a", RIGHT), ("b", FORGETFUL), ("c", RIGHT)):
+        evaluations.write(tmp_path / name, "m", scores)
+    assert main(["compare", *(str(tmp_path / name) for name in "abc")]) == 0
+    assert "Each interval is of its own difference alone" in " ".join(capsys.readouterr().out.split())
+    assert main(["compare", *(str(tmp_path / name) for name in "ab")]) == 0
+    assert "Each interval" not in capsys.readouterr().out
+
+
 def test_a_perfect_reply_is_known_whatever_its_rounding(tmp_path: Path) -> None:
     """rouge-chinese calls it 0.999999995."""
     evaluations.write(tmp_path / "a", "m", [0.999999995] * 20)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from evalsets import report, sets
 from evalsets.ask import Reply
 from evalsets.external.harness import Found, figures
-from evalsets.intervals import interval
+from evalsets.intervals import interval, moved
+from evalsets.metrics import bleu
 from evalsets.score import Scores, headline, requests, score
-from evalsets.statistics import Interval, average_interval, wilson
+from evalsets.statistics import Interval, average_interval, flips_interval, wilson
 
 COUNTS = ("low", "high", "reported")
 
@@ -79,6 +80,69 @@ def test_the_interval_of_bleu_is_that_of_sacrebleus_resampling() -> None:
     assert interval("bleu", perfect) == wilson(40, 40)
     assert both
     assert both.high - both.low == pytest.approx((found.high - found.low) / math.sqrt(2), rel=0.15)
+
+
+def test_bleu_beside_another_is_resampled_with_the_same_questions() -> None:
+    """As sacrebleu's paired bootstrap does; both sides resampled by themselves would differ several times as much."""
+    draw = random.Random(1)
+    before = [*rows(40), *({**row, "language": "zh"} for row in rows(20))]
+    after = [{**row, "reply": row["expected"]} if draw.random() < 0.3 else row for row in before]
+    pairs = list(zip(before, after, strict=True))
+    found = moved("bleu", pairs)
+    assert found
+    sides = [
+        40 / 60 * bleu("en", *texts(side[:40])) + 20 / 60 * bleu("zh", *texts(side[40:])) for side in (before, after)
+    ]
+    assert (found.before, found.after) == pytest.approx(sides)
+    assert 0 < found.low < sides[1] - sides[0] < found.high
+    alone = interval("bleu", before)
+    assert alone
+    assert found.high - found.low < 0.8 * (alone.high - alone.low)
+    back = moved("bleu", [(b, a) for a, b in pairs])
+    assert back
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=1e-3)
+
+
+def texts(some: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    return [row["reply"] for row in some], [row["expected"] for row in some]
+
+
+def test_few_replies_that_differ_say_little_of_bleu() -> None:
+    some = rows(40)
+    same = moved("bleu", [(row, row) for row in some])
+    assert same
+    assert (same.low, same.high) == flips_interval(0, 0, 40)
+    few = moved("bleu", [(row, {**row, "reply": "none" if i < 3 else row["reply"]}) for i, row in enumerate(some)])
+    assert few
+    assert few.low < few.after - few.before < 0 < few.high
+
+
+def answered(counts: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [{"subset": f"s{i}", "score": float(j < k)} for i, (k, n) in enumerate(counts) for j in range(n)]
+
+
+def test_subjects_of_one_size_are_averaged_as_their_questions_are() -> None:
+    before, after = answered([(9, 20), (12, 20)]), answered([(4, 20), (15, 20)])
+    found = moved("macro", list(zip(before, after, strict=True)))
+    assert found
+    assert (found.n, found.before, found.after) == pytest.approx((40, 21 / 40, 19 / 40))
+    assert (found.low, found.high) == pytest.approx(flips_interval(3, 5, 40))
+
+
+def test_the_difference_of_an_average_of_subjects_covers_the_truth() -> None:
+    """Subjects of all sizes, whose small ones weigh as much as the large."""
+    rng = np.random.default_rng(0)
+    sizes = [4, 6, 10, 20, 40]
+    old, lost = rng.uniform(0.5, 1.0, 5), rng.uniform(0.0, 0.3, 5)
+    truth, covered = float(-(old * lost).mean()), 0
+    for _ in range(400):
+        before = [rng.random(n) < p for n, p in zip(sizes, old, strict=True)]
+        after = [right & (rng.random(len(right)) >= p) for right, p in zip(before, lost, strict=True)]
+        sides = [[{"subset": i, "score": float(r)} for i, s in enumerate(side) for r in s] for side in (before, after)]
+        found = moved("macro", list(zip(*sides, strict=True)))
+        assert found
+        covered += found.low <= truth <= found.high
+    assert 0.93 < covered / 400 < 0.99
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=12))

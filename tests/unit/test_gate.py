@@ -212,6 +212,38 @@ def test_few_questions_prove_little(tmp_path: Path) -> None:
     assert "to 1 beside 1 at 95 % on 8 questions" in verdict.reason
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_questions_prove_little_whatever_their_scores(tmp_path: Path, count: int) -> None:
+    """Resampling one question, or five that are equal, gives a point."""
+    few = evaluation(tmp_path / "a", [0.9] * count)
+    assert judged("quiz.acc >= 0.8", few, few).held
+    for text in (
+        "quiz.acc >= 0.8 at 95 %", "quiz.partial >= 0.4 at 95 %", "quiz.acc >= @before.quiz.acc - 0.1 at 95 %",
+        "quiz.partial >= @before.quiz.partial - 0.1 at 95 %",
+    ):  # fmt: skip
+        assert not judged(text, few, few).held, text
+    better = evaluation(tmp_path / "b", [1.0] * count)
+    assert not judged("quiz.acc >= @before.quiz.acc at 95 %", better, few).held
+
+
+def test_few_values_of_no_known_scale_have_no_interval(tmp_path: Path) -> None:
+    own = evaluation(tmp_path / "a", [30.0] * 5)
+    for text in ("quiz.acc >= 1 at 95 %", "quiz.acc >= @before.quiz.acc - 1 at 95 %"):
+        assert judged(text.replace("quiz.acc", "texts.ppl"), own, own).held
+    (tmp_path / "a/answers/texts.jsonl").write_text(
+        "\n".join((tmp_path / "a/answers/texts.jsonl").read_text("utf-8").splitlines()[:5]), "utf-8"
+    )
+    report = tmp_path / "a/report.json"
+    report.write_text(report.read_text("utf-8").replace('"choice"', '"external"', 1), "utf-8")
+    few = evidence(own.artifact)
+    for figure in ("quiz.acc", "texts.ppl"):
+        for text in (f"{figure} >= 1 at 95 %", f"{figure} >= @before.{figure} - 1 at 95 %"):
+            verdict = judged(text, few, few)
+            assert not verdict.held
+            assert "5 are too few for one at 95 %" in verdict.reason
+            assert judged(text.replace("95", "90"), few, few).held
+
+
 def test_perplexity_moves_by_a_factor(tmp_path: Path) -> None:
     before, after = evaluation(tmp_path / "a", [1.0], 2.0), evaluation(tmp_path / "b", [1.0], 2.01)
     assert judged("texts.ppl <= @before.texts.ppl * 1.03 at 95 %", after, before).held
@@ -239,7 +271,8 @@ def test_figures_beside_the_deciding_one_are_more_or_less_sure_too(tmp_path: Pat
     assert judged("quiz.partial >= @before.quiz.partial - 0.09 at 95 %", own, before).held
     assert not judged("quiz.partial >= @before.quiz.partial - 0.06 at 95 %", own, before).held
     assert judged("quiz.macro >= 0.8 at 95 %", own, before).held
-    assert "no mean over the same questions" in judged("quiz.macro > @before.quiz.macro at 95 %", own, before).reason
+    assert judged("quiz.macro >= @before.quiz.macro - 0.2 at 95 %", own, before).held
+    assert not judged("quiz.macro >= @before.quiz.macro - 0.12 at 95 %", own, before).held
 
 
 def test_only_scores_of_questions_are_more_or_less_sure(tmp_path: Path) -> None:
