@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from serve.backends import check_backend
-from serve.keys import ENVIRONMENT, read_keys
+from serve.keys import ENVIRONMENT, Key, read_keys
 from serve.offers import NAME, offers
 from serve.server import listen, run
 from serve.settings import Settings
@@ -54,13 +54,7 @@ def serve(settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM; running requests are allowed to end. Raises SuiteError when it cannot start."""
     for each in settings.models:
         check_backend(each.backend)
-    keys = read_keys(Path(settings.api_key_file) if settings.api_key_file else None)
-    if not (keys or settings.local or settings.no_key):
-        raise SuiteError(
-            f"anybody who reaches {settings.host} could use this server",
-            where="--host",
-            hint=f"name API keys with --api-key-file or {ENVIRONMENT}, or say --no-key",
-        )
+    keys = api_keys(settings)
     settings.check()
     with listen(settings.host, settings.port) as sock:
         scheme = "https" if settings.tls_cert else "http"
@@ -71,6 +65,18 @@ def serve(settings: Settings) -> None:
         status = run(settings, sock, lambda: _announce(url, settings, bool(keys), time.monotonic() - started), keys)
     if status:
         raise SuiteError("the server could not start; the reason is above")
+
+
+def api_keys(settings: Settings) -> list[Key]:
+    """Those that may ask; raises SuiteError where a file of them cannot be read, or other machines would need none."""
+    keys = read_keys(Path(settings.api_key_file) if settings.api_key_file else None)
+    if not (keys or settings.local or settings.no_key):
+        raise SuiteError(
+            f"anybody who reaches {settings.host} could use this server",
+            where="--host",
+            hint=f"name API keys with --api-key-file or {ENVIRONMENT}, or say --no-key",
+        )
+    return keys
 
 
 def _announce(url: str, settings: Settings, keys: bool, seconds: float) -> None:

@@ -16,7 +16,7 @@ from serve.folders import check_fits, check_layers, read_adapter, read_model
 from serve.offers import offers
 from suite import envs
 from suite.errors import SuiteError
-from suite.serving import Options, Others, check_aliases
+from suite.serving import Options, check_aliases, foreign
 
 DISTRIBUTIONS = {"torch": ("torch", "transformers"), "llamacpp": ("llama-cpp-python",)}
 """What computes where the engine runs in our own environment."""
@@ -71,8 +71,8 @@ class Settings(Options):
         targets = {target for weights in self.alias.values() for target in weights}
         check_aliases(self.alias, {*owners, *(target for target in targets if target.startswith(there))})
         for each in self.models:
-            each._check_engine()
-        self._check_tls()
+            each.check_engine()
+        self.check_tls()
 
     def _checked_names(self) -> list[str]:
         if self.url:
@@ -89,21 +89,18 @@ class Settings(Options):
             check_fits(read_adapter(path, dora=self.backend == "torch"), base)
         return [self.name, *self.adapters, *offered]
 
-    def _check_engine(self) -> None:
+    def check_engine(self) -> None:
+        """Raise SuiteError for what the engine has no option for, or is not there to do."""
         if self.url or self.backend != "torch":
             from serve.engines.remote import check
 
             check(self)
             return
-        given = [
-            name
-            for name in Others.model_fields
-            if getattr(self, name) != Others.model_fields[name].get_default(call_default_factory=True)
-        ]
-        if given:
-            raise SuiteError("this is for engines of other programs, not for torch", where=given[0])
+        if name := foreign(self):
+            raise SuiteError("this is for engines of other programs, not for torch", where=name)
 
-    def _check_tls(self) -> None:
+    def check_tls(self) -> None:
+        """Raise SuiteError for a certificate that cannot be used."""
         if bool(self.tls_cert) != bool(self.tls_key):
             raise SuiteError("a certificate and its key belong together", hint="give both --tls-cert and --tls-key")
         if self.tls_cert:

@@ -29,6 +29,7 @@ from suite import envs, processes
 from suite.config import ArtifactType, Config, Launch, ModelRef, Names, Takes
 from suite.errors import StageFailed, SuiteError
 from suite.lineage import training_data
+from suite.serving import Foreign, foreign
 from suite.stages import Artifact, Job, Stage
 
 if TYPE_CHECKING:
@@ -64,6 +65,13 @@ class Judge(Config):
         return Asked(Client(self.url, key, concurrency, timeout), self.model)
 
 
+class Served(Foreign):
+    """The table `engine`: how the engine serves what is evaluated."""
+
+    max_length: int | None = Field(default=None, ge=2)
+    """Most tokens of prompt and answer together; by default what the model was made for."""
+
+
 class Evaluate(Stage):
     """Score a model, a quantized model, an adapter or a package such as a GGUF file through its served endpoint."""
 
@@ -94,6 +102,8 @@ class Evaluate(Stage):
     """Engine that serves the artifact; auto is llamacpp for a GGUF file and torch for all else."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the served weights; auto is float32 on a CPU and what the artifact says on a GPU."""
+    engine: Served = Served()
+    """How the engine is started, in the words of `suite serve`."""
     concurrency: Annotated[int, Launch()] = Field(default=16, ge=1)
     """Requests at the same time; llama.cpp takes one."""
     timeout: Annotated[float, Launch()] = Field(default=120.0, gt=0)
@@ -124,7 +134,9 @@ class Evaluate(Stage):
         del whole["shots"]
         if not any(isinstance(asked, External) for asked in sets):
             del whole["external"]
-        return {key: value for key, value in whole.items() if (key, value) != ("judge", None)}
+        whole["engine"] = self.engine.model_dump(mode="json", exclude_defaults=True)
+        unsaid: dict[str, Any] = {"judge": None, "engine": {}}
+        return {key: value for key, value in whole.items() if value != unsaid.get(key, ...)}
 
     def environments(self) -> tuple[str, ...]:
         """Those of an engine and of sets that are other programs'."""
@@ -137,6 +149,9 @@ class Evaluate(Stage):
         with _at("backend"):
             if self.backend != AUTO:
                 check_backend(self.backend)
+        if self.backend not in envs.BUILT_IN and (name := foreign(self.engine)):
+            hint = 'name one: backend = "vllm"'
+            raise SuiteError("this is for engines of other programs", where=f"engine.{name}", hint=hint)
         with _at("sets"):
             for asked in named.planned(self.sets, self.shots, self._fetched(inputs)):
                 _check(asked, self.external, self.judge)
@@ -182,7 +197,9 @@ class Evaluate(Stage):
                 raise SuiteError(f"the base of the adapter '{subject.name}' is gone", hint="give it as 'base'")
             model, adapters, name = base, {"adapter": subject.path}, "adapter"
         log = job.scratch / "server.log"
-        options = {"env_python": str(job.pythons[backend])} if backend in job.pythons else {}
+        options = self.engine.model_dump()
+        if backend in job.pythons:
+            options["env_python"] = str(job.pythons[backend])
         with endpoint(
             model.path, adapters, name="model", backend=backend, log=log, dtype=self.dtype, **options
         ) as served:

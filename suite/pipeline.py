@@ -6,9 +6,10 @@ unknown stages, references to the wrong type of artifact, cycles.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,14 @@ from suite.serve_table import Serve
 from suite.stages import Artifact, Stage, kind
 
 Provide = Callable[[envs.Environment], None]
-"""What is done about an environment that a stage needs: as a rule its absence is an error."""
+"""What is done about an environment that a stage needs."""
 
 TOP_LEVEL_KEYS = ("name", "defaults", "stage", "serve", "env")
+
+
+def require(environment: envs.Environment) -> None:
+    """Its absence is an error."""
+    environment.require()
 
 
 class Wiring(Config):
@@ -49,13 +55,13 @@ class Wiring(Config):
     run."""
 
 
-def read(path: Path, overrides: list[str] | None = None) -> Plan:
+def read(path: Path, overrides: list[str] | None = None, provide: Provide = require) -> Plan:
     """The plan of a pipeline file, with `--set key=value` overrides applied; raises SuiteError."""
     data, lines = toml.read(path)
     places: dict[toml.KeyPath, Any] = dict(lines)
     for override in overrides or []:
         _override(data, places, override)
-    return build(data, places, path)
+    return build(data, places, path, provide)
 
 
 def _override(data: dict[str, Any], places: dict[toml.KeyPath, Any], text: str) -> None:
@@ -94,7 +100,7 @@ def _environments(
     return found
 
 
-def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path) -> Plan:
+def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path, provide: Provide = require) -> Plan:
     """The plan of a parsed pipeline; paths in it are relative to the folder of `file`."""
     top = Lines(file, lines, ((),))
     for key in data:
@@ -123,8 +129,9 @@ def build(data: Mapping[str, Any], lines: Mapping[toml.KeyPath, Any], file: Path
         edges.check_edges(node, nodes)
     edges.check_targets(nodes)
     plan = Plan(str(data.get("name", file.stem)), file, file.read_text("utf-8"), edges.ordered(nodes))
-    check_inputs(plan)
-    return _with_serve(plan, data, Lines(file, lines, (("serve",),)))
+    plan = _with_serve(plan, data, Lines(file, lines, (("serve",),)))
+    check_inputs(plan, provide)
+    return plan
 
 
 def _check_known(key: str, top: Where) -> None:
@@ -207,26 +214,38 @@ def _gates(wiring: Wiring, name: str, where: Lines) -> tuple[gates.Gate, ...]:
     return tuple(parsed)
 
 
-def check_inputs(plan: Plan, provide: Provide = lambda environment: environment.require()) -> None:
-    """Let every stage check what can be known now; a failing check gets the place of its field."""
+def check_inputs(plan: Plan, provide: Provide = require) -> None:
+    """Let every stage check what can be known now, and then provide what they need."""
     for node in plan.nodes.values():
         known: dict[str, list[Artifact | None]] = {
             field: [s.artifact if isinstance(s, External) else None for s in sources]
             for field, sources in node.inputs.items()
         }
-        check_stage(node, known, provide)
+        with _in_table_of(node):
+            node.stage.check(known)
+    # after all of them: no mistake is told only when something has been installed
+    for node in plan.nodes.values():
+        _provide(node, provide)
 
 
-def check_stage(
-    node: Node,
-    inputs: Mapping[str, list[Artifact | None]],
-    provide: Provide = lambda environment: environment.require(),
-) -> None:
+def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None:
     """Run one stage's own `check`, look for its environment; raises SuiteError with the line of what it names."""
-    try:
+    with _in_table_of(node):
         node.stage.check(inputs)
-        for environment in node.environments.values():
+    _provide(node, require)
+
+
+def _provide(node: Node, provide: Provide) -> None:
+    for environment in node.environments.values():
+        with _in_table_of(node):
             provide(environment)
+
+
+@contextlib.contextmanager
+def _in_table_of(node: Node) -> Iterator[None]:
+    """Errors raised inside get the line of the setting that they name."""
+    try:
+        yield
     except SuiteError as error:
         field = error.where.split(".")
         if error.where and field[0] not in type(node.stage).model_fields:
@@ -273,7 +292,7 @@ def _with_serve(plan: Plan, data: Mapping[str, Any], where: Lines) -> Plan:
 
 def one_stage(
     name: str, stage: Stage, folder: Path, environments: Mapping[str, envs.Environment] | None = None,
-    provide: Provide = lambda environment: environment.require(),
+    provide: Provide = require,
 ) -> Plan:  # fmt: skip
     """The plan of a single stage given on the command line; references are paths relative to `folder`.
 

@@ -57,8 +57,8 @@ class Engine(Config):
     """Leave a model's reasoning in its answers' content, between its marks."""
 
 
-class Others(Config):
-    """engines of other programs"""
+class Foreign(Config):
+    """what only engines of other programs are told"""
 
     tensor_parallel: int = Field(1, ge=1)
     """GPUs that hold the model together."""
@@ -66,12 +66,17 @@ class Others(Config):
     """Share of a GPU's memory that the engine may take; on a CPU, of the machine's for keys and values."""
     quantization: str = ""
     """How the weights are packed, where the engine does not see it in the model's files."""
-    env_python: Annotated[str, Beside()] = ""
-    """An interpreter that has the engine, in place of the suite's own environment for it."""
     probe: bool = True
     """Whether the engine's answers are compared with our own engine's at the start, of the base and every adapter."""
     extra: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """More options of the engine's command line, e.g. `enforce-eager=true` or `max-num-batched-tokens=4096`."""
+
+
+class Others(Foreign):
+    """engines of other programs"""
+
+    env_python: Annotated[str, Beside()] = ""
+    """An interpreter that has the engine, in place of the suite's own environment for it."""
 
 
 class Adapters(Config):
@@ -142,6 +147,11 @@ GROUPS: tuple[type[Config], ...] = (Engine, Others, Adapters, Names, Access, Lim
 
 class Options(Operation, Limits, Access, Names, Adapters, Others, Engine):
     """All of them."""
+
+
+def foreign(settings: Foreign) -> str:
+    """The first of the settings that is for engines of other programs alone and not its default, or ""."""
+    return next(iter(settings.model_dump(include={*Others.model_fields}, exclude_defaults=True)), "")
 
 
 def check_aliases(aliases: Mapping[str, Mapping[str, float]], models: Collection[str]) -> None:

@@ -16,8 +16,10 @@ from rich.table import Table
 
 from suite import pipeline, store
 from suite.commands import outputs
+from suite.commands.env import provide
 from suite.commands.flags import Parser
 from suite.edges import at_sign
+from suite.envs import Environment
 from suite.errors import SuiteError, near
 from suite.plan import Plan
 from suite.progress import watching
@@ -85,10 +87,17 @@ def run(verb: str, arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="stages that may run at the same time [1]")
     outputs.add(parser)
     parser.add_argument("--serve", action="store_true", help="afterwards serve what the [serve] table names")
+    parser.add_argument(
+        "--yes", action="store_true", help="install the environment of an engine or a library where it is missing"
+    )
     given = parser.read(arguments)
     if given.jobs < 1:
         raise SuiteError(f"--jobs must be at least 1, got {given.jobs}")
-    read = pipeline.read(given.pipeline, given.set)
+
+    def install(environment: Environment) -> None:
+        provide(environment, yes=given.yes, as_json=given.json)
+
+    read = pipeline.read(given.pipeline, given.set, pipeline.require if given.plan else install)
     for name in given.force:
         if name not in read.nodes:
             raise SuiteError(f"--force: no stage '{name}'", hint=near(name, read.nodes))
@@ -97,6 +106,10 @@ def run(verb: str, arguments: list[str]) -> int:
     if given.plan:
         return _show_plan(read, given.json)
     outputs.check(given)
+    if given.serve:
+        from suite.commands.serve import prepare  # which imports this
+
+        prepare(read, given.yes)
     run_dir, error = execute(read, jobs=given.jobs, force=frozenset(given.force), as_json=given.json)
     outputs.deliver(given, run_dir, f"{read.name}/{run_dir.name}", measured(run_dir), error)
     if error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from suite.pipeline import read_environments, read_serve
 from suite.plan import Plan
 from suite.references import External
 from suite.runs import link
-from suite.serve_table import MODEL, PACKAGE, Serve, place_of, read
+from suite.serve_table import MODEL, PACKAGE, Model, Serve, place_of, read
 from suite.serving import GROUPS, Options
 from suite.stages import Artifact
 
@@ -145,12 +145,35 @@ def _installed(settings: Settings, pipeline: Path | None, yes: bool) -> Settings
     return settings.model_copy(update={"env_python": str(environment.python)})
 
 
+def prepare(plan: Plan, yes: bool) -> None:
+    """See to it, before a run, that what its `[serve]` table names can be served afterwards; raises SuiteError."""
+    from serve.command import api_keys
+
+    assert plan.serve is not None
+    # what a stage makes is not there yet: its place holds no file that says anything
+    models = _settings(plan.serve, _paths(plan, lambda stage: Path(f"@{stage}")))
+    for (place, _, _), settings in zip(plan.serve.each(), models, strict=True):
+        try:
+            ready = _installed(settings, plan.file, yes)
+            if ready.backend != "llamacpp" or ready.model.exists():  # of a file that a stage makes nothing is known yet
+                ready.check_engine()
+        except SuiteError as error:
+            table = ".".join(("serve", *place))
+            where = f"{plan.file}: {table}" + (f".{error.where}" if error.where in Model.model_fields else "")
+            raise SuiteError(error.message, where=where, hint=error.hint) from None
+    api_keys(models[0])
+    models[0].check_tls()
+
+
 def serve_plan(plan: Plan, run_dir: Path) -> int:
     """Serve what the `[serve]` table of a finished run names."""
-    if plan.serve is None or plan.serve_sources is None:
-        raise SuiteError("the pipeline has no [serve] table")
-    paths = {
-        place: source.artifact.path if isinstance(source, External) else link(run_dir, source).resolve()
-        for place, source in plan.serve_sources.items()
-    }
+    assert plan.serve is not None
+    paths = _paths(plan, lambda stage: link(run_dir, stage).resolve())
     return _serve(plan.serve, paths, plan.file, yes=False)
+
+
+def _paths(plan: Plan, made_by: Callable[[str], Path]) -> Paths:
+    return {
+        place: source.artifact.path if isinstance(source, External) else made_by(source)
+        for place, source in (plan.serve_sources or {}).items()
+    }

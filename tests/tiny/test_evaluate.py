@@ -97,8 +97,8 @@ def test_too_many_failed_questions_fail_the_stage(model: Path, tmp_path: Path) -
     folder.mkdir()
     about = 'title = "t"\nlanguages = ["en"]\nlicense = "CC0-1.0"\nsource = "a test"\n'
     (folder / "set.toml").write_text(f'kind = "qa"\n{about}', "utf-8")
-    rows = [{"query": "too long " * 5000, "response": "x"}, {"query": "short", "response": "x"}]
+    rows = [{"query": "too long " * 40, "response": "x"}, {"query": "short", "response": "x"}]
     (folder / "default.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     with pytest.raises(StageFailed, match="1 questions failed, the first is default/00001: HTTP 400"):
-        evaluate(model, "model", tmp_path, sets=[str(folder)])
+        evaluate(model, "model", tmp_path, sets=[str(folder)], engine={"max_length": 128})
     assert "too long" in (tmp_path / "out/answers/long.jsonl").read_text("utf-8")

@@ -408,10 +408,24 @@ def test_a_judge_grades_what_was_answered(tmp_path: Path) -> None:
 
 def test_a_stage_knows_its_mistakes_before_anything_runs() -> None:
     for settings, message in (
-        ({"sets": ["ceval-mnii"]}, "sets: no question set 'ceval-mnii'"), ({"backend": "trch"}, "backend: unknown backend 'trch'"),
-    ):  # fmt: skip
+        ({"sets": ["ceval-mnii"]}, "sets: no question set 'ceval-mnii'"),
+        ({"backend": "trch"}, "backend: unknown backend 'trch'"),
+        ({"engine": {"memory": 0.5}}, "engine.memory: this is for engines of other programs"),
+        ({"engine": {"probe": False}, "backend": "llamacpp"}, "engine.probe: this is for engines of other programs"),
+    ):
         with pytest.raises(SuiteError, match=message):
             Evaluate(model="x", **{"sets": ["perplexity"]} | settings).check({"model": [None]})
+
+
+def test_what_the_engine_is_told_decides_the_key(tmp_path: Path) -> None:
+    sets = make_sets(tmp_path)[:1]
+    tables = ({}, {"max_length": 512}, {"tensor_parallel": 2}, {"probe": False}, {"extra": {"max-num-seqs": 4}})
+    stages = [Evaluate(model="x", sets=sets, backend="vllm", engine=table) for table in tables]  # type: ignore[arg-type]
+    for stage in stages:
+        stage.check({"model": [None]})
+    recipes = [stage.recipe() for stage in stages]
+    assert len({json.dumps(recipe) for recipe in recipes}) == len(tables)
+    assert "engine" not in recipes[0]  # or whatever is in stores would be asked again
 
 
 def test_the_recipe_holds_what_the_sets_contain(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from serve.settings import Settings
-from suite import envs
+from suite import envs, store
 from suite.cli import main
 from suite.envs import Environment
+from tests.unit.kinds import pipeline_file
 
 
 @dataclass
@@ -109,6 +110,70 @@ def test_what_cannot_be_served_is_said_before_anything_is_installed(
     assert main(["serve", "--backend", "lmdeploy", "--model", "nano", "--yes"]) == 2
     assert "LMDeploy needs a GPU" in capsys.readouterr().err
     assert done.installed == []
+
+
+PIPELINE = """
+[stage.start]
+use = "make"
+[serve.models.small]
+model = "@start"
+[serve.models.big]
+model = "@start"
+{big}
+"""
+
+
+@pytest.mark.parametrize(
+    ("big", "said"),
+    [
+        ('backend = "vlm"', "pipeline.toml: serve.models.big: unknown backend 'vlm'\n  hint: did you mean 'vllm'?"),
+        ('backend = "lmdeploy"', "pipeline.toml: serve.models.big.backend: LMDeploy needs a GPU"),
+        ('backend = "vllm"', "pipeline.toml: serve.models.big: the environment 'vllm' is not installed"),
+        (
+            f'backend = "vllm"\nenv_python = "{sys.executable}"\nextra = {{ a = 1 }}',
+            "options of vllm cannot be checked",
+        ),
+        (
+            "memory = 0.5",
+            "pipeline.toml: serve.models.big.memory: this is for engines of other programs, not for torch",
+        ),
+        ('[serve]\nhost = "0.0.0.0"', "anybody who reaches 0.0.0.0 could use this server"),
+        ('[serve]\ntls_cert = "cert.pem"', "a certificate and its key belong together"),
+    ],
+)
+def test_a_run_that_could_not_be_served_does_not_begin(
+    done: Done, big: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(envs, "device", lambda: "cpu")
+    file = pipeline_file(tmp_path, PIPELINE.format(big=big))
+    assert main(["run", str(file), "--serve"]) == 2
+    assert said in capsys.readouterr().err
+    assert (runs(), done.installed, done.served) == ([], [], [])
+
+
+def test_what_is_served_after_a_run_is_installed_before_it(done: Done, tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, PIPELINE.format(big='backend = "vllm"'))
+    assert main(["run", str(file), "--serve", "--plan", "--yes"]) == 0
+    assert done.installed == []
+    assert main(["run", str(file), "--serve"]) == 2
+    assert (len(done.questions), runs()) == (1, [])
+    assert main(["run", str(file), "--serve", "--yes"]) == 0
+    assert [each.name for each in done.installed] == ["vllm"]
+    assert [model.env_python for model in done.served[0].models] == ["", str(envs.get("vllm").python)]
+    assert len(runs()) == 1
+
+
+def runs() -> list[Path]:
+    return [*(store.home() / "runs").glob("*/*")]
+
+
+def test_a_run_installs_what_its_stages_need_once_all_of_it_is_right(done: Done, tmp_path: Path) -> None:
+    score = '[stage.score]\nuse = "eval"\nmodel = "nano"\nbackend = "vllm"\n'
+    wrong = '[stage.start]\nuse = "make"\ntext = "refused"\n'
+    assert main(["run", str(pipeline_file(tmp_path, score + wrong)), "--yes"]) == 2
+    assert done.installed == []
+    assert main(["run", str(pipeline_file(tmp_path, score)), "--yes"]) != 0  # the engine is only pretended
+    assert [each.name for each in done.installed] == ["vllm"]
 
 
 def test_a_stage_offers_it_too(done: Done, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
