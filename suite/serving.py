@@ -86,7 +86,8 @@ class Adapters(Config):
     """Folders whose adapter folders are all offered, each by its folder's name; only from there are adapters loaded at
     run time."""
     adapter_memory: ByteSize | None = None
-    """Memory for the weights of adapters, e.g. 4GiB: those asked for last stay; by default a share of the machine's."""
+    """Memory for the weights of adapters, e.g. 4GiB: those asked for last stay; by default a share of the machine's.
+    The copies that batches are computed with take as much again at most."""
 
 
 class Names(Config):
