@@ -17,6 +17,13 @@ TONES = {
 COLOURS = {"good": "green", "bad": "bold red", "faint": "dim"}
 NUMBER = re.compile(r"[-+]?[\d.,]+(?:e[-+]?\d+)?(?: ?(?:%|s|ms|[kMGT]?B|nats))?|-|")
 
+MEANING = re.compile(r"[\\`*~$|]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^#")
+"""What a line of Markdown, its tables and GitHub's formulas are written with, where it stands so that it has a meaning.
+"""
+ADDRESS = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?<=@)", re.IGNORECASE)
+"""Where an address or a person's name becomes a link by itself; a space of no width between its parts prevents it."""
+COMMANDS = {0x1B: "\u241b"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --faint: #8888; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
@@ -110,6 +117,11 @@ def one_line(text: str, longest: int = 120) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def visible(text: str) -> str:
+    """Text without the characters that begin a terminal's own commands: ESC, and those of Unicode that stand for it."""
+    return text.translate(COMMANDS)
+
+
 def markdown(document: Document) -> str:
     """The document as GitHub's Markdown."""
     return "\n".join([f"# {_md(document.title)}\n", *map(_md_part, document.parts)])
@@ -133,11 +145,12 @@ def _md_part(part: Part) -> str:
 
 
 def _md(text: str) -> str:
-    """One line in which nothing but `Mono` has a meaning: replies of models may hold anything."""
-    line = " ".join(text.split()).replace("|", "\\|")
+    """One line in which nothing but `Mono` has a meaning: replies of models may hold anything, even what is fetched."""
+    line = " ".join(text.split())
     if isinstance(text, Mono):
-        return f"`{line}`"
-    return line.replace("<", "&lt;").replace("`", "\\`").replace("*", "\\*")
+        return "`" + line.replace("|", "\\|") + "`"
+    line = line.replace("&", "&amp;").replace("<", "&lt;")
+    return ADDRESS.sub("&#8203;", MEANING.sub(r"\\\g<0>", line))
 
 
 def html(document: Document) -> str:
@@ -201,5 +214,5 @@ def terminal(table: Table, title: str = "") -> Any:
         numbers = all(NUMBER.fullmatch(row[index]) for row in table.rows)
         shown.add_column(Text(column), justify="right" if numbers else "left")
     for row in table.rows:
-        shown.add_row(*(Text(cell, style=COLOURS.get(TONES.get(cell, ""), "")) for cell in row))
+        shown.add_row(*(Text(visible(cell), style=COLOURS.get(TONES.get(cell, ""), "")) for cell in row))
     return shown

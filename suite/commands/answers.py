@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from suite.document import visible
+
 Shown = Callable[["Answer", str, str], None]
 """Called with an answer, what its new piece is (text, reasoning or call), and the piece."""
 
@@ -79,7 +81,7 @@ class Scroll:
         if (self._last and kind != self._last) or self._last == "call":
             self.console.print()
         self._last = kind
-        self.console.print(_visible(piece), style=STYLES.get(kind), end="", soft_wrap=True)
+        self.console.print(visible(piece), style=STYLES.get(kind), end="", soft_wrap=True)
 
     def end(self) -> None:
         """Close the last line."""
@@ -127,9 +129,4 @@ def _columns(answers: Sequence[Answer], console: Console, height: int | None) ->
 def _whole(answer: Answer) -> Text:
     parts = [(answer.reasoning, "dim"), (answer.text, ""), *((call_text(call), "cyan") for call in answer.calls)]
     parts.append((answer.error, "red"))
-    return Text("\n").join(Text(_visible(text), style=style) for text, style in parts if text)
-
-
-def _visible(text: str) -> str:
-    """`text` without the character that begins a terminal's own commands."""
-    return text.replace("\x1b", "␛")
+    return Text("\n").join(Text(visible(text), style=style) for text, style in parts if text)

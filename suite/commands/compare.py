@@ -16,7 +16,7 @@ from suite import runs, store
 from suite.commands.flags import Parser
 from suite.commands.stage import check_out
 from suite.config import Takes
-from suite.document import Bullets, Document, Heading, Image, Table, html, markdown, terminal
+from suite.document import Bullets, Document, Heading, Image, Table, html, markdown, terminal, visible
 from suite.errors import SuiteError, near
 from suite.pipeline import on_command_line
 from suite.reports import comparison
@@ -146,9 +146,9 @@ def show(console: Console, found: Comparison) -> None:
                 console.print(terminal(part, title))
             case Bullets(items):
                 for item in items:
-                    console.print(item, highlight=False, markup=False)
+                    console.print(visible(item), highlight=False, markup=False)
             case str():
-                console.print(part, style="dim", highlight=False, markup=False)
+                console.print(visible(part), style="dim", highlight=False, markup=False)
 
 
 def show_changed(console: Console, pair: Pair, only: str) -> None:
@@ -165,7 +165,7 @@ def show_changed(console: Console, pair: Pair, only: str) -> None:
         for column in ("question", table.header[4], table.header[5]):
             shown.add_column(Text(column), ratio=1, overflow="fold")
         for number, change, asked, expected, before, after in table.rows:
-            reference = (f"\nexpected: {expected}" if expected else "", "dim")
-            about = Text.assemble((f"{number}: {change}", "bold"), f"\n{asked}", reference)
-            shown.add_row(about, Text(before), Text(after))
+            reference = (visible(f"\nexpected: {expected}") if expected else "", "dim")
+            about = Text.assemble((visible(f"{number}: {change}"), "bold"), visible(f"\n{asked}"), reference)
+            shown.add_row(about, Text(visible(before)), Text(visible(after)))
         console.print(shown)

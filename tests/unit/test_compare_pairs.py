@@ -146,6 +146,17 @@ def test_what_is_corrected_for_many_tests_is_said(tmp_path: Path, capsys: pytest
     assert "Each interval" not in capsys.readouterr().out
 
 
+def test_replies_do_not_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, scores in (("a", RIGHT), ("b", FORGETFUL)):
+        evaluations.write(tmp_path / name, "m", scores)
+        path = tmp_path / name / "answers/quiz.jsonl"
+        path.write_text(path.read_text("utf-8").replace("<b>", "\\u001b]0;owned\\u0007 \\u009b2J"), "utf-8")
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--diff"]) == 0
+    shown = capsys.readouterr().out
+    assert "␛]0;owned" in shown
+    assert not {"\x1b", "\x9b"} & set(shown)
+
+
 def test_a_perfect_reply_is_known_whatever_its_rounding(tmp_path: Path) -> None:
     """rouge-chinese calls it 0.999999995."""
     evaluations.write(tmp_path / "a", "m", [0.999999995] * 20)

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from suite import junit
@@ -84,6 +85,42 @@ def test_a_table_of_markdown_keeps_its_shape(text: str) -> None:
     assert "<" not in lines[2]
 
 
+SHOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+INERT = {"text", "softbreak"}
+
+
+def cell(text: str) -> tuple[str, set[str]]:
+    """What a reader of Markdown makes of a cell: its text, and what else stands in it."""
+    page = SHOWN.parse(markdown(Document("t", [Table(("a",), [(f"x {text}",)])])))
+    inline = [token for token in page if token.type == "inline"][-1]
+    found = "".join(token.content for token in inline.children or ())
+    return found.replace("\u200b", ""), {token.type for token in inline.children or ()} - INERT
+
+
+EVIL_WORDS = (
+    "![a](http://evil/x.png)", "[l](http://e)", "[l]: http://e", "\\*b\\*", "\\![a](b)", "a | b \\| c \\\\| d", "__b__ _i_",
+    "`code` ``co`de``", "~~gone~~", "<img src=x>", "<http://e>", "&lt;b>&#33;[a](b)", "$x$ # heading", "http://e.com",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", EVIL_WORDS)
+def test_nothing_that_a_model_says_is_fetched_linked_or_set_in_markdown(text: str) -> None:
+    assert cell(text) == (f"x {text}", set())
+
+
+@given(st.lists(st.sampled_from([*EVIL_WORDS, *"\\`*_[]()!|<>&;#~$ a\n"])).map("".join))
+def test_any_text_stays_text_in_markdown(text: str) -> None:
+    assert cell(text) == (" ".join(f"x {text}".split()), set())
+
+
+@pytest.mark.parametrize("text", ["https://e.com", "WWW.e.com", "ask @admin", "me@e.com"])
+def test_what_looks_like_an_address_is_no_link(text: str) -> None:
+    """GitHub and GitLab make links and notifications of such words wherever they stand."""
+    page = markdown(Document("t", [text]))
+    assert not re.search(r"://|www\.|@\w", page, re.IGNORECASE)
+    assert page.replace("&#8203;", "").endswith(f"{text}\n")
+
+
 def test_markdown_of_every_part() -> None:
     shown = markdown(whole("a <b> *c*"))
     assert shown.startswith("# a &lt;b> \\*c\\*\n\n## a &lt;b>")
@@ -91,11 +128,19 @@ def test_markdown_of_every_part() -> None:
         assert part in shown
 
 
+def test_a_line_of_markdown_is_no_heading() -> None:
+    page = SHOWN.parse(markdown(Document("t", ["# x"])))
+    assert [token.tag for token in page if token.type == "heading_open"] == ["h1"]
+
+
 def test_a_terminal_shows_cells_as_they_are() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(terminal(Table(("x", "verdict"), [("[red]no markup", "worse")]), "title"))
-    text = console.export_text()
-    assert "[red]no markup" in text
+    evil = "[red]no markup \x1b]0;title\x07 \x9b2J"
+    console.print(terminal(Table(("x", "verdict"), [(evil, "worse")]), "title"))
+    text = console.export_text(clear=False)
+    assert "[red]no markup ␛]0;title" in text
+    assert "\x9b" not in text
+    assert "]0;" not in console.export_text(styles=True).replace("␛]0;", "")
     assert "worse" in text
 
 
