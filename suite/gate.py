@@ -3,7 +3,8 @@
 A side is numbers and measured values joined by + - * /. A value is a path into this stage's metrics, which may begin
 with the stage's own name (`score.ceval-mini.acc`), `@stage.path` into another's, or `forgotten(@stage.set)`: how many
 questions of a set that stage answered right and this one does not (`forgotten(@stage)`: of all sets; `learnt(...)`: the
-reverse). A value that was not measured fails the gate: nothing passes unmeasured.
+reverse). A value that was not measured fails the gate: nothing passes unmeasured. Names may have letters of any script
+and dots (`arc-1.5.acc`); one that begins with a digit, or has other signs, is quoted (`"2024 exam".acc`).
 
 With `at 95 %` the condition must hold wherever the true score may be: at both ends of its interval or, beside the same
 score of another stage, of the interval of their difference on the same questions. So few questions prove little.
@@ -20,12 +21,14 @@ from typing import Any, Literal, NamedTuple
 from suite.errors import SuiteError
 from suite.evidence import Bounds, Evidence, Unmeasured
 
-NAME = r"[A-Za-z][\w:-]*"
-PATH = rf"{NAME}(?:\.{NAME})*"
+QUOTED = r"""(?:"[^"]+"|'[^']+')"""
+NAME = rf"(?:[^\W\d][\w:-]*|{QUOTED})"
+PART = rf"(?:\w[\w:-]*|{QUOTED})"
+PATH = rf"{NAME}(?:(?:\.{PART})*\.{NAME})?"
 STAGE = r"[A-Za-z][\w-]*(?:\[[^@\s]*\])?"
 TOKEN = re.compile(
     rf"""\s*(?:(?P<number>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)
-    | (?P<flips>forgotten|learnt)\(\s*@(?P<other>{STAGE})(?:\.(?P<set>{NAME}))?\s*\)
+    | (?P<flips>forgotten|learnt)\(\s*@(?P<other>{STAGE})(?:\.(?P<set>{PART}(?:\.{PART})*))?\s*\)
     | @(?P<stage>{STAGE})\.(?P<path>{PATH})
     | (?P<own>{PATH})
     | (?P<op>>=|<=|==|>|<|[-+*/()]))""",
@@ -124,8 +127,8 @@ class Gate:
         return value_at(metrics, self._path(value, metrics), value.stage)
 
     def _path(self, value: Value, metrics: Mapping[str, Any]) -> str:
-        """The path of a value without this stage's name, where that is no name of a metric too."""
-        return value.path if value.stage or self.name in metrics else _bare(value.path, self.name)
+        """The path of a value without this stage's name, where that does not begin a metric's name too."""
+        return value.path if value.stage or _first(value.path, metrics) else _bare(value.path, self.name)
 
 
 def _bare(path: str, name: str) -> str:
@@ -143,18 +146,25 @@ def _replaced(subject: Value, end: float, found: Bounds) -> Lookup:
     return lambda value: end if value == subject or found.beside is None else found.beside
 
 
+def _first(path: str, metrics: Mapping[str, Any]) -> str:
+    """The name at the beginning of a path, the longest of several, for names may have dots; empty where none is."""
+    return max((name for name in metrics if f"{path}.".startswith(f"{name}.")), key=len, default="")
+
+
 def value_at(metrics: Mapping[str, Any], path: str, stage: str | None) -> float:
     """The number at a dotted path such as `ceval-mini.acc`; raises Unmeasured with what there is."""
     node: Any = metrics
-    for part in path.split("."):
-        if isinstance(node, Mapping) and "not_available" in node and part not in node:
+    rest = path
+    while rest:
+        name = _first(rest, node) if isinstance(node, Mapping) else ""
+        if isinstance(node, Mapping) and "not_available" in node and not name:
             raise Unmeasured(f"'{path}' is not available: {node['not_available']}")
-        if not isinstance(node, Mapping) or part not in node:
+        if not name:
             known = ", ".join(sorted(node)) if isinstance(node, Mapping) and node else "nothing"
             by = f" by @{stage}" if stage else ""
             elsewhere = "" if stage or node is not metrics else "; a value of another stage begins with @"
             raise Unmeasured(f"'{path}' was not measured{by}; there is: {known}{elsewhere}")
-        node = node[part]
+        node, rest = node[name], rest[len(name) + 1 :]
     if isinstance(node, bool) or not isinstance(node, int | float):
         raise Unmeasured(f"'{path}' is no number but {node!r}")
     return float(node)
@@ -184,7 +194,8 @@ class _Parser:
             position = match.end()
 
     def error(self, what: str) -> SuiteError:
-        hint = "write it like 'ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %' (put spaces around - and +)"
+        hint = "write it like 'ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %'"
+        hint += " (put spaces around - and +, quotes around names with other signs)"
         return SuiteError(f"gate '{self.text}': {what}", hint=hint)
 
     def op(self) -> str | None:
@@ -248,9 +259,10 @@ class _Parser:
 
 
 def _value(token: re.Match[str]) -> Value:
+    path = re.sub(QUOTED, lambda quoted: quoted[0][1:-1], token["set"] or token["own"] or token["path"] or "")
     if token["flips"]:
-        return Value(token["set"] or "", token["other"], "forgotten" if token["flips"] == "forgotten" else "learnt")
-    return Value(token["own"] or token["path"], token["stage"])
+        return Value(path, token["other"], "forgotten" if token["flips"] == "forgotten" else "learnt")
+    return Value(path, token["stage"])
 
 
 def _joined(op: Callable[[float, float], float], left: Term, right: Term) -> Term:

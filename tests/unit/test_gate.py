@@ -91,7 +91,8 @@ def test_division_by_zero_does_not_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "a >=", ">= 1", "a >= 1 2", "a => 1", "(a >= 1", "a >= 1 and b >= 2", "@a >= 1", "a-0.5 > 0",
+    "text", ["", "a", "a >=", ">= 1", "a >= 1 2", "a => 1", "(a >= 1", "a >= 1 and b >= 2", "@a >= 1", "a-0.5 > 0", "a.acc-0.02 > 0",
+             "2024.acc > 0", "'a.acc > 0", "\"\".acc > 0",
              "forgotten(a) > 1", "forgotten() > 1", "a > 1 at 95", "a > 1 at 40 %", "a > 1 at 100 %", "1 > 0 at 95 %",
              "a > b at 95 %", "a > @x.b at 95 %", "a + a > 1 at 95 %", "a > @x.a + @y.a at 95 %",
              "forgotten(@x) < 2 at 95 %", "other.a > @x.a at 95 %"]
@@ -286,6 +287,38 @@ def test_only_scores_of_questions_are_more_or_less_sure(tmp_path: Path) -> None:
         assert not judged(text, own, own).held
     assert "no interval" in gate.parse("parity.kl < 1 at 95 %").judge(OWN, {}).reason
     assert "is no evaluation" in judged("quiz.acc > @before.quiz.acc at 95 %", own, OWN).reason
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("成语", "成语"), ("arc-1.5", "arc-1.5"), ("quiz.v2", "quiz.v2"), ("2024-exam", '"2024-exam"'), ("my set", "'my set'"),
+        ("bob's", '"bob\'s"'), ("v2.", '"v2."'), ("acc,none", '"acc,none"'), ("été_2", "été_2"), ("a.b", 'a."b"'),
+    ],
+)  # fmt: skip
+def test_every_set_can_be_named(tmp_path: Path, name: str, written: str) -> None:
+    """As it is measured, with an interval, beside another and in what was forgotten, all by one way of reading."""
+    for folder in "ab":
+        evaluation(tmp_path / folder, [1.0] * 90 + [0.0] * 10)
+        (tmp_path / folder / "answers/quiz.jsonl").rename(tmp_path / folder / f"answers/{name}.jsonl")
+        for file in ("report.json", "artifact.json"):
+            path = tmp_path / folder / file
+            path.write_text(path.read_text("utf-8").replace('"quiz"', json.dumps(name)), "utf-8")
+    own, before = (evidence(Artifact(tmp_path / folder, "report")) for folder in "ab")
+    for text in (
+        f"{written}.acc >= 0.9", f"score.{written}.acc == @before.{written}.acc", f"{written}.acc >= 0.82 at 95 %",
+        f"{written}.acc >= @before.{written}.acc - 0.05 at 95 %", f"forgotten(@before.{written}) == 0",
+    ):  # fmt: skip
+        verdict = judged(text, own, before)
+        assert verdict.held, verdict.reason
+    assert not judged(f"{written}.acc >= 0.95", own, before).held
+
+
+def test_a_stage_of_the_first_part_of_a_sets_name_does_not_hide_it() -> None:
+    own = Known({"quiz.v2": {"acc": 0.5}, "quiz": {"acc": 0.1}})
+    assert gate.parse("quiz.v2.acc == 0.5", "quiz").judge(own, {}).held
+    assert gate.parse("quiz.quiz.v2.acc == 0.5", "quiz").judge(Known({"quiz.v2": {"acc": 0.5}}), {}).held
+    assert gate.parse("quiz.v2.acc == 0.5", "quiz").judge(Known({"quiz.v2": {"acc": 0.5}}), {}).held
 
 
 def test_what_was_forgotten_and_learnt_is_counted(tmp_path: Path) -> None:
