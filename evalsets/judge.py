@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evalsets.ask import Reply, Request
-from evalsets.extract.options import THINKING
+from evalsets.extract.reply import THINKING
 from evalsets.sets.question import Question
 
 NOT_ASKED = "no judge was asked: give the address and the model of one"

@@ -6,7 +6,7 @@ from functools import cache
 
 import regex
 
-from evalsets.extract.options import THINKING
+from evalsets.extract.reply import THINKING
 from suite.errors import SuiteError
 
 LONGEST = 10.0
