@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,15 @@ NONE_SHARED = "no question was answered on both sides"
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation on disk: `sets` as in report.json; the rows of a set are read when asked for."""
+    """One evaluation on disk: `sets` as in report.json; the rows of a set are read when asked for.
+
+    Sets may be of other evaluations of the same, whose folders are `elsewhere` by set.
+    """
 
     folder: Path
     model: str
     sets: dict[str, dict[str, Any]]
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Report:
@@ -44,7 +48,7 @@ class Report:
 
     def answers(self, name: str) -> list[Row]:
         """The rows of a set in their order; none where the set was not available."""
-        path = self.folder / "answers" / f"{name}.jsonl"
+        path = self.elsewhere.get(name, self.folder) / "answers" / f"{name}.jsonl"
         lines = path.read_text("utf-8").split("\n") if path.is_file() else []
         return [json.loads(line) for line in lines if line]
 

@@ -90,6 +90,7 @@ def plain(found: Comparison) -> dict[str, Any]:
         {
             "name": s.name, "backend": s.backend, "bytes": s.bytes, "speed": s.speed, "memory": s.metrics.get("memory"),
             "parity": s.parity, "report": str(s.report.folder) if s.report else None,
+            "elsewhere": {name: str(folder) for name, folder in s.report.elsewhere.items()} if s.report else {},
             "sets": {name: one["total"] for name, one in s.sets.items()},
         }
         for s in found.subjects
@@ -109,13 +110,17 @@ def document(found: Comparison) -> Document:
     """The comparison for people; plots are added by who has them."""
     shown = Document(" · ".join(subject.name for subject in found.subjects))
     shown.add(Heading("Quality"), quality(found.subjects), Heading("Cost"), *costs(found.subjects))
-    missing = [f"{s.name} was not evaluated: suite eval" for s in found.subjects if not s.report]
-    missing += [
+    notes = [f"{s.name} was not evaluated: suite eval" for s in found.subjects if not s.report]
+    notes += [
         f"{pair.subject.name} and {pair.reference.name} were asked no set that is the same"
         for pair in found.pairs if pair.subject.report and pair.reference.report and not pair.differences
     ]  # fmt: skip
-    if missing:
-        shown.add(Bullets(missing))
+    notes += [
+        f"{s.name}: {', '.join(s.report.elsewhere)} as an earlier evaluation found: the newest asked less of it"
+        for s in found.subjects if s.report and s.report.elsewhere
+    ]  # fmt: skip
+    if notes:
+        shown.add(Bullets(notes))
     shown.add(*tested(found), *forgetting(found.pairs))
     return shown
 

@@ -72,24 +72,50 @@ def of_evaluation(made: Artifact, digest: str = "") -> Subject:
 
 
 def of_artifact(artifact: Artifact, store: Store) -> list[Subject]:
-    """An artifact as its newest evaluation behind each backend shows it; without any, what is known of it."""
+    """An artifact as its evaluations behind each backend show it; without any, what is known of it."""
     digest = artifact.digest or store.digest(artifact.path)
-    found: dict[str, tuple[str, Subject]] = {}
-    for made in store.find(""):
-        asked = made.record.get("inputs", {}).get("model", ()) if made.type == "report" else ()
-        if any(source["digest"] == digest for source in asked):
+    behind: dict[str, list[Subject]] = {}
+    reports = [made for made in store.find("") if made.type == "report"]
+    for made in sorted(reports, key=lambda made: str(made.record["made"])):
+        if any(source["digest"] == digest for source in made.record.get("inputs", {}).get("model", ())):
             subject = replace(of_evaluation(made), name=artifact.name, artifact=artifact)
-            known = found.get(subject.backend)
-            if known is None or made.record["made"] >= known[0]:
-                found[subject.backend] = made.record["made"], subject
-    return [subject for _, subject in found.values()] or [Subject(artifact.name, artifact, None, {}, digest=digest)]
+            behind.setdefault(subject.backend, []).append(subject)
+    return [together(found) for found in behind.values()] or [Subject(artifact.name, artifact, None, {}, digest=digest)]
+
+
+def together(evaluations: Sequence[Subject]) -> Subject:
+    """Evaluations of one artifact, oldest first, as one: the newest, and each set where most was asked of it.
+
+    Of a set with several versions that is the newest version's evaluation, so that a look at ten questions, or at one
+    set, hides nothing.
+    """
+    newest = evaluations[-1]
+    asked = {name: one for one in evaluations for name in one.sets}  # the last that was asked it, by set
+    names = dict.fromkeys((*newest.sets, *asked))
+    chosen = {name: _fullest(name, asked[name].sets[name]["digest"], evaluations) for name in names}
+    sets = {name: one.sets[name] for name, one in chosen.items()}
+    elsewhere = {name: one.report.folder for name, one in chosen.items() if one.report and one is not newest}
+    report = replace(newest.report, sets=sets, elsewhere=elsewhere) if newest.report else None
+    return replace(newest, report=report, metrics=newest.metrics | {n: dict(one["total"]) for n, one in sets.items()})
+
+
+def _fullest(name: str, digest: str, evaluations: Sequence[Subject]) -> Subject:
+    """The evaluation of a version of a set with the most questions, the newest of several."""
+
+    def questions(one: Subject) -> int:
+        total = one.sets[name]["total"]
+        return -1 if "not_available" in total else int(total["n"])
+
+    having = [one for one in reversed(evaluations) if name in one.sets and one.sets[name]["digest"] == digest]
+    return max(having, key=questions)
 
 
 def unique(subjects: Iterable[Subject]) -> list[Subject]:
     """Each evaluation once; equal names get the backend, then a number."""
     seen: dict[Any, Subject] = {}
     for subject in subjects:
-        place = (subject.report.folder.resolve() if subject.report else None) or subject.digest
+        report = subject.report
+        place = (report.folder.resolve(), *sorted(report.elsewhere.items())) if report else subject.digest
         seen.setdefault(place, subject)
     several = Counter(s.name for s in seen.values())
     named = [

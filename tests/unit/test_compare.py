@@ -21,7 +21,7 @@ from suite.gate import Verdict
 from suite.lineage import parents, training_data
 from suite.reports import comparison
 from suite.reports import run as report
-from suite.reports.subjects import of_artifact, of_evaluation, unique
+from suite.reports.subjects import of_artifact, of_evaluation, together, unique
 from suite.runner import Outcome
 from suite.runs import link_artifacts, new_run
 from suite.stages import Artifact
@@ -136,6 +136,36 @@ def test_artifacts_are_named_in_every_way(made: Made, capsys: pytest.CaptureFixt
     evaluations.write(tmp_path / "x" / "remote", "gpt", RIGHT)
     found = said(capsys, str(tmp_path / "remote"), str(tmp_path / "x" / "remote"))
     assert [s["name"] for s in found["subjects"]] == ["remote #1", "remote #2"]
+
+
+def test_a_later_look_at_ten_questions_hides_no_evaluation(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nll = [20.0 + i % 7 for i in range(30)]
+    looked = stored(made.store, "h0", "looked", "model")
+    full = evaluated(made.store, "h1", looked, RIGHT, nll)
+    evaluated(made.store, "h2", looked, [0.0] * 10)
+    found = said(capsys, "@base", "h0")
+    subject = found["subjects"][1]
+    assert {name: one["n"] for name, one in subject["sets"].items()} == {"quiz": 100, "texts": 30}
+    assert subject["elsewhere"] == {"quiz": str(full.path), "texts": str(full.path)}
+    by_set = found["comparisons"][0]["sets"]
+    assert {name: one["n"] for name, one in by_set.items()} == {"quiz": 100, "texts": 30}
+    assert by_set["quiz"]["gained"] == by_set["quiz"]["lost"] == []
+    assert main(["compare", "@base", "h0"]) == 0
+    assert "looked: quiz, texts as an earlier evaluation found" in capsys.readouterr().out
+
+
+def test_the_newest_version_of_a_set_counts_however_few_it_asks(tmp_path: Path) -> None:
+    subjects = []
+    for name, digest, count in (("a", "old", 100), ("b", "new", 40), ("c", "new", 40), ("d", "new", 10)):
+        evaluations.write(tmp_path / name, "m", [1.0] * count)
+        path = tmp_path / name / "report.json"
+        path.write_text(path.read_text("utf-8").replace('"digest": "d"', f'"digest": "{digest}"'), "utf-8")
+        subjects.append(of_evaluation(Artifact(tmp_path / name, "report")))
+    found = together(subjects).report
+    assert found
+    assert (found.folder.name, found.elsewhere["quiz"].name, len(found.rows("quiz"))) == ("d", "c", 40)
 
 
 def test_unevaluated_artifacts_show_what_is_known(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
