@@ -146,7 +146,7 @@ def _md_part(part: Part) -> str:
 
 def _md(text: str) -> str:
     """One line in which nothing but `Mono` has a meaning: replies of models may hold anything, even what is fetched."""
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     if isinstance(text, Mono):
         return "`" + line.replace("|", "\\|") + "`"
     line = line.replace("&", "&amp;").replace("<", "&lt;")

@@ -12,7 +12,9 @@ SHARE = 0.9
 CLOSE = 1.1
 """Where the next rate that is too high is so near, the search is over."""
 LONGER = 4
-"""How many times the requests are asked where a burst was over before it could be told whether its rate is borne."""
+"""How many times the requests are sent where a burst was over before it could be told whether its rate is borne."""
+TIMES = 4
+"""How often a burst is made longer at most."""
 FASTER = 1.1
 """A longer burst that is answered less than so much faster is answered as fast as the endpoint can."""
 
@@ -51,8 +53,11 @@ def _long_enough(probe: Probe, rate: float, requests: int) -> Figures:
     come as fast as requests: a burst that is answered more slowly was too short, or the rate too high, and more
     requests tell which.
     """
-    found, before = probe(rate, requests), 0.0
-    while in_limits(found) and FASTER * before < _pace(found) < SHARE * rate:
+    found = probe(rate, requests)
+    before = 0.0
+    for _ in range(TIMES):
+        if not (in_limits(found) and FASTER * before < _pace(found) < SHARE * rate):
+            break
         before, requests = _pace(found), LONGER * requests
         found = probe(rate, requests)
     return found

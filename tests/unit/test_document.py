@@ -128,6 +128,10 @@ def test_markdown_of_every_part() -> None:
         assert part in shown
 
 
+def test_a_page_that_is_printed_does_not_command_the_terminal() -> None:
+    assert "\x1b" not in markdown(Document("\x1b[2J", ["\x1b[2J", Table(("a",), [("\x1b[2J",)])]))
+
+
 def test_a_line_of_markdown_is_no_heading() -> None:
     page = SHOWN.parse(markdown(Document("t", ["# x"])))
     assert [token.tag for token in page if token.type == "heading_open"] == ["h1"]

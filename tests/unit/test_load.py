@@ -171,6 +171,18 @@ def test_a_queue_that_is_emptied_after_the_last_request_bears_no_more_than_its_r
     assert sum(asked) < 20_000
 
 
+def test_an_endpoint_that_grows_faster_for_ever_is_not_asked_for_ever() -> None:
+    """As one that starts more machines while it is asked."""
+    asked: list[int] = []
+
+    def probe(_: float, requests: int) -> dict[str, Any]:
+        asked.append(requests)
+        return {"goodput": {"share": 1.0}, "requests": requests, "seconds": requests / 1.2 ** len(asked)}
+
+    search(probe, 1000.0, 1, 10)
+    assert asked == [10, 40, 160, 640, 2560]
+
+
 @pytest.mark.parametrize("latency", [0.3, 3.0])
 def test_slow_answers_are_no_queue(latency: float) -> None:
     """An endpoint that computes everything at the same time bears more than all rates that are tried."""
