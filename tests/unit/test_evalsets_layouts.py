@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,9 @@ from evalsets.sets import tables
 from evalsets.sets.subjects import CATEGORIES, categories
 from suite.errors import SuiteError
 from suite.evaluate import Evaluate
+from tests.unit.evalset_files import CEVAL, ceval, lines, parquet, table
 
-CEVAL = ["id", "question", "A", "B", "C", "D", "answer", "explanation"]
 CMMLU = ["", "Question", "A", "B", "C", "D", "Answer"]
-
-
-def table(path: Path, *rows: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
-
-
-def lines(path: Path, *rows: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
-def ceval(folder: Path) -> Path:
-    for subject in ("law", "logic", "physician"):
-        table(folder / f"val/{subject}_val.csv", CEVAL, ["0", f"{subject}是什么？", "1.10", "NA", "c", "d", "B", ""])
-        table(folder / f"test/{subject}_test.csv", CEVAL[:6], ["0", "？", "a", "b", "c", "d"])
-        dev = ([str(i), f"例{i}", "a", "b", "c", "d", "ABCDA"[i], "因为"] for i in range(5))
-        table(folder / f"dev/{subject}_dev.csv", CEVAL, *dev)
-    return folder
 
 
 def test_c_eval_asks_its_val_split(tmp_path: Path) -> None:
@@ -62,15 +41,6 @@ def test_zero_to_five_solved_examples(tmp_path: Path, shots: int) -> None:
     (question, *_) = sets.load(str(ceval(tmp_path / "ceval")), shots).questions()
     assert [m["role"] for m in question.messages] == ["user", "assistant"] * shots + ["user"]
     assert [m["content"] for m in question.messages[1::2]] == list("ABCDA"[:shots])
-
-
-def test_more_examples_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(SuiteError, match=r"shots = 6, but dev/law_dev.csv has 5 rows"):
-        sets.load(str(ceval(tmp_path / "ceval")), 6).questions()
-    (tmp_path / "ceval/dev/law_dev.csv").unlink()
-    with pytest.raises(SuiteError, match="shots = 1, but 'law' has no dev file"):
-        sets.load(str(tmp_path / "ceval"), 1).questions()
-    assert sets.load("summaries", 3).file.shots == 0
 
 
 def test_how_many_examples_is_a_part_of_what_a_stage_makes(tmp_path: Path) -> None:
@@ -102,30 +72,6 @@ def test_options_in_lists_as_hubs_keep_them(tmp_path: Path, row: dict[str, Any],
         "ABC",
         right,
     )
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"answer": 3}, "answer is '3'\n  hint: write one of A, B, C, 0, 1, 2"), ({"answer": -1}, "often withheld"), ({"answer": None}, "often withheld"),
-        ({"choices": ["w"]}, "at least two options"), ({"choices": list("abcdefghijk")}, "has 11 options, and at most 10"), ({"choices": [1, None]}, "'choices' must hold texts"),
-        ({"choices": {"text": ["w", "x"], "label": ["A"]}}, "a label of one letter or digit for each text"), ({"choices": {"text": ["w", "x"], "label": ["A", "A"]}}, "a label of one letter"),
-        ({"choices": {"label": ["A"]}}, "'choices' must hold texts"), ({"choices": 5}, "'choices' must be a list"), ({"choices": "w, x"}, "'choices' is not valid JSON"),
-    ],
-)  # fmt: skip
-def test_lists_of_options_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
-    lines(tmp_path / "x.jsonl", {"question": "Why?", "choices": ["w", "x", "y"], "answer": 1} | changed)
-    with pytest.raises(SuiteError, match=message) as caught:
-        sets.load(str(tmp_path)).questions()
-    assert str(tmp_path / "x.jsonl:1") in str(caught.value)
-
-
-def parquet(path: Path, *rows: dict[str, Any]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
 
 
 def test_c_eval_and_cmmlu_as_hubs_keep_them(tmp_path: Path) -> None:
@@ -172,15 +118,6 @@ def test_the_split_of_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "s/easy/test-00001-of-00002.jsonl").write_text("{}")
     with pytest.raises(SuiteError, match="is the first of 2 files of a split"):
         sets.load(str(tmp_path / "s"))
-
-
-def test_withheld_answers_are_no_score(tmp_path: Path) -> None:
-    folder = ceval(tmp_path / "ceval")
-    for path in folder.glob("val/*"):
-        path.unlink()
-    with pytest.raises(SuiteError, match=r"law_test.csv:2: answer is ''") as caught:
-        sets.load(str(folder)).questions()
-    assert "withheld" in caught.value.hint
 
 
 def test_cmmlu_and_mmlu_ask_their_test_splits(tmp_path: Path) -> None:
@@ -234,12 +171,7 @@ def test_mcq_folders_of_other_tools(tmp_path: Path, suffix: str) -> None:
         if suffix == "jsonl":
             lines(path, *(dict(zip(columns, row, strict=True)) for row in some))
         elif suffix == "parquet":
-            import pyarrow
-            import pyarrow.parquet
-
-            path.parent.mkdir(exist_ok=True)
-            made = pyarrow.table({name: [row[i] for row in some] for i, name in enumerate(columns)})
-            pyarrow.parquet.write_table(made, path)
+            parquet(path, *(dict(zip(columns, row, strict=True)) for row in some))
         else:
             table(path, columns, *some)
     found = sets.load(str(tmp_path / "mcq"), 1)
@@ -343,79 +275,6 @@ def test_tool_folders(tmp_path: Path) -> None:
     assert question.messages[-1] == {"role": "user", "content": '{"role": "function", "content": "3"}'}
 
 
-def test_a_folder_that_is_nothing_says_what_was_found_and_what_was_expected(tmp_path: Path) -> None:
-    for i in range(12):
-        (tmp_path / f"notes{i:02}.txt").write_text("x", "utf-8")
-    with pytest.raises(SuiteError, match=r"the set has no data to ask: found notes00\.txt, .* and 4 more") as caught:
-        sets.load(str(tmp_path))
-    assert "expected {val,test}/SUBJECT" in caught.value.hint
-    lines(tmp_path / "mcq/x_val.jsonl", {"a": 1})
-    with pytest.raises(SuiteError, match="no data") as caught:
-        sets.load(str(tmp_path))
-    assert caught.value.hint == f"give the folder inside that has the data: {tmp_path / 'mcq'}"
-    with pytest.raises(SuiteError, match=r"x_val.jsonl:1: rows have a: no kind of question"):
-        sets.load(str(tmp_path / "mcq"))
-
-
-@pytest.mark.parametrize(
-    ("one", "other"), [("x.csv", "x.jsonl"), ("x_val.csv", "x_val.tsv"), ("x.jsonl", "x_test.jsonl")]
-)
-def test_two_files_of_one_subset_are_refused(tmp_path: Path, one: str, other: str) -> None:
-    for name in (one, other):
-        (tmp_path / name).touch()
-    with pytest.raises(SuiteError, match=f"{one} and {other} are the same subset"):
-        sets.load(str(tmp_path))
-
-
-def test_solved_examples_alone_are_nothing_to_ask(tmp_path: Path) -> None:
-    lines(tmp_path / "train.jsonl", {"question": "q", "answer": "#### 1"})
-    with pytest.raises(SuiteError, match=r"no data to ask: found train\.jsonl") as caught:
-        sets.load(str(tmp_path))
-    assert "dev and train files hold solved examples" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"query": "q", "tools": [], "calls": 3}, "'calls' must be a list"),
-        ({"query": "q", "tools": "[", "calls": []}, "'tools' is not valid JSON"),
-        ({"query": "q", "tools": [{"x": 1}], "calls": []}, "a tool has no name"),
-        ({"query": "q", "tools": [{"name": "f"}], "calls": [{"name": "g"}]}, "the call of 'g' is of no offered tool"),
-        ({"query": "q", "tools": [{"name": "f"}], "calls": [{"name": "f", "arguments": [1]}]}, "an object of arguments"),
-        ({"query": "q", "checks": []}, "no 'checks'"),
-        ({"query": "q", "checks": [{"rule": "wrods"}]}, "unknown rule 'wrods'\n  hint: did you mean 'words'"),
-        ({"query": "q", "checks": [{"rule": "words", "max": 3}]}, "unknown key 'max'"),
-        ({"query": "q", "checks": [{"rule": "json", "keys": "a"}]}, "keys: input should be a valid list"),
-        ({"query": "q", "refuse": "yes"}, "no 'refuse' that is true or false"),
-        ({"question": "q", "answer": "#### many"}, "no number in the answer"),
-        ({"question": "q", "A": "1", "B": {"x": 1}, "answer": "A"}, "'B' must be a text"),
-        ({"question": "q", "A": "1", "B": "2", "answer": {"x": 1}}, "answer is"),
-        ({"query": "q", "response": "r", "history": [["a"]]}, "'history' must be pairs"),
-        ({"messages": [3], "response": "r"}, "'messages' must be a list of messages"),
-        ({"messages": [{"role": "user", "content": "q"}]}, "no 'response'"),
-        ({"text": ""}, "'text' must be a text that is not empty"),
-    ],
-)  # fmt: skip
-def test_a_wrong_row_has_its_place(tmp_path: Path, row: Any, message: str) -> None:
-    lines(tmp_path / "x.jsonl", row)
-    with pytest.raises(SuiteError, match=message) as caught:
-        sets.load(str(tmp_path)).questions()
-    assert caught.value.where == f"{tmp_path / 'x.jsonl'}:1"
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for name, content, message in (
-        ("x_val.csv", b"\xff\xfe,a", "not UTF-8"), ("x_val.jsonl", b"\xff", "not UTF-8"), ("x_val.csv", b'question,A,B,answer\n"x', "not valid CSV"),
-        ("x_val.csv", b"question,A,A,B,answer\nq,1,2,3,A", "two columns have one name"), ("x.jsonl", b"[" * 100_000, "nested too deeply|not valid JSON"),
-        ("x_val.parquet", b"PAR0", "not a parquet file"), ("x_val.jsonl", b"", "the file has no rows"),
-    ):  # fmt: skip
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(SuiteError, match=message) as caught:
-            sets.load(str(tmp_path)).questions()
-        assert name in caught.value.where
-        (tmp_path / name).unlink()
-
-
 def test_a_question_with_two_keys_is_reported(tmp_path: Path) -> None:
     table(
         tmp_path / "val/college_economics_val.csv", CEVAL,
@@ -449,10 +308,7 @@ def test_a_table_comes_back_as_it_was_written(
     if suffix == "jsonl":
         lines(path, *(dict(zip(names, row, strict=True)) for row in rows))
     elif suffix == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({n: [r[i] for r in rows] for i, n in enumerate(names)}), path)
+        parquet(path, *(dict(zip(names, row, strict=True)) for row in rows))
     else:
         table(path, names, *map(list, rows))
     assert [tuple(row.cell(name) for name in names) for row in tables.rows(path)] == rows
