@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from evalsets.extract.reply import said
 
-_PLAIN = r"(?:\d{1,3}(?:,\d{3}|[ ]\d{3}(?![\d/]))+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_PLAIN = r"(?:\d{1,3}(?:,\d{3}|[ ]\d{3}(?![\d/%]))+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = rf"""(?<![A-Za-z_\d])(?<!\d\.)
     (?P<sign>(?<![\d)\]}}])[-+]\s?[$¥€£]?)?
     (?:(?P<whole>\d+)[ ]+(?=\d+/))?
@@ -48,7 +48,10 @@ OPERATOR = r"(?:[-+*/×÷^]|x(?=\s*\d)|\\(?:times|cdot|div)\b)"
 OPERAND = re.compile(rf"\s*(?:{OPERATOR}\s*[$¥€£(]*\d|(?:%|[^\W\d]+)?\s*(?:{OPERATOR}|of\b)\s*[$¥€£(]*\d[^=≈\n]*[=≈])")
 """What follows a number with which something is worked out: `5 x 10`, `5 apples + 3 apples =`, `50% of 20 =`."""
 WORKED_OUT = re.compile(r"\d\s*(?:[+*×÷^]|\s-\s|\bx|\\(?:times|cdot|div))\s*$")
-DENIED = re.compile(rf"(?:\b(?:not|isn['’]t|rather\s+than|instead\s+of)\b|不是|而非)\s*[$¥€£*]*(?:{_PLAIN})")
+DENIED = re.compile(
+    rf"(?:\b(?:not|isn['’]t|rather\s+than|instead\s+of)\b|不是|而非)\s*[$¥€£*]*"
+    rf"(?:\d+[ ]+(?=\d+/))?(?:{_PLAIN})(?:/\d+|[ ]?[万亿])?"
+)
 TIMES = {"万": 10**4, "亿": 10**8}
 LONGEST = 60
 """Digits of a number that anybody means."""

@@ -37,7 +37,7 @@ HARD = {
     "The answer is 3 + 4": None, "3 + 4": None, "10 - 3": None, "#### 3+4": None, "5^2": None,
     "答案：小明有 3+4=7 个苹果……答案是 14": "14", "Answer: John has 5 and Mary 3, so 8 in total.": "8", "Answer: Natalia sold 72 clips altogether.\nThat is 6 boxes": "72", "Answer:\n72\n\n48/2 = 24 in 2 months": "72",
     # denied, doubted
-    "The answer is not 5 but 6": "6", "答案不是5，而是6": "6", "It is not 5": None, "The answer is 5? No, it is 6": "6",
+    "The answer is not 5 but 6": "6", "答案不是5，而是6": "6", "It is not 5": None, "It is not 1 3/4": None, "The answer is 5? No, it is 6": "6",
     # an announcement without a number is none
     "The answer is below.\nIt is 9": "9", "Answer: see 1.\n2": "1",
     # running on
