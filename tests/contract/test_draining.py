@@ -153,7 +153,7 @@ def test_streams_of_an_engine_behind_the_relay_end_before_it_does(folder: Path, 
 @pytest.mark.parametrize(("drain", "enough"), [("60", True), ("0.1", False)])
 def test_what_waits_for_an_engine_that_starts_again(folder: Path, tmp_path: Path, drain: str, enough: bool) -> None:
     """It is answered by its next life, or told when the time is over."""
-    with relaying(folder, tmp_path, "--drain", drain, delay=1.5) as (server, journal):
+    with relaying(folder, tmp_path, "--drain", drain, delay=1) as (server, journal):
         asked = [ask(server, "hang once")]
         until(server, lambda _: "asked hang" in journal.read_text())
         asked.append(ask(server, "die once", stream=False))
