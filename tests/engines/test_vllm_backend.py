@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
+from serve import probe
 from serve.backends import endpoint
-from serve.engines.vllm import PARSERS, RANKS
 from serve.probe import references
-from suite import envs
+from suite import envs, store
 from suite.chat import load_tokenizer
 from suite.envs import Environment
 from suite.errors import SuiteError
-from tests.contract.suite_server import suite_serve
+from tests.engines.conftest import descendants
 from tests.tiny.tiny_models import tiny_adapter
 
 NANO = Path(__file__).parents[2] / "examples" / "nano" / "model"
@@ -52,29 +53,38 @@ class Nano:
     http: httpx.Client
     url: str
     python: Path
+    offered: Path
+    """A folder from which adapters may be loaded; d lies in it."""
 
     def answer(self, model: str, prompt: list[int]) -> list[int]:
         body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0, **ALL}
         found = self.http.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["token_ids"]
         return list(found)
 
+    def change(self, what: str, **body: Any) -> httpx.Response:
+        """Load or unload an adapter."""
+        return self.http.post(f"/v1/{what}_lora_adapter", json=body)
+
 
 @pytest.fixture(scope="module")
 def nano(
-    installed: Callable[[str], Environment], adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    installed: Callable[[str], Environment],
+    adapters: dict[str, Path],
+    new_home: Callable[[Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Nano]:
     python = installed("vllm").python
     offered = tmp_path_factory.mktemp("offered")
     shutil.copytree(adapters["d"], offered / "d")
     started = {name: adapters[name] for name in "abc"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUITE_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("SUITE_HOME", str(new_home(tmp_path_factory.mktemp("nano") / "home")))
         options: dict[str, Any] = {"env_python": str(python), "max_length": 1024, "lora_dir": [str(offered)]}
         with (
             endpoint(NANO, started, backend="vllm", **options) as running,
             httpx.Client(base_url=running.url, timeout=120) as http,
         ):
-            yield Nano(http, running.url, python)
+            yield Nano(http, running.url, python, offered)
 
 
 def test_greedy_tokens_are_our_engines_for_base_and_adapters_asked_at_once(
@@ -97,13 +107,10 @@ def test_greedy_tokens_are_our_engines_for_base_and_adapters_asked_at_once(
 def test_an_adapter_is_replaced_and_taken_away(nano: Nano, adapters: dict[str, Path]) -> None:
     prompt = references(NANO, {})[""][3].prompt
 
-    def change(what: str, **body: Any) -> httpx.Response:
-        return nano.http.post(f"/v1/{what}_lora_adapter", json=body)
-
-    change("load", lora_name="e", lora_path="d").raise_for_status()
+    nano.change("load", lora_name="e", lora_path="d").raise_for_status()
     assert nano.answer("e", prompt) == nano.answer("d", prompt)
-    assert change("load", lora_name="e", lora_path=str(adapters["a"])).status_code == 400  # lies elsewhere
-    change("unload", lora_name="e").raise_for_status()
+    assert nano.change("load", lora_name="e", lora_path=str(adapters["a"])).status_code == 400  # lies elsewhere
+    nano.change("unload", lora_name="e").raise_for_status()
     gone = nano.http.post("/v1/completions", json={"model": "e", "prompt": prompt})
     assert gone.status_code == 404
 
@@ -148,20 +155,6 @@ def test_calls_of_tools_are_read_whole_and_streamed(nano: Nano, choice: Any) -> 
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == [ended]
 
 
-def test_names_that_are_its_own(installed: Callable[[str], Environment]) -> None:
-    """Of parsers and ranks, asked of the one that is installed."""
-    code = (
-        "import json; from typing import get_args\n"
-        "from vllm.config.lora import MaxLoRARanks\nfrom vllm.tool_parsers import ToolParserManager as m\n"
-        "print(json.dumps([[*m.lazy_parsers, *m.tool_parsers], get_args(MaxLoRARanks)]))"
-    )
-    command = [str(installed("vllm").python), "-I", "-c", code]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parsers, ranks = json.loads(said.splitlines()[-1])
-    assert set(PARSERS.values()) <= set(parsers)
-    assert set(RANKS) <= set(ranks)
-
-
 def test_structured_outputs_are_vllms_own(nano: Nano) -> None:
     body = {
         "model": "base",
@@ -173,19 +166,22 @@ def test_structured_outputs_are_vllms_own(nano: Nano) -> None:
     assert answer["choices"][0]["message"]["content"] in ("yes, it is", "no, never")
 
 
-def test_no_request_is_lost_when_the_engine_is_killed_under_load(nano: Nano) -> None:
-    def engine() -> int:
-        """The process of `vllm serve`."""
-        commands = {int(f.parent.name): words(f) for f in Path("/proc").glob("[0-9]*/cmdline")}
-        (found,) = (pid for pid, said in commands.items() if said[1:2] == [str(nano.python.with_name("vllm"))])
-        return found
+def words(pid: int) -> list[str]:
+    """The command line of a process, empty where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
 
-    def words(file: Path) -> list[str]:
-        try:
-            return file.read_text().split("\0")
-        except OSError:  # it has ended
-            return []
 
+def server_of(nano: Nano) -> int:
+    """The process of `vllm serve`."""
+    command = str(nano.python.with_name("vllm"))
+    (found,) = (pid for pid in descendants(os.getpid()) if words(pid)[1:2] == [command])
+    return found
+
+
+def test_no_request_is_lost_when_the_server_is_killed_under_load(nano: Nano) -> None:
     async def ask() -> list[int]:
         async with httpx.AsyncClient(base_url=nano.url, timeout=300) as client:
             body = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 200, "ignore_eos": True}
@@ -195,100 +191,103 @@ def test_no_request_is_lost_when_the_engine_is_killed_under_load(nano: Nano) -> 
                 for i in range(24)
             ]
             await asyncio.sleep(0.5)
-            os.kill(engine(), signal.SIGKILL)
+            os.kill(server_of(nano), signal.SIGKILL)
             return [answer.status_code for answer in await asyncio.gather(*asked)]
 
+    deaths = nano.http.get("/health").json()["failed_steps"]
     assert asyncio.run(ask()) == [200] * 24
-    assert nano.http.get("/health").json()["failed_steps"] == 1
+    assert nano.http.get("/health").json()["failed_steps"] == deaths + 1
 
 
-def test_nothing_is_left_when_the_gateway_is_killed(installed: Callable[[str], Environment], tmp_path: Path) -> None:
-    options = ["--backend", "vllm", "--env-python", str(installed("vllm").python), "--max-length", "512"]
-    with suite_serve(tmp_path, "--model", NANO, *options, "--no-probe") as running:
-        started = descendants(running.process.pid)
-        assert len(started) >= 3  # the guard, the server, and its engine
-        running.process.kill()
-        deadline = time.monotonic() + 30
-        while left := [pid for pid in started if Path(f"/proc/{pid}/exe").exists()]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.1)
+def test_no_request_is_lost_when_the_process_that_computes_is_killed(nano: Nano) -> None:
+    """As the system does where memory runs out. The server in front of it fails what it has, and ends seconds later."""
+    (core,) = (pid for pid in descendants(server_of(nano)) if words(pid)[0].startswith("VLLM::EngineCore"))
+
+    async def ask() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=nano.url, timeout=300) as client:
+            body = {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 20, "ignore_eos": True}
+            os.kill(core, signal.SIGSTOP)  # so that nothing was sent to anybody when it dies
+            bodies = [{**body, "model": "abc"[i % 3], "stream": i % 2 == 0} for i in range(24)]
+            asked = [asyncio.create_task(client.post("/v1/chat/completions", json=each)) for each in bodies]
+            health: dict[str, Any] = {}
+            async with asyncio.timeout(60):
+                while health.get("running", 0) + health.get("waiting", 0) < len(asked):
+                    health = (await client.get("/health")).json()
+            os.kill(core, signal.SIGKILL)
+            return await asyncio.gather(*asked)
+
+    deaths = nano.http.get("/health").json()["failed_steps"]
+    answers = asyncio.run(ask())
+    assert [answer.status_code for answer in answers] == [200] * 24
+    assert all(a.text.endswith("data: [DONE]\n\n") and '"error"' not in a.text for a in answers[::2])
+    assert nano.http.get("/health").json()["failed_steps"] == deaths + 1
 
 
-def descendants(pid: int) -> list[int]:
-    """The children of a process, and theirs."""
-    found = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
-    return [*found, *(grandchild for child in found for grandchild in descendants(child))]
-
-
-@pytest.fixture
-def refused(installed: Callable[[str], Environment], tmp_path: Path) -> Callable[..., str]:
-    """Why a server did not start."""
-    python = installed("vllm").python
-
-    def start(model: Path = NANO, adapters: dict[str, Path] | None = None, **options: Any) -> str:
-        given = {"env_python": str(python), "max_length": 512, **options}
-        with pytest.raises(SuiteError) as failed, endpoint(model, adapters, backend="vllm", **given):
-            pass
-        return str(failed.value)
-
-    return start
-
-
-def test_an_adapter_that_the_engine_ignores_is_refused(
-    refused: Callable[..., str], adapters: dict[str, Path], tmp_path: Path
-) -> None:
-    """The probe knows adapter a; what vLLM is given under the name is one that adds nothing."""
-    empty = tmp_path / "a"
-    empty.mkdir()
-    for file in adapters["a"].iterdir():
-        (empty / file.name).write_bytes(file.read_bytes())
+def test_an_adapter_that_the_engine_ignores_is_refused(nano: Nano, adapters: dict[str, Path]) -> None:
+    """The probe knows adapter a; what vLLM is given in its place adds nothing."""
+    empty = nano.offered / "empty"
+    shutil.copytree(adapters["a"], empty)
     weights = load_file(empty / "adapter_model.safetensors")
     save_file({k: v * ("lora_A" in k) for k, v in weights.items()}, empty / "adapter_model.safetensors")
-    known = references(NANO, {"a": adapters["a"]})
-    assert known
-    from suite import store
-
+    assert references(NANO, {"a": adapters["a"]})
     kept = store.Store(store.home())
-    from serve import probe
-
     real, fake = (probe._file(kept.digest(NANO), kept.digest(folder)) for folder in (adapters["a"], empty))
     fake.write_bytes(real.read_bytes())
-    said = refused(adapters={"a": empty})
-    assert "the adapter 'a' has no effect in this engine" in said
-    assert "--no-probe" in said
+    refused = nano.change("load", lora_name="e", lora_path="empty")
+    assert refused.status_code == 400
+    assert "the adapter 'e' has no effect in this engine" in refused.text
+    assert "e" not in {card["id"] for card in nano.http.get("/v1/models").json()["data"]}
 
 
-def test_another_chat_template_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+def refusal(python: Path, model: Path = NANO, **options: Any) -> str:
+    """Why a server did not start."""
+    given = {"env_python": str(python), "max_length": 512, **options}
+    with pytest.raises(SuiteError) as failed, endpoint(model, backend="vllm", **given):
+        pass
+    return str(failed.value)
+
+
+def test_another_chat_template_is_refused(installed: Callable[[str], Environment], tmp_path: Path) -> None:
     template = load_tokenizer(NANO).chat_template.replace("<|im_start|>assistant", "<|im_start|>assistant ")
     file = tmp_path / "other.jinja"
     file.write_text(template)
-    said = refused(extra={"chat-template": str(file)})
+    said = refusal(installed("vllm").python, extra={"chat-template": str(file)})
     assert "reads other tokens for 'Who are you?'" in said
+    assert "--no-probe" in said
 
 
-def test_what_vllm_refuses_is_its_last_words(refused: Callable[..., str], tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in NANO.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(
-        json.dumps({**config, "architectures": ["NoSuchModel"], "model_type": "nothing"})
-    )
-    said = refused(broken, probe=False)
-    assert "nothing" in said
-    assert "could not start" in said
+@pytest.fixture(scope="module")
+def refusals(
+    installed: Callable[[str], Environment], new_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Why servers did not start that were started at the same time, by what was wrong with each."""
+    root, python = tmp_path_factory.mktemp("refused"), installed("vllm").python
+    broken = shutil.copytree(NANO, root / "broken")
+    config = json.loads((NANO / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "architectures": ["No"], "model_type": "nothing"}))
+    wrong: dict[str, Callable[[], str]] = {
+        "model": partial(refusal, python, broken, probe=False),
+        "memory": partial(refusal, python, cache_memory=9000 * 2**30, probe=False),
+        "option": partial(refusal, python, extra={"max-num-seqz": 4}),
+    }
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor() as pool:
+        patch.setenv("SUITE_HOME", str(new_home(root / "home")))
+        started = {name: pool.submit(start) for name, start in wrong.items()}
+        return {name: future.result() for name, future in started.items()}
 
 
-def test_memory_that_is_not_there_is_named_with_what_to_lower(refused: Callable[..., str]) -> None:
-    said = refused(cache_memory=9000 * 2**30, probe=False)
-    assert "requested memory for kv (9000.0 GiB)" in said
-    assert "hint: lower --memory or --cache-memory" in said
+def test_what_vllm_refuses_is_its_last_words(refusals: dict[str, str]) -> None:
+    assert "nothing" in refusals["model"]
+    assert "could not start" in refusals["model"]
 
 
-def test_its_own_parser_refuses_unknown_options(refused: Callable[..., str]) -> None:
-    said = refused(extra={"max-num-seqz": 4})
-    assert "did you mean '--max-num-seqs'?" in said
+def test_memory_that_is_not_there_is_named_with_what_to_lower(refusals: dict[str, str]) -> None:
+    assert "requested memory for kv (9000.0 GiB)" in refusals["memory"]
+    assert "hint: lower --memory or --cache-memory" in refusals["memory"]
+
+
+def test_its_own_parser_refuses_unknown_options(refusals: dict[str, str]) -> None:
+    assert "did you mean '--max-num-seqs'?" in refusals["option"]
 
 
 def test_an_interpreter_without_it_is_named(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from evalsets.score import requests
 from suite.cli import main
 from suite.envs import Environment
 from suite.runs import link
+from tests.engines.conftest import descendants
 from tests.tiny.tiny_models import tiny_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,7 @@ dtype = "bfloat16"   # as vLLM computes with packed weights
 use = "eval"
 model = "@merged"
 backend = "vllm"
+engine = {{{{ max_length = 1024, extra = {{{{ max-num-batched-tokens = 2048 }}}} }}}}
 gate = ["ceval-mini.acc >= @ours-merged.ceval-mini.acc"]
 
 [serve]
@@ -100,14 +102,16 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(installed: Callable[[str], Environment], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(
+    installed: Callable[[str], Environment], new_home: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Done]:
     """Everything evaluated; what the pipeline serves afterwards is killed, and leaves no engine behind."""
     root = tmp_path_factory.mktemp("pipeline")
     adapter = tiny_adapter(NANO, root / "adapter", rank=8, lora_alpha=24)
     file = root / "pipeline.toml"
     file.write_text(PIPELINE.format(python=installed("vllm").python, adapter=adapter))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUITE_HOME", str(root / "home"))
+        patch.setenv("SUITE_HOME", str(new_home(root / "home")))
         with served(file, root / "said") as url:
             for model in ("base", "tuned"):
                 asked = ["--url", url, "--model", model, "--limit", str(LIMIT), "--out", str(root / model)]
@@ -130,8 +134,8 @@ def served(file: Path, said: Path) -> Iterator[str]:
         running = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, text=True)
     try:
         yield until_ready(running, said)
-        engines = children(running.pid)
-        assert engines
+        engines = descendants(running.pid)
+        assert len(engines) >= 3  # the guard, the server, and its engine
     finally:
         running.kill()
         running.wait()
@@ -149,12 +153,6 @@ def until_ready(running: subprocess.Popen[str], said: Path) -> str:
                 return line.partition(" at ")[2]
         time.sleep(0.2)
     raise AssertionError(said.read_text())
-
-
-def children(pid: int) -> list[int]:
-    """Of a process, and theirs."""
-    found = [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
-    return [*found, *(grandchild for child in found for grandchild in children(child))]
 
 
 def same_answers(url: str, *models: str) -> None:
