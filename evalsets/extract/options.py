@@ -37,7 +37,7 @@ OPEN = (
 OFFERED = re.compile(r"\([A-J](?:\s*(?:,\s*(?:or\b)?|/|\bor\b|、|或)\s*[A-J]){2,}\)")
 """What a question offers, which a reply may repeat: `Answer (A, B, C or D): C`."""
 LISTED = re.compile(r"\s*,\s*[A-Z]\s*(?:,|or\b|and\b|$)", re.IGNORECASE)
-EITHER = re.compile(r"(?:\bor|或)\W*$", re.IGNORECASE)
+OR = re.compile(r"\bor\b|或")
 
 
 def letter(reply: str, letters: str = "ABCD") -> str | None:
@@ -51,21 +51,30 @@ def letter(reply: str, letters: str = "ABCD") -> str | None:
     return _only(after, letters) or _only(text, letters)
 
 
-def named(reply: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option whose words the reply gives, or None where none or several fit.
+def named(reply: str, options: Mapping[str, str], several: bool = False) -> str | None:
+    """The letter of the option whose words the reply gives, or with `several` all of them; None where it is unclear.
+
+    So is a reply that names letters too: who reads words there would decide between them.
 
     >>> named("The opposite of dirty is clean.", {"A": "dirty", "B": "clean"})
     'B'
     """
-    text = _plain(" ".join(around_list(said(reply), "".join(options))))
-    found = [
-        (len(words), letter) for letter, option in options.items() if (words := _plain(option)) and _says(text, words)
-    ]
-    last = [(size, letter) for size, letter in found if text.endswith(_plain(options[letter]))]
+    letters = "".join(options)
+    besides = " ".join(around_list(said(reply), letters))
+    text = _plain(besides)
+    found = {letter: words for letter, option in options.items() if (words := _plain(option)) and _says(text, words)}
+    for words in sorted(found.values(), key=len, reverse=True):
+        besides = re.sub(re.escape(words), " ", besides, flags=re.IGNORECASE)
+    if any(standing(besides, letters)) or not found:
+        return None
+    if several:
+        parts = {words for words in found.values() if any(words in other for other in found.values() if other != words)}
+        return None if OR.search(text) else "".join(letter for letter, words in found.items() if words not in parts)
+    last = [letter for letter, words in found.items() if text.endswith(words)]
     if last:  # "ninety nine" ends with "nine" too: the longest is meant
-        size, chosen = max(last)
-        return None if EITHER.search(text[:-size]) else chosen
-    return found[0][1] if len(found) == 1 else None
+        chosen = max(last, key=lambda letter: len(found[letter]))
+        return None if re.search(rf"(?:{OR.pattern})\W*$", text[: -len(found[chosen])]) else chosen
+    return next(iter(found)) if len(found) == 1 else None
 
 
 def _plain(text: str) -> str:
@@ -76,7 +85,11 @@ def _plain(text: str) -> str:
 def _says(text: str, words: str) -> bool:
     """Whether `words` stand in `text` and are not denied, not as a part of longer words or numbers."""
     places = re.finditer(rf"(?<![a-z0-9]){re.escape(words)}(?![a-z0-9])", text)
-    return any(not DENIED_BEFORE.search(text[max(0, found.start() - NEAR) : found.start()]) for found in places)
+    return any(
+        not DENIED_BEFORE.search(text[max(0, found.start() - NEAR) : found.start()])
+        and not DENIED_AFTER.match(text, found.end())
+        for found in places
+    )
 
 
 def _leading(text: str, one: re.Pattern[str], letters: str) -> str | None:

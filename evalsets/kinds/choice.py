@@ -35,7 +35,8 @@ def continuations(question: Question) -> dict[str, str]:
 def _row(file: SetFile, question: Question, reply: Reply, replies: Replies) -> Row:
     options = dict(zip(question.letters, question.options, strict=True))
     said = narrowed(file.extract, reply.text)
-    chosen = (letters if file.multiple else letter)(said, question.letters) or named(said, options)
+    by_letter = letters if file.multiple else letter
+    chosen = by_letter(said, question.letters) or named(said, options, several=file.multiple)
     row: Row = {"expected": question.expected, "parsed": chosen, "score": float(chosen == question.expected)}
     if file.multiple:
         row["partial"] = _partial(chosen or "", question.expected)

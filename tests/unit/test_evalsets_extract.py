@@ -174,6 +174,9 @@ WORDS = {"A": "dirty", "B": "clean", "C": "nine", "D": "ninety nine"}
         ("unclean", None),
         ("It is not clean.", None),
         ("Either dirty or clean", None),
+        ("Dirty is wrong, clean is right.", "B"),
+        ("Either A. dirty or B. clean", None),
+        ("Not A: clean", "B"),
         ("A. dirty\nB. clean\nC. nine\nD. ninety nine", None),
         ("A. dirty\nB. clean\nC. nine\nD. ninety nine\nIt is clean.", "B"),
         ("", None),
@@ -181,6 +184,26 @@ WORDS = {"A": "dirty", "B": "clean", "C": "nine", "D": "ninety nine"}
 )
 def test_the_words_of_an_option(reply: str, chosen: str | None) -> None:
     assert named(reply, WORDS) == chosen
+
+
+@pytest.mark.parametrize(
+    ("reply", "chosen"),
+    [
+        ("dirty and clean", "AB"),
+        ("Clean.", "B"),
+        ("ninety nine", "D"),
+        ("clean, not dirty", "B"),
+        ("dirty or clean", None),
+        ("B clean, D ninety nine, or all", None),
+        ("nothing", None),
+    ],
+)
+def test_the_words_of_several_options(reply: str, chosen: str | None) -> None:
+    assert named(reply, WORDS, several=True) == chosen
+
+
+def test_letters_in_the_words_of_an_option_are_words() -> None:
+    assert named("Vitamin C and D", {"A": "vitamin C", "B": "vitamin C and D"}) == "B"
 
 
 def test_the_words_of_an_option_in_chinese() -> None:
