@@ -66,6 +66,13 @@ def test_several_letters_must_all_be_named(tmp_path: Path) -> None:
     assert (found.total["acc"], found.total["partial"], found.total["unparsed"]) == (0.4, 0.5, 1)
 
 
+def test_words_of_several_options_are_read_whole(tmp_path: Path) -> None:
+    row = {"question": "?", "A": "Paris", "B": "Bonn", "C": "Rome"}
+    asked = rows(tmp_path, *({**row, "answer": list(right)} for right in ("AC", "AC", "C", "C")))
+    texts = ["Paris and Rome", "Paris, not Bonn, and Rome", "Paris or Rome", "Rome"]
+    assert [r["parsed"] for r in answered(asked, lambda i, _: texts[i]).rows] == ["AC", "AC", None, "C"]
+
+
 def test_a_set_may_say_where_the_answer_is(tmp_path: Path) -> None:
     about = 'title = "t"\nlanguages = ["en"]\nlicense = "MIT"\nsource = "a test"\n'
     (tmp_path / "set.toml").write_text(f"kind = 'numeric'\n{about}extract = 'RESULT<(.*?)>'\n", "utf-8")
