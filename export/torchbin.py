@@ -6,7 +6,6 @@ storage. Loading it onto the meta device, weights only, runs no code of the file
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from export.lora.arithmetic import DTYPES
 from export.tensors import AGAIN, Tensor
 from suite.errors import SuiteError
+from suite.quantized import weights_only
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int64: "I64",
@@ -29,13 +29,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
 def read_bin(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, in the order of their bytes; raises SuiteError for what is no plain table of weights."""
     try:
-        found = torch.load(file, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError:
-        raise SuiteError(
-            "its pickle holds more than weights, and loading that would run code from the file",
-            where=str(file),
-            hint="save the weights again, as safetensors, where you trust the file",
-        ) from None
+        with weights_only(file):
+            found = torch.load(file, map_location="meta", weights_only=True)
     except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
         text = str(error).strip().splitlines()
         reason = text[0] if text else "it is empty"

@@ -87,17 +87,10 @@ def load(folder: Path, **options: Any) -> Any:
         named = sorted(folder.glob("*.safetensors"))
         if len(named) == 1 and named[0].name != "model.safetensors":
             config.transformers_weights = named[0].name
-    try:
-        with _pickled_by_its_usual_name(folder) as found:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                found, config=config, local_files_only=True, output_loading_info=True, **options
-            )
-    except pickle.UnpicklingError:
-        raise SuiteError(
-            "its pickle holds more than weights, and loading that would run code from the file",
-            where=str(folder),
-            hint="save the weights again, as safetensors, where you trust the file",
-        ) from None
+    with _pickled_by_its_usual_name(folder) as found, weights_only(folder):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            found, config=config, local_files_only=True, output_loading_info=True, **options
+        )
     if given and (missing := sorted(loaded["missing_keys"])):
         raise SuiteError(
             f"its settings do not describe its weights: {missing[0]} is missing, and {len(missing) - 1} more",
@@ -105,6 +98,19 @@ def load(folder: Path, **options: Any) -> Any:
             hint="look into quantization_config: quant_method, version, the layers that are not quantized",
         )
     return model
+
+
+@contextmanager
+def weights_only(where: Path) -> Iterator[None]:
+    """Raise SuiteError where torch, told to read only weights, refuses a pickle at `where` that holds more."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise SuiteError(
+            "its pickle holds more than weights, and loading that would run code from the file",
+            where=str(where),
+            hint="save the weights again, as safetensors, where you trust the file",
+        ) from None
 
 
 @contextmanager
