@@ -51,7 +51,7 @@ def letter(reply: str, letters: str = "ABCD") -> str | None:
     return _only(after, letters) or _only(text, letters)
 
 
-def named(reply: str, options: Mapping[str, str], several: bool = False) -> str | None:
+def named(reply: str, options: Mapping[str, str], *, several: bool = False) -> str | None:
     """The letter of the option whose words the reply gives, or with `several` all of them; None where it is unclear.
 
     So is a reply that names letters too: who reads words there would decide between them.

@@ -71,12 +71,31 @@ def test_hard_replies(reply: str, chosen: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["(", "*", "A, ", "answer: ", "答案是", "\\boxed{", "\n", "not B ", "<think>", "1,", "#### "]
+    "part",
+    [
+        "(",
+        "*",
+        "A, ",
+        "answer: ",
+        "答案是",
+        "\\boxed{",
+        "\n",
+        "not B ",
+        "<think>",
+        "1,",
+        "#### ",
+        "#### 1+",
+        "B. A, ",
+        "A (x), ",
+        "A. x\nB. y\n",
+        "A and ",
+    ],
 )
 def test_a_reply_that_repeats_itself_is_read_in_no_time(part: str) -> None:
     """Models do end in loops: what is cubic in their length would never return."""
     for read in (letter, letters, number):
         read(part * 3000)
+    named(part * 3000, WORDS)
 
 
 @given(
