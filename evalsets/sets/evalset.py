@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -65,8 +65,12 @@ class EvalSet:
 
     def _part(self, part: Part) -> Iterator[Question]:
         source, read = Source(self.file, part.subset, self._solved(part)), READERS[self.kind]
-        for row in tables.rows(part.path, texts=self._texts):
-            yield read(source, row)
+        for path in part.paths:
+            line = 0
+            for row in tables.rows(path, texts=self._texts):
+                yield read(source, row)
+                line = row.line
+            source = replace(source, before=source.before + line)
 
     def _solved(self, part: Part) -> Messages:
         """The solved examples of a subset as finished turns."""
@@ -74,9 +78,10 @@ class EvalSet:
         if not shots:
             return ()
         source = Source(self.file, part.subset)
-        rows = list(tables.rows(part.solved, texts=self._texts)) if part.solved else []
+        rows = [row for path in part.solved for row in tables.rows(path, texts=self._texts)]
         if len(rows) < shots:
-            has = f"{part.solved.relative_to(self.folder)} has" if part.solved else f"'{part.subset}' has no dev file:"
+            file = part.solved[0].relative_to(self.folder) if part.solved else ""
+            has = f"{file} has" if file else f"'{part.subset}' has no dev file:"
             raise SuiteError(
                 f"shots = {shots}, but {has} {len(rows)} rows", where=str(self.where),
                 hint="lower shots, or add solved examples",
@@ -104,7 +109,7 @@ def contradictions(questions: list[Question]) -> list[tuple[Question, Question]]
     for question in questions:
         same = (" ".join(question.stem.split()), frozenset(question.options))
         other = seen.setdefault(same, question)
-        if _right(other) != _right(question):
+        if other is not question and _right(other) != _right(question):
             found.append((other, question))
     return found
 

@@ -148,7 +148,7 @@ def _described(folder: Path, path: Path, shots: int | None) -> EvalSet | Remote:
 def _usual(name: str, source: str, layout: Layout) -> SetFile:
     """How data without a set.toml is asked: without examples, greedily, choices also by likelihood."""
     published = categories(layout.name).keys() >= {part.subset for part in layout.parts}
-    several = layout.kind == "choice" and any(_several(part.path) for part in layout.parts)
+    several = layout.kind == "choice" and any(_several(path) for part in layout.parts for path in part.paths)
     return SetFile(
         kind=layout.kind, title=f"{name}, read as {layout.name}",
         languages=LANGUAGES[layout.name] if published else ["en", "zh"],

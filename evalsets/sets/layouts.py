@@ -3,7 +3,7 @@
     by split    {dev,val,test}/{subject}_{split}.csv    C-Eval, and MMLU whose files have no header
                 {dev,test}/{subject}.csv                CMMLU
     by config   {config}/{split}-00000-of-00001.SUFFIX  hubs, where the folder itself may be the one configuration;
-                {config}/{split}/0000.SUFFIX            the same as a hub converts it
+                {config}/{split}/0000.SUFFIX            the same as a hub converts it; of several parts, all
     flat        {subset}_{dev,val,test}.SUFFIX          multiple choice of ms-swift (custom_ceval) and EvalScope (mcq)
                 {train,test}.jsonl                      GSM8K
                 {subset}.SUFFIX                         qa of both (custom_general_qa), tools, texts, and all else
@@ -31,7 +31,8 @@ EXPECTED = (
     "question,A,B,...,answer or question,choices,answer (choice), query,response (qa), question,answer ending in "
     "'#### 72' (numeric), messages,tools,calls (tools), messages,tools,target (ToolBench) or text (perplexity)"
 )
-SHARD = re.compile(r"-\d{5}-of-\d{5}")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?:-[0-9a-f]{16})?")
+"""Which part of how many; older versions of `datasets` add a hash."""
 SPLITS = {"train": "train", "dev": "dev", "validation": "val", "val": "val", "test": "test"}
 """Splits as hubs name them."""
 WHOLE = "all"
@@ -42,11 +43,11 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Part:
-    """The file with the questions of a subset, and the one with solved examples, if there is one."""
+    """The files with the questions of a subset, in order, and those with solved examples, if there are any."""
 
     subset: str
-    path: Path
-    solved: Path | None = None
+    paths: tuple[Path, ...]
+    solved: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Layout:
     @property
     def files(self) -> list[Path]:
         """Everything that decides what is asked."""
-        return sorted({path for part in self.parts for path in (part.path, part.solved) if path})
+        return sorted({path for part in self.parts for path in (*part.paths, *part.solved)})
 
 
 def find(folder: Path, kind: Kind | None = None, split: str | None = None) -> Layout:
@@ -91,7 +92,7 @@ def _by_split(folder: Path, split: str | None) -> Layout | None:
     for path in files[asked]:
         subject = path.stem.removesuffix(f"_{asked}")
         solved = folder / "dev" / path.name.replace(f"{subject}_{asked}", f"{subject}_dev")
-        parts.append(Part(subject, path, solved if solved.is_file() else None))
+        parts.append(Part(subject, (path,), (solved,) if solved.is_file() else ()))
     return Layout(name, "choice", tuple(parts))
 
 
@@ -114,24 +115,39 @@ def _by_config(folder: Path, split: str | None) -> tuple[Part, ...]:
     parts = []
     for config, splits in sorted(configs.items()):
         if asked := _asked(splits, split):
-            solved = next((splits[name][0] for name in SOLVED if name in splits), None)
-            parts.append(Part(config, asked, solved))
+            solved = next((splits[name] for name in SOLVED if name in splits), [])
+            parts.append(Part(config, _whole(asked), _whole(solved)))
     return tuple(part for part in parts if part.subset != WHOLE or len(parts) == 1)
 
 
-def _asked(splits: dict[str, list[Path]], split: str | None) -> Path | None:
-    """The file of a configuration that is asked: of that split, else of the test split where it has answers."""
+def _asked(splits: dict[str, list[Path]], split: str | None) -> list[Path]:
+    """The files of a configuration that are asked: of that split, else of the test split where it has answers."""
     wanted = [split] if split else [name for name in reversed(ASKED) if name in splits]
     if not split and len(wanted) > 1 and (first := next(tables.rows(splits["test"][0]), None)):
         withheld = any(name in first.values and first.get(name) in WITHHELD for name in ANSWERS)
         wanted = wanted[1:] if withheld else wanted
-    paths = splits.get(wanted[0], []) if wanted else []
-    if len(paths) > 1:
+    return splits.get(wanted[0], []) if wanted else []
+
+
+def _whole(paths: list[Path]) -> tuple[Path, ...]:
+    """The files of a split in their order; raises SuiteError where one is missing, or they are not of one table."""
+    parts = {_part(path): path for path in paths}
+    if len({(path.parent, name, of) for (name, _, of), path in parts.items()}) > 1 or len(parts) < len(paths):
         raise SuiteError(
-            f"{paths[0].name} is the first of {len(paths)} files of a split", where=str(paths[0].parent),
-            hint="join them into one file",
+            f"{paths[0].name} and {paths[-1].name} are both of one split", where=str(paths[0].parent),
+            hint="keep one of them",
         )  # fmt: skip
-    return paths[0] if paths else None
+    expected = max((of or number + 1 for _, number, of in parts), default=0)
+    for missing in sorted({*range(expected)} - {number for _, number, _ in parts}):
+        raise SuiteError(f"of {expected} parts number {missing} is missing", where=str(paths[0].parent))
+    return tuple(parts[part] for part in sorted(parts))
+
+
+def _part(path: Path) -> tuple[str, int, int]:
+    """What a file of a split is called without its number, its number from 0, and of how many, 0 if it does not say."""
+    if found := SHARD.search(path.stem):
+        return SHARD.sub("", path.name), int(found[1]), int(found[2])
+    return (path.suffix, int(path.stem), 0) if path.stem.isdigit() else (path.name, 0, 1)
 
 
 def _flat(folder: Path, split: str | None) -> tuple[Part, ...]:
@@ -151,7 +167,8 @@ def _flat(folder: Path, split: str | None) -> tuple[Part, ...]:
     if split and not any(split in files for files in asked.values()):
         raise SuiteError(f"no SUBSET_{split} or {split} file", where=str(folder))
     chosen = {name: _chosen(files, split) for name, files in sorted(asked.items())}
-    return tuple(Part(name, path, solved.get(name, solved.get(""))) for name, path in chosen.items() if path)
+    parts = ((name, path, solved.get(name, solved.get(""))) for name, path in chosen.items() if path)
+    return tuple(Part(name, (path,), (examples,) if examples else ()) for name, path, examples in parts)
 
 
 def _chosen(files: dict[str, Path], split: str | None) -> Path | None:
@@ -174,7 +191,7 @@ def _publisher(subsets: set[str]) -> str:
 
 
 def _told_by_rows(parts: tuple[Part, ...]) -> Layout:
-    first = parts[0].path
+    first = parts[0].paths[0]
     row = next(tables.rows(first), None)
     if row is None:
         raise SuiteError("the file has no rows", where=str(first))

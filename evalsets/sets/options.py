@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,8 @@ from evalsets.sets.record import Record
 
 LETTERS = "ABCDEFGHIJ"
 ANSWERS = ("answer", "answerKey")
+BETWEEN = set(",;、")
+"""What may stand between the letters of several right answers, besides space."""
 WITHHELD = ("", "-1")
 """What stands for an answer that nobody gives away, in files and, as a class, on hubs."""
 
@@ -29,8 +30,8 @@ class Options:
     def right(self, row: Record, multiple: bool) -> str:
         """The right letters of the row in alphabetical order; raises SuiteError where it names none."""
         given = next((value for name in ANSWERS if (value := row.get(name))), "")
-        named = given if isinstance(given, list) else re.split(r"[\s,;、]+", str(given))
-        right = set("".join(map(str, named)).upper())
+        named = "".join(map(str, given)) if isinstance(given, list) else str(given)
+        right = set("".join(named.upper().split())) - BETWEEN
         if not right or not right <= self.called.keys():
             withheld = "the answers of a test split are often withheld: ask its val split"
             hint = withheld if given in WITHHELD else f"write one of {', '.join(self.called)}"
@@ -53,8 +54,13 @@ def options(row: Record) -> Options:
 
 
 def _columns(row: Record) -> tuple[tuple[str, ...], dict[str, str]]:
-    ends = next((i for i, letter in enumerate(LETTERS) if row.get(letter) in (None, "")), len(LETTERS))
-    return tuple(row.cell(letter) for letter in LETTERS[:ends]), {letter: letter for letter in LETTERS[:ends]}
+    texts: list[str] = []
+    for letter in LETTERS:
+        if row.get(letter) in (None, ""):
+            break
+        texts.append(row.cell(letter))
+    letters = LETTERS[: len(texts)]
+    return tuple(texts), dict(zip(letters, letters, strict=True))
 
 
 def _listed(row: Record) -> tuple[tuple[str, ...], dict[str, str]]:

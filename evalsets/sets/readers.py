@@ -19,16 +19,20 @@ from evalsets.sets.settings import PROMPTS, SEVERAL, SetFile
 
 @dataclass(frozen=True)
 class Source:
-    """What the rows of a subset are read with: the set's settings, and solved examples as turns."""
+    """What the rows of a subset are read with: the set's settings, and solved examples as turns.
+
+    `before` counts the lines of the files before, where a subset has several.
+    """
 
     file: SetFile
     subset: str
     solved: Messages = ()
+    before: int = 0
 
     def language(self, row: Record, *texts: str) -> Language:
         """The row's own, the set's only one, or the one of the texts' script."""
-        if row.get("lang") in ("en", "zh"):
-            return "en" if row.get("lang") == "en" else "zh"
+        if (said := row.get("lang")) in ("en", "zh"):
+            return "en" if said == "en" else "zh"
         return self.file.languages[0] if len(self.file.languages) == 1 else language_of(*texts)
 
     def prompt(self, language: Language) -> str:
@@ -38,8 +42,8 @@ class Source:
 
     def id(self, row: Record) -> str:
         """`SUBSET/ID`, by the row's own id or its line."""
-        line = row.where.rpartition(":")[2]
-        return f"{self.subset}/{row.get('id') or (line if self.file.kind == 'choice' else line.zfill(5))}"
+        line = self.before + row.line
+        return f"{self.subset}/{row.get('id') or (line if self.file.kind == 'choice' else f'{line:05}')}"
 
     def question(self, row: Record, messages: Messages, stem: str, expected: Any, **more: Any) -> Question:
         """The question of a row, in the language of its stem where nothing else decides."""
@@ -83,7 +87,7 @@ def qa(source: Source, row: Record) -> Question:
         messages = row.conversation()
         if messages[-1]["role"] == "assistant" and not row.get("response") and not row.get("answer"):
             *before, last = messages
-            row = Record({**row.values, "messages": before, "response": last.get("content")}, row.where)
+            row = Record({**row.values, "messages": before, "response": last.get("content")}, row.file, row.line)
         messages, stem = row.asked()
         expected = row.text("response", "answer")
     else:

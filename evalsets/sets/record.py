@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from suite.errors import SuiteError, near
@@ -13,10 +14,16 @@ Messages = tuple[dict[str, Any], ...]
 
 @dataclass(frozen=True)
 class Record:
-    """The values of a row by column, and its place, `file:line`."""
+    """The values of a row by column, and its place."""
 
     values: dict[str, Any]
-    where: str
+    file: Path
+    line: int
+
+    @property
+    def where(self) -> str:
+        """Its place for people."""
+        return f"{self.file}:{self.line}"
 
     def error(self, message: str, hint: str = "") -> SuiteError:
         """A mistake in this row, to be raised."""

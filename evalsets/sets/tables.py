@@ -49,7 +49,7 @@ def _table(path: Path) -> Iterator[Record]:
             header = _names(first)
             if header is None:
                 header = list(HEADERLESS)
-                yield Record(dict(zip(header, first, strict=True)), f"{path}:{reader.line_num}")
+                yield Record(dict(zip(header, first, strict=True)), path, reader.line_num)
             if len(set(header)) < len(header):
                 raise SuiteError("two columns have one name", where=f"{path}:1")
             for values in reader:
@@ -57,7 +57,7 @@ def _table(path: Path) -> Iterator[Record]:
                     what = f"{len(values)} values in a table of {len(header)} columns"
                     raise SuiteError(what, where=f"{path}:{reader.line_num}", hint="quote values that contain commas")
                 if values:
-                    yield Record(dict(zip(header, values, strict=True)), f"{path}:{reader.line_num}")
+                    yield Record(dict(zip(header, values, strict=True)), path, reader.line_num)
         except csv.Error as error:
             raise SuiteError(f"not valid CSV: {error}", where=f"{path}:{reader.line_num}") from None
         except UnicodeDecodeError as error:
@@ -90,7 +90,7 @@ def _jsonl(path: Path, texts: bool) -> Iterator[Record]:
             raise SuiteError("JSON is nested too deeply", where=f"{path}:{number}") from None
         if not isinstance(row, dict):
             raise SuiteError("expected an object {...} on each line", where=f"{path}:{number}")
-        yield Record(row, f"{path}:{number}")
+        yield Record(row, path, number)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -107,4 +107,4 @@ def _parquet(path: Path) -> Iterator[Record]:
             name: value if isinstance(value, str | list | dict | bool) else str(value) for name, value in row.items()
         }
         named = {COLUMNS.get(name, name): plain[name] for name in row if row[name] is not None}
-        yield Record(named, f"{path}:{number}")
+        yield Record(named, path, number)

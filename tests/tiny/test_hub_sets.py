@@ -104,6 +104,15 @@ def test_a_folder_of_a_repository_is_a_set(data: Hub) -> None:
     assert not any("socratic" in request.path for request in data.log if "resolve" in request.path)
 
 
+def test_a_table_in_several_parts_is_one_set(data: Hub) -> None:
+    parts = (parquet(*map(gsm8k, range(first, first + 3))) for first in (0, 3))
+    data.add(
+        "datasets/org/parts", {f"data/test-0000{n}-of-00002.parquet": p for n, p in enumerate(parts)}, private=False
+    )
+    (asked,) = named.load(["hf:org/parts"], None, fetched("hf:datasets/org/parts"))
+    assert [(q.id, q.expected) for q in asked.questions()] == [(f"default/{i:05}", str(i)) for i in range(1, 7)]
+
+
 def test_a_stage_takes_the_address_and_a_moved_branch_is_another_set(data: Hub, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "set.toml").write_text(f'{SETTINGS}shots = 1\ndata = "hf:org/quiz/law"\n', "utf-8")

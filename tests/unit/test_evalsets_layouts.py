@@ -116,8 +116,51 @@ def test_the_split_of_a_configuration(tmp_path: Path) -> None:
     lines(tmp_path / "t/all/test.jsonl", {"question": "All?", "choices": ["w", "x"], "answer": 1})
     assert [q.id for q in sets.load(str(tmp_path / "t")).questions()] == ["all/1"]
     (tmp_path / "s/easy/test-00001-of-00002.jsonl").write_text("{}")
-    with pytest.raises(SuiteError, match="is the first of 2 files of a split"):
+    with pytest.raises(SuiteError, match=r"test-00001-of-00002.jsonl and test.jsonl are both of one split"):
         sets.load(str(tmp_path / "s"))
+
+
+def pieces(names: list[str], folder: Path) -> list[str]:
+    """Five rows without ids in each of the files, asked with seven examples of two more; what the questions expect."""
+    for number, name in enumerate(names):
+        rows = ({"question": f"{number}/{i}?", "choices": ["w", "x"], "answer": i % 2} for i in range(5))
+        lines(folder / name, *rows)
+        lines(folder / name.replace("test", "train"), *({"question": "e", "choices": ["w", "x"], "answer": 1},) * 5)
+    questions = sets.load(str(folder), 7).questions()
+    assert all(len(q.messages) == 15 for q in questions)
+    return [f"{q.id} {q.stem}" for q in questions]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["law/test-00000-of-00002.jsonl", "law/test-00001-of-00002.jsonl"], ["law/test/0000.jsonl", "law/test/0001.jsonl"],
+        ["law/test-00000-of-00002-0123456789abcdef.jsonl", "law/test-00001-of-00002-fedcba9876543210.jsonl"],
+    ],
+)  # fmt: skip
+def test_parts_of_a_split_are_read_in_their_order_as_one_file(names: list[str], tmp_path: Path) -> None:
+    found = pieces(names, tmp_path)
+    assert sorted(found) == sorted(f"law/{n + 1} {n // 5}/{n % 5}?" for n in range(10))
+    before = sets.load(str(tmp_path)).digest
+    with (tmp_path / names[1]).open("a", encoding="utf-8") as file:
+        file.write("\n")
+    assert sets.load(str(tmp_path)).digest != before
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["test-00000-of-00003.jsonl", "test-00002-of-00003.jsonl"], "of 3 parts number 1 is missing"),
+        (["test-00000-of-00003.jsonl", "test-00001-of-00003.jsonl"], "of 3 parts number 2 is missing"),
+        (["test/0001.jsonl", "test/0002.jsonl"], "of 3 parts number 0 is missing"),
+        (["test-00000-of-00002.jsonl", "test/0001.jsonl"], "are both of one split"),
+        (["test-00000-of-00002.jsonl", "test-00001-of-00002.csv"], "are both of one split"),
+        (["a/test-00000-of-00001-0123456789abcdef.jsonl", "a/test-00000-of-00001-fedcba9876543210.jsonl"], "both of one split"),
+    ],
+)  # fmt: skip
+def test_parts_that_make_no_whole_are_not_asked(names: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match=said):
+        pieces(names, tmp_path)
 
 
 def test_cmmlu_and_mmlu_ask_their_test_splits(tmp_path: Path) -> None:
