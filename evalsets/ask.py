@@ -1,7 +1,7 @@
 """Ask an OpenAI endpoint many things at once, and lose nothing.
 
-Every answer is appended to a journal as it arrives, so a killed run continues where it was; a thread does so, because
-what a journal makes of an answer may take long, and nothing else would be read meanwhile. What is sent again is only
+Every answer is appended to a journal as it arrives, so a killed run continues where it was. What the journal makes of
+an answer may take long, and follows from a thread, for nothing else would be read meanwhile. What is sent again is only
 what the endpoint did not answer at all or asked to have sent again (no connection, 429, 5xx), after a growing pause.
 Whatever else goes wrong with a request, a time-out and an unreadable answer too, is a failed reply with its reason.
 """
@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import json
 import math
-import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +23,7 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from evalsets.aside import aside
 from suite.errors import SuiteError, near
 
 LONGEST_PAUSE = 30.0
@@ -32,6 +31,8 @@ AGAIN = {429, *range(500, 600)} - {501}
 """Statuses after which a request is sent again; 501 says that the endpoint does not do such things."""
 FEWEST_LOST = 8
 """After so many requests in a row (or `concurrency`, if that is more) without any answer, the rest is not asked."""
+encode = json.JSONEncoder(ensure_ascii=False).encode
+"""One for all lines: `json.dumps` makes one for each."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ class Reply:
 
 
 class Journal:
-    """Replies as they come, one JSON object a line, in a file that outlives a kill at any moment.
+    """Replies as they come, each at once as a line of JSON, in a file that outlives a kill at any moment.
 
-    A kind with lines of its own overrides `line` and `reply`, each the other's inverse.
+    A kind with lines of its own overrides `line` and `reply`, each the other's inverse, and `after`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,6 +93,11 @@ class Journal:
         """The reply that left a line; raises ValueError, KeyError or TypeError for a line that is none."""
         return Reply(**line | {"logprobs": tuple(line["logprobs"])})
 
+    def after(self, request: Request, reply: Reply) -> dict[str, Any] | None:
+        """A line that follows later, which is no reply: what takes time to find out, and may fail; None for no line."""
+        del request, reply
+        return None
+
     def read(self) -> list[Reply]:
         """The replies of an earlier run; lines that a kill cut short are skipped, so they are asked again."""
         if not self.path.is_file():
@@ -103,55 +109,17 @@ class Journal:
         return replies
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Callable[[Request, Reply], None]]:
-        """What appends a reply as one whole line; a line torn by a kill is closed first."""
+    def writing(self) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
+        """What appends lines, all of them at once; a line torn by a kill is closed first."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             if file.tell() and not self.path.read_bytes().endswith(b"\n"):
                 file.write(b"\n")
 
-            def write(request: Request, reply: Reply) -> None:
-                file.write(json.dumps(self.line(request, reply), ensure_ascii=False).encode() + b"\n")
+            def write(lines: Iterable[Mapping[str, Any]]) -> None:
+                file.write("".join(encode(line) + "\n" for line in lines).encode())
 
             yield write
-
-
-GATHERING = 0.02
-"""Seconds in which replies may gather: to wake a thread for each of them takes the interpreter from those who ask."""
-
-
-@contextlib.contextmanager
-def _aside(work: Callable[[Request, Reply], None]) -> Iterator[Callable[[Request, Reply], None]]:
-    """What hands its arguments to a thread that does `work` with them in order; all is done after the block.
-
-    Raises what `work` raised, with the next call or after the block.
-    """
-    waiting: queue.SimpleQueue[tuple[Request, Reply] | None] = queue.SimpleQueue()
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            while arrived := waiting.get():
-                work(*arrived)
-                if waiting.empty():
-                    time.sleep(GATHERING)
-        except Exception as error:
-            raised.append(error)
-
-    def hand(request: Request, reply: Reply) -> None:
-        if raised:
-            raise raised[0]
-        waiting.put((request, reply))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield hand
-    finally:
-        waiting.put(None)
-        thread.join()
-    if raised:
-        raise raised[0]
 
 
 Progress = Callable[[Reply, bool], None]
@@ -174,11 +142,15 @@ class Client:
         """The address that ends in /v1, whichever form was given."""
         return self.url.rstrip("/").removesuffix("/v1") + "/v1"
 
-    def check_model(self, model: str) -> None:
-        """Raise SuiteError when nothing answers at the URL, or it lists models and `model` is none of them."""
+    def check_model(self, model: str) -> dict[str, Any]:
+        """What the endpoint says of a model, nothing where it lists none.
+
+        Raises SuiteError when nothing answers at the URL, or it lists models and `model` is none of them.
+        """
         listed = self.models()
         if listed and model not in listed:
             raise SuiteError(f"{self.root} serves no model '{model}'", hint=near(model, listed))
+        return listed.get(model, {})
 
     def models(self) -> dict[str, dict[str, Any]]:
         """What the endpoint says of each of its models, by name; empty for one that lists none.
@@ -233,12 +205,20 @@ class Client:
                 progress(reply, False)
         with journal.writing() as write:
 
-            def arrived(request: Request, reply: Reply) -> None:
-                write(request, reply)
-                if progress:
-                    progress(reply, True)
+            def follow(arrived: list[tuple[Request, Reply]]) -> None:
+                lines = []
+                for request, reply in arrived:
+                    lines.append(journal.after(request, reply))
+                    if progress:
+                        progress(reply, True)
+                write(filter(None, lines))
 
-            with _aside(arrived) as keep:
+            with aside(follow) as later:
+
+                def keep(request: Request, reply: Reply) -> None:
+                    write([journal.line(request, reply)])
+                    later((request, reply))
+
                 run = _Run(self, iter([r for r in wanted if r.id not in replies]), keep, replies)
                 uvloop.run(run.all())
         return replies

@@ -11,7 +11,6 @@ which every answer is appended as it comes.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from evalsets import report
-from evalsets.ask import Client, Journal, Reply, Request
+from evalsets.ask import Client, Journal, Reply, Request, encode
 from evalsets.external import harness
 from evalsets.external.harness import External
 from evalsets.judge import requests as gradings
@@ -43,7 +42,7 @@ FIELDS = {each.name for each in fields(Reply)}
 
 
 class Answers(Journal):
-    """The replies to a set as they come, each with its prompt and, where it answers a question, what it is worth.
+    """The replies to a set as they come, each with its prompt, and then how it was read and what it is worth.
 
     `rows` are the questions answered so far, each scored by the reply alone.
     """
@@ -59,14 +58,16 @@ class Answers(Journal):
         return found
 
     def line(self, request: Request, reply: Reply) -> dict[str, Any]:
-        """What is kept of a reply: all of it, and how it was read and scored when it came."""
-        found = self.score(reply) if reply.id in self.questions else {}
+        """All of a reply, and what was asked."""
+        return {"prompt": request.body.get("messages") or request.body["prompt"], **super().line(request, reply)}
+
+    def after(self, request: Request, reply: Reply) -> dict[str, Any] | None:
+        """The score of a reply to a question; what the options' likelihoods are worth, all of them decide together."""
+        if reply.id not in self.questions:
+            return None
+        found = self.score(reply)
         judged: Row = {name: found[name] for name in ("expected", "parsed", "score", "nll") if name in found}
-        return {
-            "prompt": request.body.get("messages") or request.body["prompt"],
-            **super().line(request, reply),
-            **judged,
-        }
+        return {"id": reply.id, "digest": request.digest, **judged}
 
     def reply(self, line: dict[str, Any]) -> Reply:
         """The reply that left a line; how it is scored is decided anew."""
@@ -75,10 +76,11 @@ class Answers(Journal):
 
 @dataclass(frozen=True)
 class Judge:
-    """The model that grades replies, and where it is asked."""
+    """The model that grades replies, where it is asked, and the folder of its grades, which holds no other judge's."""
 
     client: Client
     model: str
+    grades: Path
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,10 @@ class _Asking:
         if self.judge is None or "judge" not in asked.file.metrics:
             return {}
         wanted = gradings(questions, replies, self.judge.model)
-        journal = Journal(self.journals / f"{asked.name}.judge.jsonl")
-        return self.judge.client.ask(wanted, journal, Meter(asked.name, len(wanted), self.progress))
+        meter = Meter(asked.name, len(wanted), self.progress)
+        found = self.judge.client.ask(wanted, Journal(self.judge.grades / f"{asked.name}.judge.jsonl"), meter)
+        self.kept += meter.kept
+        return found
 
     def _measured(self, client: Client, wanted: list[Request], journal: Journal, name: str) -> dict[str, Reply]:
         """Replies to requests for log-probabilities; only one where the endpoint refuses even the shortest.
@@ -227,7 +231,7 @@ class _Asking:
         return found | {"problems": report.problems(rows) + read}
 
     def _write(self, name: str, rows: list[dict[str, Any]]) -> None:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = (encode(row) + "\n" for row in rows)
         (self.out / "answers" / f"{name}.jsonl").write_text("".join(lines), "utf-8")
 
 

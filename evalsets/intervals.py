@@ -101,7 +101,9 @@ def interval(figure: str, rows: Sequence[Row], confidence: float = 0.95) -> Inte
 
 def intervals(total: Mapping[str, Any], headline: str, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """`{"intervals": {figure: {"low", "high"}}}` of the figures of a total but the headline; empty without any."""
-    names = [name for name, value in total.items() if isinstance(value, float) and name != headline]
+    names = [
+        name for name, value in total.items() if isinstance(value, float) and name not in (headline, *Interval._fields)
+    ]
     names += [METRICS + name for name in total.get("metrics", ())] + ["second.acc"] * ("second" in total)
     found = {name: ends for name in names if (ends := interval(name, rows))}
     return {"intervals": {name: ends._asdict() for name, ends in found.items()}} if found else {}

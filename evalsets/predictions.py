@@ -10,7 +10,6 @@ line is used again where what is sent is the same (`digest`), by the same model 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 from evalsets.ask import Client, Journal, Reply, Request, said
 from evalsets.evaluation import Meter, Progress, silent, speed
+from evalsets.identity import word
 from evalsets.score import likeness, text_figures
 from evalsets.sets import language_of
 from suite.data import Conversation
@@ -68,8 +68,7 @@ class Predictions(Journal):
     @cached_property
     def run(self) -> str:
         """One word for the model and what is asked of it."""
-        text = json.dumps([self.model, self.body], sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return word([self.model, self.body])
 
     @property
     def metrics(self) -> Path:
@@ -124,7 +123,7 @@ class Predictions(Journal):
         settled.unlink(missing_ok=True)
         with Predictions(settled, self.rows.values(), self.model, self.body).writing() as write:
             for request in self.requests():
-                write(request, replies[request.id])
+                write([self.line(request, replies[request.id])])
         settled.replace(self.path)
 
 

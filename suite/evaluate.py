@@ -6,7 +6,6 @@ What is evaluated is what users will talk to, with its server, its chat template
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from evalsets import leakage, named, report
 from evalsets.compare import Report, compare
 from evalsets.external import harness
 from evalsets.external.harness import External
+from evalsets.identity import identity, word
 from evalsets.sets import EvalSet, Remote, at_hub
 from suite import envs, processes
 from suite.config import ArtifactType, Config, Launch, ModelRef, Names, Takes
@@ -34,13 +34,14 @@ from suite.stages import Artifact, Job, Stage
 
 if TYPE_CHECKING:
     from evalsets import evaluation
+    from evalsets.ask import Client
 
 __all__ = ["DEFAULT_SETS", "Evaluate", "compare", "evaluate_url"]
 
 AUTO, GGUF = "auto", "llamacpp"
 DEFAULT_SETS = ["ceval-mini", "summaries", "perplexity"]
-CLOCK = 60.0
-"""Seconds within which a model's `created` is the time of the request, as some endpoints have it, and tells nothing."""
+UNFINISHED = "unfinished"
+"""Folder of answers that nobody uses again once all of them are there."""
 NOT_SAID = "an endpoint does not say what its model learnt from: name the files with --leakage"
 
 
@@ -54,15 +55,21 @@ class Judge(Config):
     api_key_env: str = ""
     """Environment variable that holds the API key."""
 
-    def client(self, concurrency: int, timeout: float) -> evaluation.Judge:
+    def client(self, concurrency: int, timeout: float) -> Client:
         """What asks it; raises SuiteError where the variable with the key is empty."""
         from evalsets.ask import Client
-        from evalsets.evaluation import Judge as Asked
 
         key = os.environ.get(self.api_key_env) if self.api_key_env else None
         if self.api_key_env and not key:
             raise SuiteError(f"{self.api_key_env} is not set", where="judge", hint=f"export {self.api_key_env}=...")
-        return Asked(Client(self.url, key, concurrency, timeout), self.model)
+        return Client(self.url, key, concurrency, timeout)
+
+    def asked(self, concurrency: int, timeout: float, folder: Path) -> evaluation.Judge:
+        """The same with a place for its grades in `folder`; raises SuiteError where its endpoint does not know it."""
+        from evalsets.evaluation import Judge as Asked
+
+        client = self.client(concurrency, timeout)
+        return Asked(client, self.model, _journals(folder, client, self.model))
 
 
 class Served(Foreign):
@@ -211,7 +218,7 @@ class Evaluate(Stage):
             found = evaluate(
                 client, name, sets, job.out, journals,
                 limit=self.limit, external=self.external, progress=job.progress,
-                judge=self.judge.client(self.concurrency, self.timeout) if self.judge else None,
+                judge=self.judge.asked(self.concurrency, self.timeout, job.scratch) if self.judge else None,
             )  # fmt: skip
             memory = processes.peak_memory(child.pid for child in psutil.Process().children(recursive=True))
         known = training_data(subject)
@@ -316,25 +323,24 @@ def evaluate_url(
         _check(asked, external, judge)
         if isinstance(asked, External):
             asked.environment.require()
-    card = client.models().get(model, {})
     with tempfile.TemporaryDirectory() as scratch, _bars([asked.name for asked in loaded], show) as progress:
         folder = out or Path(scratch)
-        journals = _journals(folder, client.root, model, card)
-        last = max((path.stat().st_mtime for path in journals.glob("*.jsonl")), default=0.0)
+        journals = _journals(folder, client, model)
+        grader = judge.asked(concurrency, timeout, folder) if judge else None
+        places = [journals, *([grader.grades] if grader else [])]
+        last = max((path.stat().st_mtime for place in places for path in place.glob("*.jsonl")), default=0.0)
         found = evaluate(
-            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress,
-            judge=judge.client(concurrency, timeout) if judge else None,
-        )  # fmt: skip
-        if not card.get("fingerprint") and not found.failed:
-            shutil.rmtree(journals)
-            with contextlib.suppress(OSError):  # another endpoint's lie there too
-                journals.parent.rmdir()
+            client, model, loaded, folder, journals, limit=limit, external=external, progress=progress, judge=grader
+        )
+        if not found.failed:
+            _forget(places)
         find_leaks(folder, model, found.sets, learnt, () if learnt else (NOT_SAID,))
     if out:
         (out / report.MEASURED).write_text(json.dumps(found.metrics, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if found.kept:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
-        cure = f"; to ask anew, remove {journals}" if journals.exists() else ""
+        left = " and ".join(str(place) for place in places if place.exists())
+        cure = f"; to ask anew, remove {left}" if left else ""
         print(f"{found.kept} answers of {when} were used again{cure}", file=sys.stderr)
     if show:
         Console().print(table(model, found.sets))
@@ -344,18 +350,19 @@ def evaluate_url(
     return found.metrics
 
 
-def _journals(folder: Path, root: str, model: str, card: Mapping[str, Any]) -> Path:
-    """Where answers of this very model lie: of a server of ours by its fingerprint, else by all that the endpoint says.
+def _journals(folder: Path, client: Client, model: str) -> Path:
+    """Where answers of this very model lie, and no others; raises SuiteError where the endpoint does not know it."""
+    known = identity(client.root, client.check_model(model))
+    return folder / ("asked" if "fingerprint" in known else UNFINISHED) / word([model, known])
 
-    What its `card` leaves open nobody knows: other weights under the same name and date look like the same model.
-    """
-    said = {name: value for name, value in card.items() if isinstance(value, str | int | float)}
-    created = said.get("created")
-    if isinstance(created, int | float) and abs(time.time() - created) < CLOCK:
-        del said["created"]
-    known = card.get("fingerprint")
-    whole = json.dumps(known or [root, model, said], sort_keys=True)
-    return folder / ("asked" if known else "unfinished") / hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+def _forget(places: Sequence[Path]) -> None:
+    """Remove the answers that were good for one run only."""
+    for place in places:
+        if place.parent.name == UNFINISHED and place.is_dir():
+            shutil.rmtree(place)
+            with contextlib.suppress(OSError):  # another endpoint's lie there too
+                place.parent.rmdir()
 
 
 @contextlib.contextmanager

@@ -141,16 +141,13 @@ def _asked(given: argparse.Namespace) -> Asked:
 
 def _endpoint(given: argparse.Namespace) -> Asked:
     from evalsets.ask import Client
+    from evalsets.identity import identity
 
     client = Client(given.url, key_in(given.api_key_env))
-    listed = client.models()
-    name = given.model or next(iter(listed), None)
+    name = given.model or next(iter(client.models()), None)
     if name is None:
         raise SuiteError(f"{client.root} lists no models", hint="name one with --model")
-    client.check_model(name)
-    # a server of ours says which files it serves; of others nobody knows what is behind their address
-    known = listed.get(name, {}).get("fingerprint")
-    return Asked(name, {"fingerprint": known} if known else {"url": client.root}, given.url)
+    return Asked(name, identity(client.root, client.check_model(name)), given.url)
 
 
 def _show(found: dict[str, Any], rows: data.Rows, out: Path, metrics: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_killed_evaluation_continues_and_ends_with_the_same_bytes(
     answers = tmp_path / "scratch" / "answers"
     answers.mkdir(parents=True)
     journal = (scored[0] / "scratch/answers/ceval-mini.jsonl").read_text("utf-8")
-    kept = "".join(journal.splitlines(keepends=True)[:6])
+    kept = "".join([line for line in journal.splitlines(keepends=True) if '"prompt"' in line][:6])
     (answers / "ceval-mini.jsonl").write_text(kept[:-20], "utf-8")  # killed in the middle of a line
     metrics = evaluate(model, "model", tmp_path, concurrency=3)
     assert metrics["speed"]["questions"] == 8 + 8 - 5
@@ -99,6 +99,9 @@ def test_too_many_failed_questions_fail_the_stage(model: Path, tmp_path: Path) -
     (folder / "set.toml").write_text(f'kind = "qa"\n{about}', "utf-8")
     rows = [{"query": "too long " * 40, "response": "x"}, {"query": "short", "response": "x"}]
     (folder / "default.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    settings = {"sets": [str(folder)], "engine": {"max_length": 128}}
     with pytest.raises(StageFailed, match="1 questions failed, the first is default/00001: HTTP 400"):
-        evaluate(model, "model", tmp_path, sets=[str(folder)], engine={"max_length": 128})
+        evaluate(model, "model", tmp_path, **settings)
     assert "too long" in (tmp_path / "out/answers/long.jsonl").read_text("utf-8")
+    metrics = evaluate(model, "model", tmp_path, max_failed=1, **settings)
+    assert (metrics["long"]["failed"], metrics["speed"]) == (1, {})  # the answer that there was is not asked for again

@@ -148,9 +148,9 @@ def test_answers_of_a_killed_run_are_used_and_nothing_else_is(tmp_path: Path) ->
 class Slow(Journal):
     """Takes longer over an answer than an endpoint may take to give one."""
 
-    def line(self, request: Request, reply: Reply) -> dict[str, Any]:
+    def after(self, request: Request, reply: Reply) -> dict[str, Any]:
         time.sleep(0.3)
-        return super().line(request, reply)
+        return {"id": reply.id, "seen": True}
 
 
 def test_a_slow_journal_makes_no_answer_late(tmp_path: Path) -> None:
@@ -158,12 +158,32 @@ def test_a_slow_journal_makes_no_answer_late(tmp_path: Path) -> None:
         replies = client(fake.url, timeout=2, concurrency=8).ask(requests(16), Slow(tmp_path / "j"))
     assert {reply.text for reply in replies.values()} == {"fine"}
     assert len(Journal(tmp_path / "j").read()) == 16
+    assert (tmp_path / "j").read_text("utf-8").count('"seen": true') == 16
+
+
+class Waiting(Journal):
+    """Does not get over the first answer before all others are in the file."""
+
+    kept = 0
+
+    def after(self, request: Request, reply: Reply) -> None:
+        ends = time.monotonic() + 5
+        while self.kept < 16 and time.monotonic() < ends:
+            time.sleep(0.01)
+            self.kept = len(self.read())
+
+
+def test_an_answer_is_on_the_disk_whatever_is_made_of_those_before(tmp_path: Path) -> None:
+    journal = Waiting(tmp_path / "j")
+    with serve(lambda body: Say("fine")) as fake:
+        client(fake.url, concurrency=1).ask(requests(16), journal)
+    assert journal.kept == 16
 
 
 class Broken(Journal):
     """Cannot make anything of an answer."""
 
-    def line(self, request: Request, reply: Reply) -> dict[str, Any]:
+    def after(self, request: Request, reply: Reply) -> dict[str, Any]:
         raise ZeroDivisionError(request.id)
 
 
@@ -172,6 +192,7 @@ def test_what_goes_wrong_with_an_answer_ends_the_asking(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError, match="q0"):
             client(fake.url, concurrency=1).ask(requests(50), Broken(tmp_path / "j"))
         assert len(fake.asked) < 50
+    assert Journal(tmp_path / "j").read()[0].text == "fine"  # the answer itself is not lost
 
 
 def test_another_request_is_another_question(tmp_path: Path) -> None:
@@ -269,5 +290,5 @@ def test_any_text_survives_the_journal(tmp_path_factory: pytest.TempPathFactory,
     journal = tmp_path_factory.mktemp("journal") / "j"
     reply = Reply("q", "d", text=text, logprobs=(-1.0,))
     with Journal(journal).writing() as write:
-        write(ECHO, reply)
+        write([vars(reply)])
     assert Journal(journal).read() == [reply]

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from evalsets.compare import compare
 from evalsets.evaluation import Evaluation, Judge, evaluate
 from evalsets.report import table
 from evalsets.statistics import wilson
+from suite.cli import main
 from suite.errors import SuiteError
 from suite.evaluate import Evaluate, evaluate_url
+from suite.evaluate import Judge as JudgeSettings
 
 ABOUT = 'title = "t"\nlanguages = ["en", "zh"]\nlicense = "CC0-1.0"\nsource = "a test"\n'
 OVERFLOW = b'{"error": {"message": "maximum context length is 16 tokens"}}'
@@ -302,12 +305,17 @@ def test_what_is_written_as_answers_come_says_what_they_are_worth(tmp_path: Path
         name: [json.loads(line) for line in (tmp_path / f"out/journal/{name}.jsonl").read_text("utf-8").splitlines()]
         for name in ("choice", "short", "texts")
     }
-    line = lines["choice"][0]
-    assert line["prompt"][0]["content"].startswith("Item")
-    assert (line["parsed"], line["score"]) == (line["expected"], 1.0)
-    assert (line["text"], line["finish"], line["tokens"], line["latency"] > 0) == (line["expected"], "stop", 1, True)
-    assert sum(line["score"] for line in lines["short"]) > 2
-    assert {(line["prompt"], line["nll"]) for line in lines["texts"]} == {(t, 2.0 * (len(t) - 1)) for t in TEXTS}
+    answers = {line["id"]: line for line in lines["choice"] if "prompt" in line}
+    worth = {line["id"]: line for line in lines["choice"] if "score" in line}
+    assert (len(lines["choice"]), len(answers)) == (80, 40)
+    for name, line in answers.items():
+        assert line["prompt"][0]["content"].startswith("Item")
+        said = worth[name]["expected"]
+        assert (worth[name]["parsed"], worth[name]["score"], worth[name]["digest"]) == (said, 1.0, line["digest"])
+        assert (line["text"], line["finish"], line["tokens"], line["latency"] > 0) == (said, "stop", 1, True)
+    assert sum(line.get("score", 0) for line in lines["short"]) > 2
+    assert {line["prompt"] for line in lines["texts"] if "prompt" in line} == {*TEXTS}
+    assert sorted(line["nll"] for line in lines["texts"] if "nll" in line) == sorted(2.0 * (len(t) - 1) for t in TEXTS)
 
 
 def test_leakage_is_looked_for_where_the_training_data_is_named(tmp_path: Path) -> None:
@@ -395,12 +403,13 @@ def test_a_judge_grades_what_was_answered(tmp_path: Path) -> None:
     with serve(answering) as fake, serve(judging, models=["j"]) as court:
         client = Client(fake.url, pause=0.001, attempts=2)
         sets, out = named.load([str(folder)]), tmp_path / "out"
-        judge = Judge(Client(court.url), "j")
-        for _ in range(2):  # what was graded is not graded again
-            total = evaluate(client, "m", sets, out, out / "journal", judge=judge).metrics["essays"]
-            assert len(court.asked) == 3
+        judge = Judge(Client(court.url), "j", out / "grades")
+        for kept in (0, 6):  # what was graded is not graded again
+            found = evaluate(client, "m", sets, out, out / "journal", judge=judge)
+            assert (len(court.asked), found.kept) == (3, kept)
+        total = found.metrics["essays"]
         with pytest.raises(SuiteError, match="no model 'k'"):
-            evaluate(client, "m", sets, out, out / "journal", judge=Judge(Client(court.url), "k"))
+            evaluate(client, "m", sets, out, out / "journal", judge=replace(judge, model="k"))
     assert (total["n"], total["failed"], total["exact"]) == (4, 2, 0.0)
     with pytest.raises(SuiteError, match="a judge grades the replies to 'essays', and there is none"):
         evaluate_url(court.url, "j", [str(folder)])
@@ -442,3 +451,46 @@ def test_the_recipe_holds_what_the_sets_contain(tmp_path: Path) -> None:
 def test_the_table_has_a_line_for_each_set(tmp_path: Path) -> None:
     found = run(good, make_sets(tmp_path), tmp_path / "out")
     assert table("m", found.sets).row_count == 3
+
+
+def test_grades_of_another_judge_are_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever is asked: a server of ours keeps its answers, a judge whose weights changed grades them anew."""
+    folder, out = tmp_path / "essays", tmp_path / "out"
+    folder.mkdir()
+    (folder / "set.toml").write_text(f'kind = "qa"\n{ABOUT}metrics = ["judge"]\n', "utf-8")
+    (folder / "default.jsonl").write_text(json.dumps({"query": "question", "response": "reference"}), "utf-8")
+    with serve(lambda body: Say("reply"), card={"fingerprint": "ours"}) as fake:
+        for card, grade, asked in (
+            ({"fingerprint": "one"}, 10, 1), ({"fingerprint": "one"}, 10, 0), ({"fingerprint": "two"}, 1, 1),
+            ({"created": 7}, 4, 1), ({"created": 7}, 7, 1), ({"fingerprint": "one"}, 10, 0),
+        ):  # fmt: skip
+            verdict = Say(f"Grade: [[{grade}]]")
+            with serve(lambda body, said=verdict: said, models=["j"], card=card) as court:  # type: ignore[misc]
+                judge = JudgeSettings(url=court.url, model="j")
+                found = evaluate_url(fake.url, "m", [str(folder)], out, judge=judge)
+                assert (len(court.asked), found["essays"]["judge"]) == (asked, pytest.approx((grade - 1) / 9))
+        assert len(fake.asked) == 1
+    assert "2 answers of" in capsys.readouterr().err  # the reply, and its grade
+    assert not (out / "unfinished").exists()
+
+
+def test_a_metric_that_fails_on_an_answer_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (short,) = make_sets(tmp_path)[1:2]
+    (tmp_path / "metric_of_this_test.py").write_text("def fails(reply, expected):\n    return 1 / 0\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    about = Path(short) / "set.toml"
+    about.write_text(about.read_text("utf-8").replace('"rouge"', '"metric_of_this_test:fails"'), "utf-8")
+    with serve(good) as fake:
+        for _ in range(2):
+            with pytest.raises(SuiteError, match="metric 'metric_of_this_test:fails' failed: ZeroDivisionError"):
+                evaluate(Client(fake.url, concurrency=1), "m", named.load([short]), tmp_path / "out", tmp_path / "j")
+        answered = len({body["messages"][0]["content"] for body in fake.asked})
+        assert len(fake.asked) == answered  # none was asked twice
+
+
+@pytest.mark.parametrize(("failing", "code"), [(1, 0), (2, 1)])
+def test_a_command_fails_where_more_fail_than_may(tmp_path: Path, failing: int, code: int) -> None:
+    (choice,) = make_sets(tmp_path)[:1]
+    with serve(lambda body: Say(status=400) if number(body) < failing else good(body)) as fake:
+        command = ["eval", "--url", fake.url, "--model", "m", "--sets", choice, "--max-failed", "1", "--json"]
+        assert main(command) == code

@@ -12,6 +12,7 @@ from openai_fake import Say, serve
 from evalsets.ask import Client
 from evalsets.predictions import Predictions, Row, predict
 from suite import data
+from suite.cli import main
 from suite.errors import SuiteError
 
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}
@@ -128,3 +129,19 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str) ->
     with pytest.raises(SuiteError, match="holds other things"):
         run("http://127.0.0.1:9", tmp_path, rows(tmp_path))
     assert (tmp_path / "out.jsonl").read_text("utf-8") == content
+
+
+def test_rows_of_another_model_behind_the_same_address_are_neither_used_nor_lost(tmp_path: Path) -> None:
+    rows(tmp_path)
+    out = tmp_path / "out.jsonl"
+    port = 0
+    for card, fails, code, asked in (("a", "one", 1, 4), ("b", "", 2, 0), ("a", "", 0, 1)):
+        with serve(
+            lambda body, fails=fails: Say(status=400) if fails and fails in str(body) else rule(body),  # type: ignore[misc]
+            card={"root": card, "created": 7},
+            port=port,
+        ) as fake:
+            port = int(fake.url.rpartition(":")[2])
+            command = ["predict", str(tmp_path / "data.jsonl"), "--out", str(out), "--url", fake.url, "--model", "m"]
+            assert (main(command), len(fake.asked)) == (code, asked)
+        assert len(out.read_text("utf-8").splitlines()) == 4
