@@ -176,7 +176,9 @@ def _incomparable(old: Mapping[str, Any], new: Mapping[str, Any], both: Sequence
 
 
 def _versions(old: Mapping[str, Any], new: Mapping[str, Any], shared: int, known: int) -> Iterator[str]:
-    """What to know where one name stands for two sets, of which a question or a setting was changed."""
+    """What to know where replies were read otherwise, or a question or a setting of the set was changed."""
+    if old.get("scoring") != new.get("scoring"):
+        yield "scored by two versions of the suite, which may read replies differently: evaluate both anew"
     if old["digest"] != new["digest"]:
         yield f"two versions of the set ({old['digest']}, {new['digest']}): {shared} of {known} questions are in both"
 

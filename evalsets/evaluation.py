@@ -22,6 +22,7 @@ from evalsets import report
 from evalsets.ask import Client, Journal, Reply, Request, encode
 from evalsets.external import harness
 from evalsets.external.harness import External
+from evalsets.identity import scoring
 from evalsets.judge import requests as gradings
 from evalsets.kinds import Row
 from evalsets.score import headline, requests, row, total
@@ -130,6 +131,7 @@ def evaluate(
                 found[asked.name] = asking.one(asked, questions[asked.name])
     finally:
         gc.unfreeze()
+    found = {name: {**about, "scoring": scoring()} for name, about in found.items()}
     report.write(out, model, found)
     return Evaluation(model, found, speed(asking.meters), asking.kept)
 

@@ -23,7 +23,7 @@ from evalsets import leakage, named, report
 from evalsets.compare import Report, compare
 from evalsets.external import harness
 from evalsets.external.harness import External
-from evalsets.identity import identity, word
+from evalsets.identity import identity, scoring, word
 from evalsets.sets import EvalSet, Remote, at_hub
 from suite import envs, processes
 from suite.config import ArtifactType, Config, Launch, ModelRef, Names, Takes
@@ -135,15 +135,19 @@ class Evaluate(Stage):
         return {address: artifact.path for address, artifact in found if artifact}
 
     def recipe(self) -> dict[str, Any]:
-        """The settings, with the content of each set and how it is asked in place of where it lies."""
+        """The settings, and how we score, with the content of each set and how it is asked in place of where it is."""
         sets = named.planned(self.sets, self.shots)
-        whole = super().recipe() | {"sets": {asked.name: asked.digest for asked in sets}}
+        whole = super().recipe() | {"sets": {asked.name: asked.digest for asked in sets}, "scoring": scoring()}
         del whole["shots"]
         if not any(isinstance(asked, External) for asked in sets):
             del whole["external"]
         whole["engine"] = self.engine.model_dump(mode="json", exclude_defaults=True)
         unsaid: dict[str, Any] = {"judge": None, "engine": {}}
         return {key: value for key, value in whole.items() if value != unsaid.get(key, ...)}
+
+    def work(self) -> dict[str, Any]:
+        """Answers are used again whoever reads them, and however many may fail."""
+        return {key: value for key, value in self.recipe().items() if key not in ("scoring", "max_failed")}
 
     def environments(self) -> tuple[str, ...]:
         """Those of an engine and of sets that are other programs'."""

@@ -97,9 +97,13 @@ def _external(source: External, store: Store) -> Artifact:
 
 def key_of(node: Node, inputs: Mapping[str, list[Artifact]]) -> str:
     """The store key of what `node` makes from these inputs."""
+    return _key(node, inputs, node.stage.recipe())
+
+
+def _key(node: Node, inputs: Mapping[str, list[Artifact]], recipe: Mapping[str, Any]) -> str:
     stage = node.stage
     digests = {name: [a.digest for a in artifacts] for name, artifacts in inputs.items()}
-    return make_key(kind_name(stage), stage.version, stage.recipe(), digests, libraries(node))
+    return make_key(kind_name(stage), stage.version, recipe, digests, libraries(node))
 
 
 def preview(plan: Plan, store: Store) -> dict[str, Outcome]:
@@ -209,7 +213,8 @@ class Runner:
             for field, artifacts in inputs.items()
         }
         return {
-            "name": node.name, "kind": kind_name(node.stage), "key": key, "store": str(self.store.root),
+            "name": node.name, "kind": kind_name(node.stage), "key": key,
+            "work": _key(node, inputs, node.stage.work()), "store": str(self.store.root),
             "settings": node.stage.model_dump(mode="json"), "inputs": described, "libraries": libraries(node),
             "force": node.name in self.force,
             "pythons": {name: str(environment.python) for name, environment in node.environments.items()},

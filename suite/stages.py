@@ -188,6 +188,10 @@ class Stage(Config):
         skip = {*self.takes(), *(n for n, f in type(self).model_fields.items() if marker(f, Launch))}
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in skip}
 
+    def work(self) -> dict[str, Any]:
+        """What of the recipe must be the same for a run to continue what another left; all of it as a rule."""
+        return self.recipe()
+
 
 def kind(name: str) -> type[Stage]:
     """The class of a stage kind: a name in KINDS, or a person's own as `package.module:Class`; raises SuiteError."""

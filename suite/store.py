@@ -1,8 +1,8 @@
 """Content-addressed artifacts: a directory that exists is complete, and never changes.
 
 artifacts/KEY/   finished: its files are read-only, artifact.json says where it came from
-partial/KEY/     out/ and scratch/ of a stage that runs or was interrupted
-locks/KEY        held by the process that makes KEY
+partial/WORK/    out/ and scratch/ of a stage that runs or was interrupted; WORK is the key, or what several keys share
+locks/WORK       held by the process that works there
 runs/NAME/TIME/  what each `suite run` did
 digests.json     hashes of files outside the store, by path, size and time
 """
@@ -135,29 +135,36 @@ class Store:
 
     @contextlib.contextmanager
     def make(
-        self, key: str, record: Mapping[str, Any], *, force: bool = False, waiting: Callable[[], None] = lambda: None
+        self,
+        key: str,
+        record: Mapping[str, Any],
+        *,
+        work: str = "",
+        force: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[Making | None]:
         """Give a directory to fill, or None when the artifact is there already; commit it on leaving.
 
         One process at a time makes a key; others wait (`waiting` is called once) and then find it made. The directory
         survives a crash under partial/, so a training stage finds its checkpoints again. It becomes the artifact by
-        one rename, after everything in it reached the disk. `force` starts afresh and replaces what is there.
+        one rename, after everything in it reached the disk. `work` is a name under which several keys continue what any
+        of them left, in turns; the key itself when left out. `force` starts afresh and replaces what is there.
         """
-        final, work = self.root / "artifacts" / key, self.root / "partial" / key
-        with locked(self.root / "locks" / key, waiting):
+        final, place = self.root / "artifacts" / key, self.root / "partial" / (work or key)
+        with locked(self.root / "locks" / place.name, waiting):
             if final.exists() and not force:
                 yield None
                 return
-            if force and work.exists():
-                shutil.rmtree(work)
-            making = Making(work / "out", work / "scratch")
+            if force and place.exists():
+                shutil.rmtree(place)
+            making = Making(place / "out", place / "scratch")
             making.out.mkdir(parents=True, exist_ok=True)
             making.scratch.mkdir(exist_ok=True)
             started = time.time()
             yield making
             seconds = round(time.time() - started, 3)
             self._commit(making, final, {**record, "key": key, "seconds": seconds, "metrics": making.metrics})
-            shutil.rmtree(work)
+            shutil.rmtree(place)
 
     def _commit(self, making: Making, final: Path, record: dict[str, Any]) -> None:
         out = making.out

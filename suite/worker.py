@@ -72,7 +72,8 @@ def _make(spec: dict[str, Any], emit: Emit) -> None:
     def waiting() -> None:
         emit({"event": "say", "text": "another run is making this artifact; waiting for it"})
 
-    with Store(Path(spec["store"])).make(spec["key"], record, force=spec["force"], waiting=waiting) as making:
+    store = Store(Path(spec["store"]))
+    with store.make(spec["key"], record, work=spec["work"], force=spec["force"], waiting=waiting) as making:
         if making is None:
             return
         if any(making.out.iterdir()) or any(making.scratch.iterdir()):

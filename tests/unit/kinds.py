@@ -61,6 +61,8 @@ class Tune(Stage):
     """The model."""
     steps: int = 3
     """How many steps."""
+    most: int = 99
+    """Steps beyond which the result is refused."""
     die_at: Annotated[int | None, Launch()] = None
     """Step at which the process kills itself, the first time."""
     fail: Annotated[str, Launch()] = ""
@@ -70,6 +72,9 @@ class Tune(Stage):
 
     def makes(self) -> ArtifactType:
         return "adapter"
+
+    def work(self) -> dict[str, Any]:
+        return {key: value for key, value in self.recipe().items() if key != "most"}
 
     def run(self, job: Job) -> dict[str, Any]:
         if self.fail:
@@ -84,6 +89,8 @@ class Tune(Stage):
             done.append(f"{step}")
             state.write_text(" ".join(done))
             job.progress(step + 1, self.steps, "tune")
+        if len(done) > self.most:
+            raise RuntimeError("too many steps")
         (job.out / "adapter_config.json").write_text('{"steps": "' + " ".join(done) + '"}')
         if (job.scratch / "died").exists():
             job.warn("died once")

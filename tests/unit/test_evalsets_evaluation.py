@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 from openai_fake import Say, serve
 
-from evalsets import named
+from evalsets import identity, named
 from evalsets.ask import Client
 from evalsets.compare import compare
 from evalsets.evaluation import Evaluation, Judge, evaluate
@@ -486,6 +489,46 @@ def test_a_metric_that_fails_on_an_answer_loses_none(tmp_path: Path, monkeypatch
                 evaluate(Client(fake.url, concurrency=1), "m", named.load([short]), tmp_path / "out", tmp_path / "j")
         answered = len({body["messages"][0]["content"] for body in fake.asked})
         assert len(fake.asked) == answered  # none was asked twice
+
+
+def test_how_replies_are_scored_is_in_the_key_and_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = make_sets(tmp_path)[:1]
+    run(good, wanted, tmp_path / "a")
+    before = Evaluate(model="x", sets=wanted)
+    recipe, work = before.recipe(), before.work()
+    package = tmp_path / "evalsets"
+    shutil.copytree(Path(identity.__file__).parent, package, ignore=shutil.ignore_patterns("shipped"))
+    monkeypatch.setattr(identity, "__file__", str(package / "identity.py"))
+    for file in ("report.py", "extract/numbers.py"):  # the first decides nothing
+        assert before.recipe() == recipe
+        (package / file).write_text("# changed\n", "utf-8")
+        identity.scoring.cache_clear()
+    assert before.recipe() != recipe
+    assert before.work() == work  # answers are good whoever reads them
+    run(good, wanted, tmp_path / "b")
+    identity.scoring.cache_clear()
+    (remark,) = compare(tmp_path / "a", tmp_path / "b")["choice"]["remarks"]
+    assert remark.startswith("scored by two versions of the suite")
+    assert not compare(tmp_path / "a", tmp_path / "a")["choice"]["remarks"]
+
+
+def test_all_that_scoring_imports_decides_the_key() -> None:
+    package = Path(identity.__file__).parent
+    code = "import sys, evalsets.external.harness, evalsets.score\n"
+    code += "print(*(m.__file__ for name, m in sys.modules.items() if name.startswith('evalsets.')), sep='\\n')"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=package.parent)
+    imported = {Path(line).relative_to(package) for line in shown.stdout.splitlines()}
+    assert Path("kinds/choice.py") in imported
+    assert imported <= {file.relative_to(package) for pattern in identity.SCORING for file in package.glob(pattern)}
+
+
+def test_how_many_may_fail_is_in_the_key_and_answers_are_used_whatever_it_is(tmp_path: Path) -> None:
+    wanted = make_sets(tmp_path)[:1]
+    strict, lenient = Evaluate(model="x", sets=wanted), Evaluate(model="x", sets=wanted, max_failed=1)
+    assert strict.recipe() != lenient.recipe()
+    assert strict.work() == lenient.work() != Evaluate(model="x", sets=wanted, limit=1).work()
 
 
 @pytest.mark.parametrize(("failing", "code"), [(1, 0), (2, 1)])

@@ -109,6 +109,21 @@ def test_a_killed_worker_continues_from_its_steps(tmp_path: Path, suite_home: Pa
     assert contents(tmp_path / "other") == after_crash
 
 
+def test_a_setting_that_only_judges_lets_a_run_continue_what_another_left(tmp_path: Path, suite_home: Path) -> None:
+    _, error = execute(pipeline.read(chain(tmp_path, tuned="most = 2")))
+    assert "too many steps" in str(error)
+    (left,) = (suite_home / "partial").iterdir()
+    (left / "scratch" / "died").touch()
+    accepted, error = execute(pipeline.read(chain(tmp_path, tuned="most = 3")))
+    assert error is None
+    assert report(accepted)["tuned"]["warnings"] == [
+        "died once"
+    ]  # as it would of the first run, whose work it went on with
+    assert not list((suite_home / "partial").iterdir())
+    _, error = execute(pipeline.read(chain(tmp_path, tuned="most = 2")))
+    assert "too many steps" in str(error)  # what one accepts is no result for the other
+
+
 def test_a_failing_stage_says_so_and_its_siblings_go_on(tmp_path: Path) -> None:
     text = (
         CHAIN.format(start="", tuned='fail = "no luck"') + '[stage.sibling]\nuse = "tune"\nbase = "@start"\nsteps = 1\n'
