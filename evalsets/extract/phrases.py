@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 NEAR = 80
 """Characters around a letter in which it may be denied or doubted."""
@@ -86,12 +87,18 @@ def standing(text: str, letters: str) -> tuple[set[str], set[str]]:
     return affirmed - denied, others - denied
 
 
-def around_list(text: str, letters: str) -> tuple[str, str]:
-    """What stands before and after a list of all options that a reply repeats; nothing and all where it has none."""
+@cache
+def _list(letters: str) -> re.Pattern[str]:
+    """All options one after the other, each behind its letter."""
     marked = {letter: rf"[-*_( \t]*{letter}[*_)]*[.:、)](?![ \t]*(?:[,;]|\(?[{letters}][.:)]))" for letter in letters}
     first, *others = (marked[letter] for letter in letters)
     gaps = "".join(rf"(?>[\s\S]{{0,{LONGEST}}}?(?=[\s,;]{mark}))[\s,;]{mark}" for mark in others)
-    found = re.search(rf"(?:^|[\n:])\s*{first}{gaps}", text)
+    return re.compile(rf"(?:^|[\n:])\s*{first}{gaps}")
+
+
+def around_list(text: str, letters: str) -> tuple[str, str]:
+    """What stands before and after a list of all options that a reply repeats; nothing and all where it has none."""
+    found = _list(letters).search(text)
     if not found:
         return "", text
     line = text.find("\n", found.end())
