@@ -139,7 +139,8 @@ def _whole(paths: list[Path]) -> tuple[Path, ...]:
         )  # fmt: skip
     expected = max((of or number + 1 for _, number, of in parts), default=0)
     for missing in sorted({*range(expected)} - {number for _, number, _ in parts}):
-        raise SuiteError(f"of {expected} parts number {missing} is missing", where=str(paths[0].parent))
+        said = f"{paths[0].name} is one of {expected} parts, and number {missing} is not there"
+        raise SuiteError(said, where=str(paths[0].parent), hint="put the other parts beside it")
     return tuple(parts[part] for part in sorted(parts))
 
 

@@ -150,9 +150,9 @@ def test_parts_of_a_split_are_read_in_their_order_as_one_file(names: list[str], 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["test-00000-of-00003.jsonl", "test-00002-of-00003.jsonl"], "of 3 parts number 1 is missing"),
-        (["test-00000-of-00003.jsonl", "test-00001-of-00003.jsonl"], "of 3 parts number 2 is missing"),
-        (["test/0001.jsonl", "test/0002.jsonl"], "of 3 parts number 0 is missing"),
+        (["test-00000-of-00003.jsonl", "test-00002-of-00003.jsonl"], "is one of 3 parts, and number 1 is not there"),
+        (["test-00000-of-00003.jsonl", "test-00001-of-00003.jsonl"], "is one of 3 parts, and number 2 is not there"),
+        (["test/0001.jsonl", "test/0002.jsonl"], "is one of 3 parts, and number 0 is not there"),
         (["test-00000-of-00002.jsonl", "test/0001.jsonl"], "are both of one split"),
         (["test-00000-of-00002.jsonl", "test-00001-of-00002.csv"], "are both of one split"),
         (["a/test-00000-of-00001-0123456789abcdef.jsonl", "a/test-00000-of-00001-fedcba9876543210.jsonl"], "both of one split"),
