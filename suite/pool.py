@@ -121,7 +121,7 @@ class WorkerPool:
             reader, writer = os.pipe()
             os.set_blocking(reader, False)
             # where the plan found the kinds of its stages
-            path = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+            path = [str(Path(folder).absolute()) for folder in sys.path]
             request = {"id": self._count, "stage": str(stage), "preload": list(preload), "path": path}
             try:
                 socket.send_fds(connection, [json.dumps(request).encode()], [file.fileno(), writer])
