@@ -107,6 +107,7 @@ def plans(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Plan | Turns 
 
 def mixed_and_alone(engine: Engine, folders: dict[str, Path], names: list[str]) -> None:
     """Rows of the base and of adapters, called by their kind and a number, are what peft makes of each."""
+    tokens(engine, [Request([3], name, 1) for name in {*names}])  # adapters are in memory: none waits for its own
     asked = prompts(len(names))
     together = tokens(engine, [Request(prompt, name, NEW) for prompt, name in zip(asked, names, strict=True)])
     for kind in {name.split()[0] if name else "" for name in names}:
