@@ -87,7 +87,7 @@ class Adapters(Config):
     run time."""
     adapter_memory: ByteSize | None = None
     """Memory for the weights of adapters, e.g. 4GiB: those asked for last stay; by default a share of the machine's.
-    The copies that batches are computed with take as much again at most."""
+    The copies that batches are computed with take four times as much at most."""
 
 
 class Names(Config):

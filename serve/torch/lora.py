@@ -19,6 +19,8 @@ READING, MOVING = 16, 6
 and its result back, as long as computing this many."""
 SLOTS = 8
 """Above so many slots, so many come at a time."""
+COPIES = 4
+"""Slots may take so many times the memory that adapters may: rows of one adapter may each have a slot."""
 FEW = 8
 """Turns that are quickly begun, where a row has few tokens."""
 WIDE = 16
@@ -49,13 +51,13 @@ class MultiLora:
     products for each, on the rows that it has.
 
     A row's result comes from products of its own, whatever its neighbours ask for. Slots are written only where the
-    adapters of a batch change; ranks are padded to the highest in the batch. They take `memory` bytes at most: where
-    those of a batch need more, its adapters take turns. `model.parts` says which layers of the checkpoint are one now
-    (`serve.torch.fused`). Only outputs of layers are touched, so the layers may be quantized.
+    adapters of a batch change; ranks are padded to the highest in the batch. They take `COPIES * memory` bytes at most:
+    where those of a batch need more, its adapters take turns. `model.parts` says which layers of the checkpoint are one
+    now (`serve.torch.fused`). Only outputs of layers are touched, so the layers may be quantized.
     """
 
     def __init__(self, model: Any, memory: int) -> None:
-        self._model, self._memory = model, memory
+        self._model, self._memory = model, COPIES * memory
         self._parts: Mapping[str, Part] = model.parts
         self._layers: dict[str, Layer] = {}
         self._slots: list[Hashable] = []
