@@ -8,9 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,24 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_USER", "0")  # as tox says it
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
+
+
+@pytest.fixture
+def slow(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """The same wheel from a server that answers once the event is set: an install takes as long as a test wants."""
+    open_now = threading.Event()
+
+    class Held(SimpleHTTPRequestHandler):
+        def send_head(self) -> Any:
+            assert open_now.wait(120)
+            return super().send_head()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Held, directory=str(wheels))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_FIND_LINKS", f"http://127.0.0.1:{server.server_port}/")
+        yield open_now
+        open_now.set()
+        server.shutdown()
 
 
 @pytest.fixture
@@ -147,7 +168,9 @@ def test_without_a_network_it_ends_with_a_reason_and_leaves_nothing(suite_home: 
     assert not [path for path in (suite_home / "envs").iterdir() if path.is_dir()]
 
 
-def test_a_killed_install_leaves_nothing_that_is_used(wheels: Path, suite_home: Path, pipeline_file: Path) -> None:
+def test_a_killed_install_leaves_nothing_that_is_used(
+    slow: threading.Event, suite_home: Path, pipeline_file: Path
+) -> None:
     def folders() -> list[Path]:
         return [p for p in (suite_home / "envs").glob("tiny-*") if p.is_dir()]
 
@@ -166,6 +189,7 @@ def test_a_killed_install_leaves_nothing_that_is_used(wheels: Path, suite_home: 
         time.sleep(0.01)
     assert left == []
 
+    slow.set()
     again = subprocess.run(command(pipeline_file), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (folder / envs.MARKER).is_file()
@@ -185,7 +209,7 @@ def users(folder: Path) -> list[str]:
     return found
 
 
-def test_ctrl_c_ends_all_that_one_command_installs(wheels: Path, suite_home: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_all_that_one_command_installs(slow: threading.Event, suite_home: Path, tmp_path: Path) -> None:
     file = tmp_path / "two.toml"
     file.write_text("".join(f'[env.{name}]\nrequirements = ["tinywheel==1.0"]\n' for name in ("tiny", "other")))
     both = command(file, "install", "other")
@@ -203,22 +227,31 @@ def test_ctrl_c_ends_all_that_one_command_installs(wheels: Path, suite_home: Pat
     assert (installer.returncode, folders()) == (130, [])
     assert "Traceback" not in said
 
+    slow.set()
     again = subprocess.run(both, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert [again.stdout.count(f"{name}: installed in") for name in ("tiny", "other")] == [1, 1]
     assert [(folder / envs.MARKER).is_file() for folder in folders()] == [True, True]
 
 
-def test_of_two_installers_one_waits(wheels: Path, pipeline_file: Path) -> None:
-    both: list[Any] = [
-        subprocess.Popen(
-            [*command(pipeline_file), "--json"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum("waiting" in out for out, _ in said) == 1
+def test_of_two_installers_one_waits(slow: threading.Event, suite_home: Path, pipeline_file: Path) -> None:
+    def start() -> subprocess.Popen[str]:
+        asked = [*command(pipeline_file), "--json"]
+        return subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    with start() as first:
+        while not [*(suite_home / "envs").glob("tiny-*/pyvenv.cfg")] and first.poll() is None:
+            time.sleep(0.005)
+        with start() as second:
+            assert second.stdout is not None
+            before = []
+            while not before or (before[-1] and "waiting" not in before[-1]):
+                before.append(second.stdout.readline())
+            slow.set()
+            said = [first.communicate(timeout=120), second.communicate(timeout=120)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    assert "another process is installing it; waiting" in before[-1]
+    assert "waiting" not in said[0][0]
     ends = [json.loads(out.splitlines()[-1]) for out, _ in said]
     assert ends[0] == ends[1]
     assert re.fullmatch(r".*/envs/tiny-[0-9a-f]{16}/bin/python", ends[0]["python"])
