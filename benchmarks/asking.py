@@ -19,6 +19,8 @@ import aiohttp
 from benchmarks.peers import Server
 
 NEW = 64
+_numbers = itertools.count(1000)
+"""Questions that nobody was asked before: what a server keeps of earlier ones says nothing of new ones."""
 FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError)
 HEADERS = {"Content-Type": "application/json"}
 
@@ -55,16 +57,13 @@ def chats(server: Server, models: Sequence[str]) -> float:
                 return int(json.loads(answer)["usage"]["completion_tokens"])
 
             began = time.perf_counter()
-            tokens = await asyncio.gather(*(one(number, model) for number, model in enumerate(models)))
+            tokens = await asyncio.gather(*map(one, _numbers, models))
             seconds = time.perf_counter() - began
         if min(tokens) < NEW - 1:  # some do not count the last
             raise ValueError(f"an answer of {min(tokens)} tokens in place of {NEW}")
         return sum(tokens) / seconds
 
     return asyncio.run(ask())
-
-
-_numbers = itertools.count(1000)
 
 
 def one(server: Server, times: int = 5) -> dict[str, float]:
