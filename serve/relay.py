@@ -35,6 +35,9 @@ PATHS = (
 )  # fmt: skip
 """What is relayed; an engine may have none behind some. Routes that administer an engine are never among them."""
 
+UNCOMPUTED = ("/tokenize", "/detokenize")
+"""What a server answers whose engine is lost: no sign of life."""
+
 TRIES = 3
 """How often a request is sent to an engine, while each breaks off before anything was sent to the client."""
 
@@ -189,8 +192,10 @@ class Relay:
                 status, body, streamed = *failure, False
             if status >= 500 and await asked.upstream.dies(replica, life):
                 raise Broken(f"it answered {status}, and ended")
+            if status < 400 and asked.path not in UNCOMPUTED:
+                replica.heard = time.monotonic()
             if streamed:
-                stream = translation.stream(asked.fields, _unbroken(body, chunks))
+                stream = translation.stream(asked.fields, _unbroken(body, chunks, replica))
                 if renamed:
                     stream = _renamed(stream, renamed)
                 try:
@@ -306,11 +311,12 @@ def _failure(head: bytes) -> tuple[int, bytes] | None:
     return (code if isinstance(code, int) and 400 <= code < 600 else 500), event[1].strip()
 
 
-async def _unbroken(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _unbroken(first: bytes, rest: AsyncIterator[bytes], replica: Replica) -> AsyncIterator[bytes]:
     """All chunks; a connection that breaks among them becomes OpenAI's error, because the status is sent already."""
     yield first
     try:
         async for chunk in rest:
+            replica.heard = time.monotonic()
             yield chunk
     except (aiohttp.ClientError, OSError) as error:
         yield _last_words(ApiError(502, f"the engine broke off: {type(error).__name__}", kind="server_error"))

@@ -16,6 +16,10 @@ class Replica:
     url: str = ""
     life: int = 0
     ready: bool = False
+    unwell: str = ""
+    """What one that is ready says against itself; until it takes that back it gets no requests."""
+    heard: float = 0.0
+    """When something that it computed last came, by `time.monotonic`."""
     failed: str = ""
     """Why it will not be ready again."""
     running: int = 0
@@ -46,7 +50,7 @@ class Replicas:
 
     def pick(self, tried: Collection[Replica] = ()) -> Replica | None:
         """The one for the next request, or None while there is none; those that were `tried` come last."""
-        able = [member for member in self.members if member.ready]
+        able = [member for member in self.members if member.ready and not member.unwell]
         return min(able, key=lambda m: (m in tried, m.running, m.served), default=None)
 
     def changed(self) -> None:

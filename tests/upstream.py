@@ -3,10 +3,11 @@
 SETTINGS is JSON: `delay` seconds until it answers, `refuse` a text to die with then, `child` a file for the pid of a
 process that it leaves in its group, `journal` a file that gets a line for each event, `pause` seconds before an answer,
 `pace` seconds between two chunks of a stream. What a request's first message says is what happens: "die", "drop", "hang",
-"fail", "lose", and of "die once" only the first time; any other text is answered.
+"fail", "lose", "stall", and of "die once" only the first time; any other text is answered.
 
 "lose" is vLLM's end where its process that computes is killed: from then on all that was asked fails, streams within
-their status 200, /health says 503, and it takes `wind_down` seconds until the server ends too.
+their status 200, /health says 503, and it takes `wind_down` seconds until the server ends too; without them it does not.
+"stall" is a server that hangs: it answers nothing any more, and does not heed SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PORT, SETTINGS = int(sys.argv[1]), json.loads(sys.argv[2])
-LOST = asyncio.Event()
+LOST, STALLED = asyncio.Event(), asyncio.Event()
 DEAD = {"error": {"message": "EngineCore died", "type": "InternalServerError", "param": None, "code": 500}}
 
 
@@ -40,6 +41,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         if headers.get("authorization") != f"Bearer {os.environ['UPSTREAM_KEY']}":
             answer(writer, 401, {"error": "Unauthorized"})
         elif method == "GET":
+            await asyncio.sleep(600 if STALLED.is_set() else 0)
             answer(writer, 503 if LOST.is_set() and path == "/health" else 200, {"data": []})
         elif path.endswith("_lora_adapter"):
             note(f"{path} {body.decode()}")
@@ -61,8 +63,12 @@ async def complete(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, b
         raise ConnectionError
     if word == "lose":
         LOST.set()
-        asyncio.get_running_loop().call_later(SETTINGS["wind_down"], os._exit, 9)
-    if word == "hang":
+        if seconds := SETTINGS.get("wind_down"):
+            asyncio.get_running_loop().call_later(seconds, os._exit, 9)
+    if word == "stall":
+        STALLED.set()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if word == "hang" or STALLED.is_set():
         # the other side closes: that is how an engine learns that nobody waits
         note("left" if not await reader.read(1) else "?")
         return

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from serve.engines.kind import Kind
 from serve.engines.process import EngineProcess, Launch, Patience, Unanswered
 from serve.engines.translation import Translation
 from serve.engines.upstream import Upstream
+from serve.engines.watch import complaint, until_unwell
 from serve.folders import check_fits, read_adapter, read_model
 from serve.offers import offers
 from serve.replicas import Replica
@@ -115,6 +117,7 @@ class Fleet(Upstream):
                 self._answers,
                 logs / f"{quote(replica.name, safe='')}.log",
                 admit=self._admit,
+                watch=partial(self._until_unwell, replica),
                 changed=partial(self._changed, i),
                 patience=patience,
             )
@@ -154,11 +157,15 @@ class Fleet(Upstream):
         """It is asked itself: one that has lost a process of its own takes seconds to see it, and to end."""
 
         def over() -> bool:
-            return replica.life != life or not replica.ready
+            return replica.life != life or not replica.ready or bool(replica.unwell)
 
         if over():
             return True
-        return not await self._is_well(replica.url) and await self.replicas.until(over, self._patience.end)
+        status = await self._status(f"{replica.url}/health")
+        if not over() and (said := complaint(status)):
+            replica.unwell = said
+            self.replicas.changed()
+        return status >= 500 and await self.replicas.until(over, self._patience.end)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Add an adapter, or replace the one of that name: requests under way end with what they began with.
@@ -266,14 +273,14 @@ class Fleet(Upstream):
     async def _answers(self, url: str) -> bool:
         return await self._status(f"{url}/v1/models") == 200
 
-    async def _is_well(self, url: str) -> bool:
-        """By its own account, and one without that route has none to give."""
-        return await self._status(f"{url}/health") < 500
+    async def _until_unwell(self, replica: Replica) -> str:
+        health = partial(self._status, f"{replica.url}/health")
+        return await until_unwell(health, replica, self._patience, self.replicas.changed)
 
-    async def _status(self, url: str) -> float:
-        """Of the answer there; infinite where there is none."""
+    async def _status(self, url: str, seconds: float = ANSWER_SECONDS) -> float:
+        """Of the answer there; infinite where there is none in time."""
         try:
-            timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+            timeout = aiohttp.ClientTimeout(total=seconds)
             async with self.session.get(url, timeout=timeout) as answer:
                 return answer.status
         except (aiohttp.ClientError, TimeoutError, OSError):
@@ -288,10 +295,11 @@ class Fleet(Upstream):
         process, replica = self.processes[index], self.replicas.members[index]
         if process.state == "starting" and replica.ready:
             self.deaths += 1
-            log.warning("%s died, and is started again; its log: %s", replica.name, process.log)
+            self.last_death = f"{replica.name} {process.ended}, and was started again", time.time()
+            log.warning("%s %s, and is started again; its log: %s", replica.name, process.ended, process.log)
         if process.state == "failed" and self._serving:
             log.error("%s: %s", replica.name, process.error)
         replica.url, replica.life = process.url, process.starts
-        replica.ready = process.state == "ready"
+        replica.ready, replica.unwell = process.state == "ready", ""
         replica.failed = brief(process.error) if process.error else ""
         self.replicas.changed()

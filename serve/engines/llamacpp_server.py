@@ -9,6 +9,7 @@ Conversations are for `llamacpp_chat`.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Iterator
@@ -94,6 +95,8 @@ def run() -> None:
     types.CreateChatCompletionRequest = Conversation  # before its routes are made
     Llama._create_completion = create_completion
     Llama.create_chat_completion = create_chat_completion
+    # no line for each look of the gateway
+    logging.getLogger("uvicorn.access").addFilter(lambda record: "/health" not in record.getMessage())
     from llama_cpp.server.__main__ import main
 
     main()

@@ -98,7 +98,8 @@ class Lmdeploy:
             *_adapters(settings),
             *flags(settings.extra),
         ]  # fmt: skip
-        variables = {KEY: key, "HF_HUB_OFFLINE": "1"}
+        # no line for each look at its /health
+        variables = {KEY: key, "HF_HUB_OFFLINE": "1", "UVICORN_LOG_LEVEL": "warning"}
         if envs.device() == "cuda":
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus(replica, settings.tensor_parallel))
         return Launch(command, variables)

@@ -1,7 +1,7 @@
 """One engine as a process: started, watched, started again when it dies, and never left behind.
 
-             ┌────── dies: a pause, longer each time ──────┐
-             v                                             │
+             ┌── dies, or is unwell for long and ended: ───┐
+             v        a pause, longer each time            │
 stopped ─> starting ──── answers, and is admitted ──────> ready ─> draining ─> stopped
              └─ dies before it was ever ready, or again and again, or is refused ─> failed
 """
@@ -47,6 +47,15 @@ class Patience:
     """Starts in a row, none of them steady, after which it counts as failed."""
     end: float = 15.0
     """From an engine's first error to its end: vLLM looks every 5 s whether the process that computes still lives."""
+    look: float = 10.0
+    """Between two looks whether one that is ready is well."""
+    again: float = 1.0
+    """The same for one that has said that it is not: requests wait for its next word."""
+    unwell: float = 90.0
+    """After so long an engine that says that it fails, and answers nothing, is ended. vLLM says so for good; LMDeploy
+    also where a step takes 10 s, and itself gives a scheduler that makes none 90 s."""
+    silent: float = 180.0
+    """The same for one that says nothing at all, which a machine that swaps or compiles may bring about."""
 
 
 class Unanswered(SuiteError):
@@ -61,12 +70,19 @@ class Launch:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
+async def unwatched() -> str:
+    """Never returns: for an engine that only its own end takes away."""
+    await asyncio.Event().wait()
+    return ""
+
+
 class EngineProcess:
     """A server of another program on a free local port.
 
     `launch(port)` is asked before every start, so a restart runs with the settings of that moment. `answers(url)` says
     whether it takes requests, and then `admit(url)`, which raises SuiteError, whether they should be given to it.
-    `changed` is called after each change of `state`. All of it lives in one event loop.
+    `watch()` runs while it is ready, and returns only when it is to be ended, with the reason. `changed` is called
+    after each change of `state`. All of it lives in one event loop.
     """
 
     def __init__(
@@ -76,6 +92,7 @@ class EngineProcess:
         log: Path,
         *,
         admit: Callable[[str], Awaitable[None]] | None = None,
+        watch: Callable[[], Awaitable[str]] = unwatched,
         changed: Callable[[], None] = lambda: None,
         patience: Patience = Patience(),
     ) -> None:
@@ -85,9 +102,11 @@ class EngineProcess:
         """How often it was started."""
         self.error: SuiteError | None = None
         """Why it failed, with the last lines of its log."""
+        self.ended = ""
+        """How its last life ended, e.g. "died"."""
         self.log = log
         self._launch, self._answers, self._admit = launch, answers, admit
-        self._changed, self._patience = changed, patience
+        self._watch, self._changed, self._patience = watch, changed, patience
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -125,20 +144,20 @@ class EngineProcess:
         """Start it and start it again, until SuiteError says why that is useless."""
         patience, restless, was_ready = self._patience, 0, False
         while True:
-            steady = False
+            steady, self.ended = False, "died"
             async with self._process() as process:
                 if await self._until_ready(process):
                     was_ready = True
                     self._to("ready")
                     since = time.monotonic()
-                    await process.wait()
+                    self.ended = await self._until_over(process)
                     steady = time.monotonic() - since > patience.steady
-            self._to("starting")
+                    self._to("starting")  # before it is gone, which one that hangs takes its time for
             restless = 0 if steady else restless + 1
             said = tail(self.log)
             hopeless = not was_ready and not any(sign in said for sign in PORT_TAKEN)
             if hopeless or restless >= patience.starts:
-                what = "could not start" if hopeless else f"died {restless} times in a row"
+                what = "could not start" if hopeless else f"{self.ended} {restless} times in a row"
                 raise ended(what, self.log, process.returncode)
             if was_ready:
                 await asyncio.sleep(min(patience.pause * 2 ** (restless - 1), patience.longest_pause))
@@ -176,6 +195,17 @@ class EngineProcess:
                 raise ended(f"was not ready after {self._patience.start:g} s", self.log)
             await asyncio.sleep(self._patience.poll)
         return False
+
+    async def _until_over(self, process: asyncio.subprocess.Process) -> str:
+        """Returns when it has died, or is to be ended; how."""
+        watching = asyncio.ensure_future(self._watch())
+        dying = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait([watching, dying], return_when=asyncio.FIRST_COMPLETED)
+            return "died" if dying.done() else watching.result()
+        finally:
+            watching.cancel()
+            dying.cancel()
 
     async def _admitted(self, process: asyncio.subprocess.Process) -> bool:
         """Whether it may be given requests; False where it ended while it was looked at."""

@@ -29,6 +29,8 @@ class Upstream(ABC):
         self.replicas = Replicas(members, patience)
         self.deaths = 0
         """How often one that was ready has died."""
+        self.last_death: tuple[str, float | None] = "", None
+        """Which one and how, and when, in seconds since the epoch."""
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -62,7 +64,10 @@ class Upstream(ABC):
         """What is known of it from outside."""
         running, waiting = self.load
         failed = next((member.failed for member in self.replicas.members if member.failed), "")
-        return Stats(running=running, waiting=waiting, failures=self.deaths, last_failure=failed)
+        unwell = next((f"{member.name}: {member.unwell}" for member in self.replicas.members if member.unwell), "")
+        death, when = self.last_death
+        said = failed or unwell or death
+        return Stats(running=running, waiting=waiting, failures=self.deaths, last_failure=said, last_failure_time=when)
 
     def family(self) -> Family:
         """The names that it answers to."""

@@ -73,6 +73,7 @@ class Vllm:
             str(environment.python.with_name("vllm")), "serve", str(settings.model),
             "--served-model-name", settings.name, "--host", "127.0.0.1", "--port", str(port),
             "--dtype", self.precision(settings), "--max-num-seqs", str(settings.max_batch),
+            "--disable-access-log-for-endpoints", "/health",  # which is looked at every few seconds
             *_memory(settings, cpu),
             *_template(settings.model),
             *_lora(settings, self.room(settings)),

@@ -18,7 +18,8 @@ from serve.engines.kind import flags
 from serve.engines.translation import AsIs, JoinedText, openai_error
 from serve.engines.vllm import Vllm
 from serve.probe import Heard, Known, ParityProbe, Token, compare, distance
-from serve.relay import _failure, _head, _limited, _renamed
+from serve.relay import _failure, _head, _limited, _renamed, _unbroken
+from serve.replicas import Replica
 from serve.settings import Settings
 from serve.tally import Tally
 from serve.traffic import Answered
@@ -49,6 +50,14 @@ def test_a_renamed_stream_does_not_depend_on_where_it_is_cut(texts: list[str], c
     got = gathered(_renamed(pieces(whole, cuts), NAMES))
     read = [json.loads(event[6:]) for event in got.decode().split("\n\n")[:-2]]
     assert read == [{"model": "a", "text": text} for text in texts]
+
+
+def test_every_piece_of_a_stream_is_a_sign_of_life() -> None:
+    replica = Replica("a")
+    assert gathered(_unbroken(b"a", pieces(b"", []), replica)) == b"a"
+    assert not replica.heard
+    assert gathered(_unbroken(b"a", pieces(b"bc", [1]), replica)) == b"abc"
+    assert replica.heard
 
 
 def test_an_answer_tells_its_tokens_and_no_text_of_a_model_does() -> None:
