@@ -55,7 +55,7 @@ class Response:
         return self._object
 
     async def lines(self, group: Group) -> AsyncIterator[bytes]:
-        """Server-sent events, of which an error is the last one too."""
+        """Server-sent events. An error says what it would as an answer of its own; the response failed then."""
         for kind in ("response.created", "response.in_progress"):
             yield self._line({"type": kind, "response": self._object})
         try:
@@ -63,8 +63,12 @@ class Response:
                 for event in self._add(answer):
                     yield self._line(event)
         except ApiError as error:
-            failed = {"code": "server_error", "message": error.body["error"]["message"]}
-            self._object |= {"status": "failed", "error": failed}
+            said = error.body["error"]
+            told = {"code": said["code"] or said["type"], "message": said["message"], "param": said["param"]}
+            yield self._line({"type": "error", **told})
+            # of its codes, the only one that lays a fault of no other kind to the request
+            code = "server_error" if error.status >= 500 else "invalid_prompt"
+            self._object |= {"status": "failed", "error": {"code": code, "message": said["message"]}}
             yield self._line({"type": "response.failed", "response": self._object})
 
     def _add(self, answer: Answer) -> Iterator[Event]:

@@ -12,7 +12,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.responses import ResponseStreamEvent
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import TypeAdapter
 
 from tests.contract.suite_server import Running, suite_serve
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
@@ -45,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "loras" / "link").symlink_to(root / "outside")
     shutil.copytree(root / "loras" / "spare", root / "loras" / "broken")
     (root / "loras" / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
-    for name in ("late", "lost"):
+    for name in ("late", "lost", "gone"):
         shutil.copytree(root / "loras" / "spare", root / "loras" / name)
     other = tiny_model(root / "other", hidden=64)
     tiny_adapter(other, root / "loras" / "foreign")
@@ -101,7 +103,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_folder_of_adapters_is_offered_and_answers(server: Running, folder: Path) -> None:
     listed = [card["id"] for card in get(server, "/v1/models").json()["data"]]
-    assert listed == ["base", "broken", "foreign", "late", "law@v2", "law@v3", "link", "lost", "spare", "prod"]
+    assert listed == ["base", "broken", "foreign", "gone", "late", "law@v2", "law@v3", "link", "lost", "spare", "prod"]
     texts = {model: answer(server, model) for model in ("base", "law@v2", "law@v3", "spare")}
     assert len(set(texts.values())) == 4
     assert "cannot be served: not a safetensors file" in error(chat(server, "broken"), 400)
@@ -190,6 +192,25 @@ def test_an_adapter_that_is_deleted_after_it_left_memory(server: Running, folder
     assert "the adapter 'lost' cannot be served" in said
     assert str(folder) not in said + chat(server, "lost", stream=True).text
     assert server.http.get("/health").json()["failed_steps"] == 0
+
+
+def test_a_stream_says_of_an_adapter_that_is_gone_what_an_answer_says(server: Running, folder: Path) -> None:
+    assert chat(server, "gone").status_code == chat(server, "spare").status_code == 200
+    shutil.rmtree(folder / "loras" / "gone")
+    wanted = chat(server, "gone").json()["error"]
+    streamed = chat(server, "gone", stream=True).text
+    assert [json.loads(line[6:]) for line in streamed.splitlines() if '"error"' in line] == [{"error": wanted}]
+    body = {"model": "gone", "input": "Say it."}
+    headers = {"Authorization": "Bearer sk-ops"}
+    whole = server.http.post("/v1/responses", json=body, headers=headers)
+    assert (whole.status_code, whole.json()["error"]) == (400, wanted)
+    text = server.http.post("/v1/responses", json={**body, "stream": True}, headers=headers).text
+    types: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    events = [types.validate_json(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert [event.type for event in events[-2:]] == ["error", "response.failed"]
+    told, failed = events[-2], events[-1].response.error
+    assert (told.code, told.message, told.param) == (wanted["type"], wanted["message"], "model")
+    assert (failed.code, failed.message) == ("invalid_prompt", wanted["message"])
 
 
 def test_an_alias_shares_requests_out_and_says_who_answered(server: Running) -> None:
