@@ -180,6 +180,21 @@ class Evaluate(Stage):
             hint = "give the model that it was trained on as 'base'"
             raise SuiteError(f"the adapter '{subject.name}' does not say where its base is", where="model", hint=hint)
 
+    def check_in(self, pythons: Mapping[str, Path], inputs: Mapping[str, list[Artifact | None]]) -> None:
+        if self.backend not in pythons:
+            return
+        from serve.engines import remote
+        from serve.settings import Settings
+
+        subject = next(iter(inputs.get("model", ())), None)
+        model = subject.path if subject else Path(self.model)  # of what a stage makes nothing is known yet
+        options = self.engine.model_dump() | {"env_python": str(pythons[self.backend])}
+        try:
+            remote.check(Settings(model=model, backend=self.backend, dtype=self.dtype, **options))
+        except SuiteError as error:
+            table = "engine." if error.where in Served.model_fields else ""
+            raise SuiteError(error.message, where=table + (error.where or "backend"), hint=error.hint) from None
+
     def _check_gguf(self, subject: Artifact) -> None:
         """That llama.cpp serves it, which serves nothing else, and is there to do so."""
         from serve.settings import Settings

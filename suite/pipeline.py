@@ -217,28 +217,33 @@ def _gates(wiring: Wiring, name: str, where: Lines) -> tuple[gates.Gate, ...]:
 def check_inputs(plan: Plan, provide: Provide = require) -> None:
     """Let every stage check what can be known now, and then provide what they need."""
     for node in plan.nodes.values():
-        known: dict[str, list[Artifact | None]] = {
-            field: [s.artifact if isinstance(s, External) else None for s in sources]
-            for field, sources in node.inputs.items()
-        }
         with _in_table_of(node):
-            node.stage.check(known)
+            node.stage.check(_known(node))
     # after all of them: no mistake is told only when something has been installed
     for node in plan.nodes.values():
-        _provide(node, provide)
+        _provide(node, provide, _known(node))
+
+
+def _known(node: Node) -> dict[str, list[Artifact | None]]:
+    """The inputs of a stage that no stage has to make."""
+    return {
+        field: [s.artifact if isinstance(s, External) else None for s in sources]
+        for field, sources in node.inputs.items()
+    }
 
 
 def check_stage(node: Node, inputs: Mapping[str, list[Artifact | None]]) -> None:
     """Run one stage's own `check`, look for its environment; raises SuiteError with the line of what it names."""
     with _in_table_of(node):
         node.stage.check(inputs)
-    _provide(node, require)
+    _provide(node, require, inputs)
 
 
-def _provide(node: Node, provide: Provide) -> None:
-    for environment in node.environments.values():
-        with _in_table_of(node):
+def _provide(node: Node, provide: Provide, inputs: Mapping[str, list[Artifact | None]]) -> None:
+    with _in_table_of(node):
+        for environment in node.environments.values():
             provide(environment)
+        node.stage.check_in({name: found.python for name, found in node.environments.items()}, inputs)
 
 
 @contextlib.contextmanager

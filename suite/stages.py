@@ -151,6 +151,12 @@ class Stage(Config):
         """The names of the environments (`suite.envs`) whose interpreters these settings need beside ours."""
         return ()
 
+    def check_in(self, pythons: Mapping[str, Path], inputs: Mapping[str, list[Artifact | None]]) -> None:
+        """As `check`, for what programs of its environments refuse, whose interpreters are there by now.
+
+        What was found to be in order is to be kept: a plan that is made again takes no seconds.
+        """
+
     def target(self) -> str:
         """What this stage changes outside the store, e.g. "hf:org/name"; empty for all that only make their artifact.
 

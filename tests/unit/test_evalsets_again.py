@@ -18,6 +18,7 @@ from evalsets import identity, named
 from evalsets.ask import Client
 from evalsets.compare import compare
 from evalsets.evaluation import evaluate
+from serve.engines.vllm import Vllm
 from suite.cli import main
 from suite.errors import SuiteError
 from suite.evaluate import Evaluate, Judge, evaluate_url
@@ -93,6 +94,37 @@ def test_a_stage_knows_its_mistakes_before_anything_runs() -> None:
     ):
         with pytest.raises(SuiteError, match=message):
             Evaluate(model="x", **{"sets": ["perplexity"]} | settings).check({"model": [None]})
+
+
+PLANNED = """
+[env.vllm]
+python = "{python}"
+[stage.score]
+use = "eval"
+model = "nano"
+sets = ["perplexity"]
+backend = "vllm"
+engine = {{ {engine} }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("extra = { max-num-seqs = 4 }", ""),
+        ("extra = { max-num-sequences = 4 }", "9: engine.extra: vllm refuses --max-num-sequences 4"),
+        ("quantization = 'odd', extra = { max-num-seqs = 'many' }", "9: engine.extra: vllm refuses --max-num-seqs many"),
+    ],
+)  # fmt: skip
+def test_a_plan_asks_the_engines_own_parser(
+    engine: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--max-num-seqs', type=int)"
+    monkeypatch.setattr(Vllm, "parser", own)
+    file = tmp_path / "pipeline.toml"
+    file.write_text(PLANNED.format(python=sys.executable, engine=engine), "utf-8")
+    assert main(["run", str(file), "--plan"]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
 
 
 def test_what_the_engine_is_told_decides_the_key(tmp_path: Path) -> None:
