@@ -4,7 +4,7 @@ A side is numbers and measured values joined by + - * /. A value is a path into 
 with the stage's own name (`score.ceval-mini.acc`), `@stage.path` into another's, or `forgotten(@stage.set)`: how many
 questions of a set that stage answered right and this one does not (`forgotten(@stage)`: of all sets; `learnt(...)`: the
 reverse). A value that was not measured fails the gate: nothing passes unmeasured. Names may have letters of any script
-and dots (`arc-1.5.acc`); one that begins with a digit, or has other signs, is quoted (`"2024 exam".acc`).
+and dots (`arc-1.5.acc`, `2wiki.acc`); one that could be a number, or has other signs, is quoted (`"2024 exam".acc`).
 
 With `at 95 %` the condition must hold wherever the true score may be: at both ends of its interval or, beside the same
 score of another stage, of the interval of their difference on the same questions. So few questions prove little.
@@ -22,17 +22,25 @@ from suite.errors import SuiteError
 from suite.evidence import Bounds, Evidence, Unmeasured
 
 QUOTED = r"""(?:"[^"]+"|'[^']+')"""
-NAME = rf"(?:[^\W\d][\w:-]*|{QUOTED})"
+NUMBERED = r"\d+(?![eE][-+]?\d)[^\W\d][\w:-]*"
+"""A name that begins with digits and is no number, nor the rest of one: `a-1.5e3` is a difference without spaces."""
+NAME = rf"(?:[^\W\d][\w:-]*|{NUMBERED}|{QUOTED})"
 PART = rf"(?:\w[\w:-]*|{QUOTED})"
 PATH = rf"{NAME}(?:(?:\.{PART})*\.{NAME})?"
 STAGE = r"[A-Za-z][\w-]*(?:\[[^@\s]*\])?"
 TOKEN = re.compile(
-    rf"""\s*(?:(?P<number>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)
+    rf"""\s*(?:(?P<number>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])
     | (?P<flips>forgotten|learnt)\(\s*@(?P<other>{STAGE})(?:\.(?P<set>{PART}(?:\.{PART})*))?\s*\)
-    | @(?P<stage>{STAGE})\.(?P<path>{PATH})
+    | @(?P<stage>{STAGE})\.(?P<path>(?:{PART}\.)*{NAME})
     | (?P<own>{PATH})
     | (?P<op>>=|<=|==|>|<|[-+*/()]))""",
     re.VERBOSE,
+)
+LIKE_NUMBER = re.compile(rf"(@{STAGE}\.|\.)?(\d[\w:-]*(?:\.\d[\w:-]*)*)([\w.:-]*)")
+"""What cannot be read, but could with its second part in quotes."""
+HINT = (
+    "write it like 'ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %'"
+    " (put spaces around - and +, quotes around names with other signs)"
 )
 AT = re.compile(r"\s+at\s+(\d+(?:\.\d+)?)\s*%\s*$")
 COMPARE: dict[str, Callable[[float, float], bool]] = {
@@ -189,14 +197,18 @@ class _Parser:
         while text[position:].strip():
             match = TOKEN.match(text, position)
             if not match:
-                raise self.error(f"cannot read '{text[position:].strip()}'")
+                raise self.unread(text[position:].strip())
             self.tokens.append(match)
             position = match.end()
 
-    def error(self, what: str) -> SuiteError:
-        hint = "write it like 'ceval-mini.acc >= @before.ceval-mini.acc - 0.02 at 95 %'"
-        hint += " (put spaces around - and +, quotes around names with other signs)"
+    def error(self, what: str, hint: str = HINT) -> SuiteError:
         return SuiteError(f"gate '{self.text}': {what}", hint=hint)
+
+    def unread(self, rest: str) -> SuiteError:
+        name = LIKE_NUMBER.match(rest)
+        quoted = f'{name[1] or ""}"{name[2]}"{name[3]}' if name else ""
+        hint = f"write {quoted} if that is a name (and spaces around - and +)" if name else HINT
+        return self.error(f"cannot read '{rest}'", hint)
 
     def op(self) -> str | None:
         return self.tokens[self.at]["op"] if self.at < len(self.tokens) else None
@@ -205,7 +217,9 @@ class _Parser:
         left = self.chain(SUMS, lambda: self.chain(PRODUCTS, self.atom))
         compare = self.op()
         if compare not in COMPARE:
-            raise self.error("expected one of >= <= > < ==")
+            found = self.tokens[self.at][0].strip() if self.at < len(self.tokens) else ""
+            after = self.text[: self.tokens[self.at - 1].end()].strip()
+            raise self.error(f"expected one of >= <= > < == after '{after}'" + (f", found '{found}'" if found else ""))
         self.at += 1
         right = self.chain(SUMS, lambda: self.chain(PRODUCTS, self.atom))
         if self.at < len(self.tokens):

@@ -90,6 +90,38 @@ def test_division_by_zero_does_not_pass() -> None:
     assert not gate.parse("1 / 0 >= 0").judge(OWN, OTHERS).held
 
 
+NUMBERED = Known({"2wiki": {"acc": 0.6, "f1": {"2x": 0.7}}, "2024": {"acc": 0.8}, "1.5b": {"acc": 0.9}})
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("2wiki.acc == 0.6", True), ("score.2wiki.acc == 0.6", True), ("2wiki.f1.2x == 0.7", True),
+        ("2 * 2wiki.acc - @before.2wiki.acc == 0.6", True), ("@before.2024.acc > 2wiki.acc", True),
+        ("2wiki.acc >= @before.2wiki.acc at 95 %", False), ('"1.5b".acc > 2e-1', True),
+    ],
+)  # fmt: skip
+def test_names_that_begin_with_a_digit(text: str, held: bool) -> None:
+    assert gate.parse(text, "score").judge(NUMBERED, {"before": NUMBERED}).held is held
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2024.acc > 0", 'write "2024".acc if'),
+        ("score.acc > 1.5b.acc", 'write "1.5b".acc if'),
+        ("score.2024 > 0", 'write ."2024" if'),
+        ("2e5.acc > 0", 'write "2e5".acc if'),
+        ("acc-0.5e3 > 0", "spaces around -"),
+        ("2024 exam.acc > 0", "after '2024', found 'exam.acc'"),
+    ],
+)
+def test_what_could_be_a_number_is_quoted(text: str, said: str) -> None:
+    with pytest.raises(SuiteError) as error:
+        gate.parse(text, "score")
+    assert said in str(error.value)
+
+
 @pytest.mark.parametrize(
     "text", ["", "a", "a >=", ">= 1", "a >= 1 2", "a => 1", "(a >= 1", "a >= 1 and b >= 2", "@a >= 1", "a-0.5 > 0", "a.acc-0.02 > 0",
              "2024.acc > 0", "'a.acc > 0", "\"\".acc > 0",
