@@ -18,6 +18,7 @@ from evalsets.statistics import (
     ROUNDING,
     Array,
     Interval,
+    are_shares,
     average_interval,
     difference_interval,
     effective,
@@ -86,7 +87,8 @@ def part(figure: str, row: Row) -> Part | None:
 
 
 def interval(figure: str, rows: Sequence[Row], confidence: float = 0.95) -> Interval | None:
-    """The interval of a figure over some rows; None for one that they do not add up to."""
+    """The interval of a figure over some rows; None for one that they do not add up to, or that has no known scale and
+    so few values that these do not tell how much others may differ."""
     if figure == "bleu":
         return _bleu(rows, confidence)
     if figure == "macro":
@@ -95,6 +97,8 @@ def interval(figure: str, rows: Sequence[Row], confidence: float = 0.95) -> Inte
     if not parts:
         return None
     means, weights = [found.value / found.weight for found in parts], [found.weight for found in parts]
+    if few(len(means), confidence) and not are_shares(means):
+        return None
     alike = len(set(means)) == 1 or len(set(weights)) == 1
     return mean_interval(means, None if alike else weights, confidence=confidence)
 

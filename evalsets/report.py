@@ -27,6 +27,9 @@ LABELS = {
 PLAIN = ("low", "high", "n", "failed", "truncated", "unparsed", "tokens")
 """Figures that have a column, or say nothing about quality."""
 
+TOO_FEW = "too few for an interval"
+"""In place of an interval."""
+
 Sets = Mapping[str, Mapping[str, Any]]
 
 
@@ -90,7 +93,8 @@ def cases(suite: str, sets: Sets) -> Iterator[junit.Case]:
             yield junit.Case(suite, name, total["not_available"], "skipped")
             continue
         score, interval = next(_rows({name: found}))[1:3]
-        said = f"{score}, 95 % interval {interval}, {total['n']} questions"
+        sure = interval if interval == TOO_FEW else f"95 % interval {interval}"
+        said = f"{score}, {sure}, {total['n']} questions"
         failed = [f"{p['id']}: {p['text']}" for p in found["problems"] if p["what"] == "failed"]
         problem = "\n".join([f"{total['failed']} of {total['n']} questions failed", *failed]) if failed else ""
         yield junit.Case(suite, name, problem, said=said)
@@ -135,7 +139,9 @@ def _within(figure: str, ends: Mapping[str, float] | None) -> str:
 
 
 def between(figure: str, ends: Mapping[str, float | None]) -> str:
-    """The interval of a figure as people read it."""
+    """The interval of a figure as people read it; so few questions as have none are said to be that."""
+    if "low" not in ends:
+        return TOO_FEW
     return f"{number(figure, ends['low'])} to {number(figure, ends['high'])}"
 
 

@@ -25,7 +25,7 @@ from pydantic import Field
 from evalsets.extract import letter, named, number, same
 from evalsets.intervals import intervals
 from evalsets.sets import LETTERS, Generation
-from evalsets.statistics import mean_interval
+from evalsets.statistics import are_shares, few, mean_interval
 from suite import envs, processes
 from suite.errors import SuiteError, near
 
@@ -251,9 +251,10 @@ def _not_a_mean(found: Found) -> str:
 
 def _figures(found: Found, rows: list[Row]) -> dict[str, Any]:
     scores = [row["score"] or 0.0 for row in rows]
-    low, high = mean_interval(scores) if scores else (0.0, 1.0)
+    known = scores and (are_shares(scores) or not few(len(scores)))
+    ends = mean_interval(scores)._asdict() if known else {}
     total: dict[str, Any] = {
-        "score": fmean(scores) if scores else 0.0, "low": low, "high": high, "n": len(rows),
+        "score": fmean(scores) if scores else 0.0, **ends, "n": len(rows),
         "failed": sum(bool(r["error"]) for r in rows), "truncated": sum(r["finish"] == "length" for r in rows),
         "unparsed": sum(r["parsed"] is None and not r["error"] for r in rows),
     }  # fmt: skip

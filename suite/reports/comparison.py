@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evalsets.compare import Difference, Row, corrected, difference, right
-from evalsets.report import label, number
+from evalsets.report import TOO_FEW, label, number
 from suite.document import Bullets, Document, Heading, Part, Table
 from suite.errors import SuiteError, near
 from suite.reports.subjects import Subject
@@ -175,10 +175,10 @@ def _score(found: Mapping[str, Any] | None, counted: bool) -> str:
     total, headline = found["total"], found["headline"]
     if total.get(headline) is None:
         return "not available" if "not_available" in total else "not measured"
-    low, high = (number(headline, total[end]) for end in ("low", "high"))
     leaked = total.get("leakage", {}).get("n", 0)
     of = f" of {total['n']}" if counted else ""
-    return f"{number(headline, total[headline])} [{low}, {high}]{of}" + (f", {leaked} leaked" if leaked else "")
+    ends = ", ".join(number(headline, total[end]) for end in ("low", "high") if end in total) or TOO_FEW
+    return f"{number(headline, total[headline])} [{ends}]{of}" + (f", {leaked} leaked" if leaked else "")
 
 
 def costs(subjects: Sequence[Subject]) -> list[Part]:

@@ -46,9 +46,9 @@ def _lower(subject: Subject, name: str) -> bool:
 
 
 def _ends(subject: Subject, name: str) -> list[float]:
-    """How far the interval reaches below and above the score."""
+    """How far the interval reaches below and above the score, where there is one."""
     total, score = subject.sets[name]["total"], _score(subject, name) or 0.0
-    return [max(0.0, score - total["low"]), max(0.0, total["high"] - score)]
+    return [max(0.0, score - total.get("low", score)), max(0.0, total.get("high", score) - score)]
 
 
 def _figure(height: float, panels: int = 1) -> tuple[Any, list[Any]]:

@@ -205,3 +205,11 @@ def test_what_questions_do_not_add_up_to_has_none() -> None:
     assert interval("refused", [{"score": 1.0, "expected": "answers"}]) is None
     assert interval("checks", [{"kept": [True, True]}] * 8) == pytest.approx(wilson(8, 8))
     assert isinstance(interval("checks", [{"kept": [True, False]}, {"kept": [True]}] * 8), Interval)
+
+
+def test_a_few_values_of_no_known_scale_have_no_interval() -> None:
+    values = [7.0, 7.5, 9.0, 8.0, 7.0, 6.5]
+    found = [{"error": "", "metrics": {"bits": value, "share": value / 10}} for value in values]
+    assert interval("metrics.bits", found[:5]) is None
+    assert interval("metrics.bits", found)
+    assert interval("metrics.share", found[:5])

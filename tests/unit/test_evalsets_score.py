@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from evalsets import sets
+from evalsets import report, sets
 from evalsets.ask import Reply
+from evalsets.report import TOO_FEW
 from evalsets.score import Scores, headline, requests, score
 from evalsets.sets import EvalSet, Question
 from evalsets.statistics import mean_interval, wilson
 from suite.errors import SuiteError
+from suite.reports.comparison import _score
 
 
 def answered(asked: EvalSet, say: Callable[[int, Question], str]) -> Scores:
@@ -141,6 +143,19 @@ def test_a_perplexity_without_all_texts_is_none(tmp_path: Path) -> None:
     total = score(asked, questions, replies).total
     assert (total["not_available"], total["failed"]) == ("1 of 3 texts were not measured", 1)
     assert "ppl" not in total
+
+
+def test_so_few_texts_that_they_tell_nothing_of_others_have_no_interval(tmp_path: Path) -> None:
+    shown = {}
+    for n in (5, 6):
+        asked = rows(tmp_path / str(n), *({"text": f"text {i}"} for i in range(n)))
+        replies = {q.id: Reply(q.id, "", logprobs=(-1.0, -2.0 - i)) for i, q in enumerate(asked.questions())}
+        total = score(asked, asked.questions(), replies).total
+        found = {"title": "", "digest": "", "headline": "ppl", "total": total, "subsets": {}, "problems": []}
+        ((_, _, interval, *_),) = report.figures({"texts": found}).rows
+        (case,) = report.cases("model", {"texts": found})
+        shown[n] = ("low" in total, *(TOO_FEW in text for text in (interval, case.said, _score(found, counted=False))))
+    assert shown == {5: (False, True, True, True), 6: (True, False, False, False)}
 
 
 def choices(folder: Path, *answers: str) -> tuple[EvalSet, list[Question]]:
