@@ -23,9 +23,13 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MAGNITUDE = ".lora_magnitude_vector"
 """How the name of a tensor of DoRA ends."""
 
-KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention", "global"}
-"""Layer types whose memory is keys and values, and whose masks are those of transformers."""
-STATE = "keeps a state beside keys and values, as Mamba and linear attention do, and cannot be served"
+STATE_LAYERS = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+"""Layer types that keep a state of fixed size, alone or beside keys and values."""
+KNOWN_LAYERS = STATE_LAYERS | {
+    *("full_attention", "sliding_attention", "chunked_attention", "attention", "global"),
+    *("moe", "mlp"),  # which keep nothing
+}
+"""Layer types whose memory our own engine knows, and whose masks are those of transformers."""
 
 OTHERS = "another --backend may know this model"
 LOAD_AGAIN = "load it again under the same name"

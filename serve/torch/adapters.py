@@ -34,6 +34,7 @@ class Adapters:
     def __init__(self, model: Any, base: ModelFolder, memory: int, wake: Callable[[], None]) -> None:
         self.lora = MultiLora(model, memory)
         self._base, self._dtype, self._wake = base, model.dtype, wake
+        self._called: set[str] = model.called
         self._itemsize: int = model.dtype.itemsize
         self._named: dict[str, AdapterFolder] = {}
         self._retired: list[AdapterFolder] = []
@@ -51,6 +52,12 @@ class Adapters:
         """Read a folder's headers; raises SuiteError for an adapter that cannot be served here."""
         folder = read_adapter(path, dora=True)
         check_fits(folder, self._base)
+        if mute := sorted(folder.modules.keys() - self._called):
+            raise SuiteError(
+                f"its {mute[0]} would not be heeded: the model takes that layer's weights without calling it",
+                where=str(path),
+                hint=MERGE_FIRST,
+            )
         if self._base.quantized:
             if folder.dora:
                 raise SuiteError(

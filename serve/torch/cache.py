@@ -9,6 +9,7 @@ import torch
 from transformers import Cache
 
 from serve.torch.scheduler import Copy, Move
+from serve.torch.states import LayerStates, States
 
 BLOCK = 64
 """Rows grow by this many positions: a copy of the cache every 64 steps costs little beside reading it every step."""
@@ -23,11 +24,13 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     Beside them stand `blocks` kept blocks of `size` tokens, `(blocks, kv_heads, size, head_dim)` per layer: rows that
     begin with the same tokens get copies, once for each request: reading shared blocks in place would gather keys anew
-    in every step.
+    in every step. Layers that have a state instead keep it in `states`; `layers` is what models see of them.
     """
 
     def __init__(self, blocks: int, size: int, cells: int = 0) -> None:
         super().__init__(layers=[])
+        self.states = States()
+        self.layers: dict[int, LayerStates] = self.states.layers
         self._cells = cells
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
@@ -52,6 +55,7 @@ class SlotCache(Cache):  # type: ignore[misc]
                     tensors[layer] = grown = self._zeros(tensor)
                     kept = tensor[: len(grown), :, : grown.shape[2]]
                     grown[: kept.shape[0], :, : kept.shape[2]] = kept
+            self.states.fit(self._shape[0])
 
     def begin(self, first: int, starts: Sequence[int], width: int, device: torch.device) -> None:
         """Work on rows `first` and following: row `i` reads `width` tokens from `starts[i]` on."""
@@ -61,6 +65,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = begins[:, None]  # (B, Q)
         if width > 1:
             self.positions = self.positions + torch.arange(width, device=device)
+        self.states.begin(first, starts)
         self._places = {device: (torch.arange(first, self.last, device=device)[:, None], self.positions)}
 
     def arrange(self, moves: Sequence[Move], rows: int, length: int) -> None:
@@ -80,6 +85,7 @@ class SlotCache(Cache):  # type: ignore[misc]
             for tensor in (*self.keys.values(), *self.values.values()):
                 used = tensor[:, :, : max(lengths)]
                 used[targets] = used[sources]
+            self.states.move(sources, targets)
 
     def keep(self, copies: Sequence[Copy]) -> None:
         """Copy blocks of rows, for other rows."""
@@ -90,7 +96,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._copy(copies, keep=False)
 
     def wipe(self, row: int) -> None:
-        """Leave nothing in a row but zeros."""
+        """Leave nothing but zeros among a row's keys and values; its states are gone when another begins there."""
         for tensor in (*self.keys.values(), *self.values.values()):
             tensor[row] = 0
 
@@ -99,6 +105,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.keys.clear()
         self.values.clear()
         self._kept.clear()
+        self.states.clear()
         self._shape = (0, 0)
 
     def update(
@@ -117,6 +124,29 @@ class SlotCache(Cache):  # type: ignore[misc]
             keys[batch, :, positions] = key_states.transpose(1, 2)
             values[batch, :, positions] = value_states.transpose(1, 2)
         return keys[rows, :, : self.length], values[rows, :, : self.length]
+
+    def update_conv_state(
+        self,
+        conv_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Keep the last inputs of a convolution (B, ..., Q); returns them behind those kept before."""
+        layer = self.layers.setdefault(layer_idx, LayerStates(self.states))
+        return layer.update_conv(conv_states, state_idx, conv_kernel_size)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
+    ) -> torch.Tensor:
+        """Keep a layer's state (B, ...) of the rows of this step."""
+        layer = self.layers.setdefault(layer_idx, LayerStates(self.states))
+        return layer.update_recurrent(recurrent_states, state_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:  # noqa: ARG002
+        """Whether there are states to go on from; those of rows that begin are zeros."""
+        return self.states.known
 
     def get_query_offset(self, layer_idx: int = 0) -> int | torch.Tensor:  # noqa: ARG002
         """Where each row's new tokens start, (B,), or one number for all: the mask function adds it to the columns."""

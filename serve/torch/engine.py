@@ -21,11 +21,11 @@ from serve.generation import EngineEnded, Finish, Generation, Request, Stats
 from serve.torch.adapters import Adapters
 from serve.torch.cache import BLOCK, SlotCache
 from serve.torch.forward import Forward
-from serve.torch.loading import cache_cells, load_model, memory_share
+from serve.torch.loading import cache_room, load_model, memory_share
 from serve.torch.observing import observe
 from serve.torch.prefix import Prefixes
 from serve.torch.sampling import Sampler, score, spoilt
-from serve.torch.scheduler import Scheduler, Step
+from serve.torch.scheduler import Reading, Scheduler, Step
 from suite.errors import SuiteError
 
 log = logging.getLogger("serve")
@@ -43,10 +43,10 @@ class Engine:
     """One model, its adapters, and the thread that runs them.
 
     `dtype` "auto" is float32 on a CPU and the checkpoint's on a GPU. `max_batch` rows run at once; prompt and answer
-    have at most `max_length` tokens together. `cache_memory` bytes hold keys and values, by default a share of the
-    machine's; with `prefix_cache` a part of them is for prompts that begin like earlier ones, which are not read again
-    so far. `adapter_memory` bytes, a share too, hold the adapters that were asked for last. `notify` is called in the
-    engine's thread after each step, with the generations that have new tokens or ended.
+    have at most `max_length` tokens together. `cache_memory` bytes hold keys, values and states, by default a share of
+    the machine's; with `prefix_cache` a part of them is for prompts that begin like earlier ones, which are not read
+    again so far. `adapter_memory` bytes, a share too, hold the adapters that were asked for last. `notify` is called
+    in the engine's thread after each step, with the generations that have new tokens or ended.
     """
 
     def __init__(
@@ -64,15 +64,21 @@ class Engine:
     ) -> None:
         folder = read_model(model)
         self.model = load_model(folder, dtype)
-        cells = cache_cells(self.model, cache_memory)
-        kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK if prefix_cache else 0
+        length = -(-(max_length or folder.max_length) // BLOCK) * BLOCK
+        max_batch, cells = cache_room(self.model, cache_memory, max_batch, length)
+        reading: Reading = self.model.found.reading
+        kept = 0
+        if prefix_cache and reading == "padded":  # states are not kept: keys and values alone are no beginning
+            kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK
         cells = (cells - kept * PREFIX_BLOCK) // BLOCK * BLOCK
         self.max_length = min(max_length or folder.max_length, cells)
         self.vocabulary = int(self.model.config.get_text_config().vocab_size)
         # prompt logprobs need all logits of a step at once: 2**26 of them are 256 MB in float32
         budget = max(64, min(1024, 2**26 // self.vocabulary))
         prefixes = Prefixes(kept, PREFIX_BLOCK)
-        self.scheduler = Scheduler(max_batch, cells, prefixes, chunk=min(512, budget), budget=budget, block=BLOCK)
+        self.scheduler = Scheduler(
+            max_batch, cells, prefixes, chunk=min(512, budget), budget=budget, block=BLOCK, reading=reading
+        )
         self.steps = 0
         """Forward passes since the start."""
         self.failures = 0

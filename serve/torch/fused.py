@@ -159,6 +159,7 @@ def _is_attention(layer: nn.Module) -> bool:
         and _children(layer) - {*WIDE["qkv_proj"], "o_proj"} in (set(), HEAD_NORMS)
         and vars(layer).keys() >= {"head_dim", "scaling", "layer_idx"}
         and arguments >= {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
+        and "layer_idx" not in arguments  # Zamba2's, which serves several layers
         and getattr(layer.config, "clip_qkv", None) is None  # OLMo's: so few tokens may not show it
     )
 

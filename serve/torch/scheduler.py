@@ -17,13 +17,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from serve.generation import Generation
 from serve.torch.prefix import Prefixes
 
 CALM_STEPS = 256
 """After so many steps twice as many rows may run again as after a memory error."""
+
+Reading = Literal["padded", "even", "whole"]
+"""How rows are read together: as many tokens of each as there are, the shorter ones padded; equally many of each, where
+padding would go into a state; or none of them in parts, where a state is gone on from by single tokens only."""
 
 
 class Move(NamedTuple):
@@ -75,7 +79,7 @@ class Scheduler:
     kept), so the oldest always goes on and everything finishes; one that can outgrow the cache alone must not be added.
     A prefill step reads at most `chunk` tokens of a generation and about `budget` tokens in all, with no padding that
     would outgrow the cache, and a decode step is made between two of them: a long prompt delays nobody for more than
-    one chunk.
+    one chunk, unless prompts are to be read `whole`.
     """
 
     def __init__(
@@ -87,8 +91,10 @@ class Scheduler:
         chunk: int = 512,
         budget: int = 1024,
         block: int = 64,
+        reading: Reading = "padded",
     ) -> None:
         self.max_rows, self.max_cells, self.prefixes = max_rows, max_cells, prefixes
+        self.reading = reading
         self.chunk, self.budget, self.block = chunk, budget, block
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
@@ -175,6 +181,22 @@ class Scheduler:
         # rows that were freed brought younger ones to the front; the oldest is always read
         oldest = min(range(self.decoding, len(self.running)), key=lambda i: self.running[i].arrival)
         self._swap(oldest, self.decoding)
+        return self._prefill_padded() if self.reading == "padded" else self._prefill_evenly()
+
+    def _prefill_evenly(self) -> Step:
+        """As many tokens of each row as of the oldest; rows with fewer left wait until they are the oldest."""
+        first, whole = self.decoding, self.reading == "whole"
+        left = self.running[first].left
+        width = left if whole else min(left, self.chunk)
+        last = first + 1
+        for row in range(last, len(self.running)):
+            left = self.running[row].left
+            if (left == width if whole else left >= width) and (last + 1 - first) * width <= self.budget:
+                self._swap(row, last)
+                last += 1
+        return Step(first, self.running[first:last], [width] * (last - first))
+
+    def _prefill_padded(self) -> Step:
         rows: list[Generation] = []
         loads: list[Copy] = []
         reading: set[Hashable] = set()

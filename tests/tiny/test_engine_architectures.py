@@ -45,11 +45,9 @@ SERVED: dict[str, dict[str, Any]] = {
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_neo": ({"attention_types": [[["global", "local"], 1]]}, "layers of type local"),
-    "jamba": ({"num_experts": 2}, "layers of type linear_attention"),
-    "mamba": ({}, "layers of type linear_attention"),
-    "rwkv": ({}, "RwkvForCausalLM keeps a state"),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers of type (conv|linear_attention)"),
-    "openai-gpt": ({}, "keeps no keys and values"),
+    "rwkv": ({}, "RwkvForCausalLM keeps a state in a way of its own"),
+    "recurrent_gemma": ({"lru_width": 128, "block_types": ["recurrent", "attention"]}, "in a way of its own"),
+    "openai-gpt": ({}, "takes no cache"),
     "bert": ({}, "BertLMHeadModel cannot be served in batches"),
     "falcon": ({"alibi": True}, "cannot be served in batches"),
 }
@@ -96,7 +94,7 @@ def test_refused_with_the_reason(tmp_path: Path, architecture: str) -> None:
 
 def test_one_whose_batches_answer_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = read_model(tiny_model(tmp_path, architecture="codegen", rotary_dim=16))
-    assert loading.load_model(folder, "float32").token_bytes == 2 * 2 * 128 * 4
+    assert loading.load_model(folder, "float32").found.token_bytes == 2 * 2 * 128 * 4
     monkeypatch.setattr(loading, "OWN", loading.NAME)  # leaves out masks that its attention needs
     with pytest.raises(SuiteError, match=r"logits differ by \d+"):
         loading.load_model(folder, "float32")

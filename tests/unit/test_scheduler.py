@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve.generation import Generation, Request
 from serve.torch.prefix import Prefixes
-from serve.torch.scheduler import Scheduler, Step
+from serve.torch.scheduler import Reading, Scheduler, Step
 
 BLOCK = 4
 
@@ -48,6 +48,8 @@ class Machine:
         for row, block, place in step.loads:
             self.write(row, block * BLOCK, self.kept[place])
         running = self.scheduler.running
+        if self.scheduler.reading != "padded":
+            self.check_states(step)
         assert running[step.first : step.first + len(step.rows)] == step.rows
         assert all(0 < count <= row.left for row, count in zip(step.rows, step.counts, strict=True))
         for index, (row, count) in enumerate(zip(step.rows, step.counts, strict=True), step.first):
@@ -64,6 +66,16 @@ class Machine:
                 self.finished.append(row)
         self.check()
         return step
+
+    def check_states(self, step: Step) -> None:
+        """A row's state must be what its tokens made of it, and nothing else: neither padding nor another row."""
+        assert len(set(step.counts)) == 1
+        for index, row in enumerate(step.rows, step.first):
+            if row.cached == 0:  # it begins with zeros
+                self.rows[index] = []
+            assert self.rows[index] == self.cells(row)[: row.cached]
+            assert self.scheduler.reading == "even" or row.cached == 0 or row.left == 1
+            assert self.scheduler.reading == "even" or step.counts[0] == row.left
 
     def write(self, row: int, start: int, cells: list[int]) -> None:
         held = self.rows.setdefault(row, [])
@@ -119,9 +131,11 @@ def generation(prompt: int, new: int, odd: int = -1, adapter: str = "", scored: 
     return Generation(Request(tokens, adapter, new, prompt_logprobs=0 if scored else None))
 
 
-def machine(rows: int = 4, cells: int = 200, chunk: int = 8, budget: int = 16, kept: int = 0) -> Machine:
-    prefixes = Prefixes(kept, BLOCK)
-    return Machine(Scheduler(rows, cells, prefixes, chunk=chunk, budget=budget, block=BLOCK))
+def machine(
+    rows: int = 4, cells: int = 200, chunk: int = 8, budget: int = 16, kept: int = 0, reading: Reading = "padded"
+) -> Machine:
+    prefixes = Prefixes(kept if reading == "padded" else 0, BLOCK)
+    return Machine(Scheduler(rows, cells, prefixes, chunk=chunk, budget=budget, block=BLOCK, reading=reading))
 
 
 lengths = st.tuples(st.integers(1, 40), st.integers(1, 20))
@@ -136,15 +150,24 @@ requests = st.builds(
 steps = st.just("step")
 cancels = st.integers(0, 50)
 losses = st.sampled_from([None, 1, 2]).map(lambda limit: ("lost", limit))
+readings = st.sampled_from(get_args(Reading))
 actions = st.lists(st.one_of(requests, steps, steps, cancels, losses), max_size=60)
 
 
 @settings(max_examples=150, deadline=None)
-@given(actions, st.integers(1, 6), st.integers(64, 300), st.integers(1, 16), st.integers(1, 40), st.integers(0, 12))
+@given(
+    actions,
+    st.integers(1, 6),
+    st.integers(64, 300),
+    st.integers(1, 16),
+    st.integers(1, 40),
+    st.integers(0, 12),
+    readings,
+)
 def test_everything_finishes_and_no_cell_is_another_ones(
-    actions: list[Any], rows: int, cells: int, chunk: int, budget: int, kept: int
+    actions: list[Any], rows: int, cells: int, chunk: int, budget: int, kept: int, reading: Reading
 ) -> None:
-    run = machine(rows, cells, chunk, budget, kept)
+    run = machine(rows, cells, chunk, budget, kept, reading)
     added: list[Generation] = []
     cancelled: list[Generation] = []
     for action in actions:
@@ -241,10 +264,12 @@ def test_blocks_that_make_room_before_they_were_copied() -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(lengths, min_size=1, max_size=20), st.integers(16, 50), st.sampled_from([8, 24]))
-@example([(26, 4), (24, 4), (24, 4)], 24, 24)  # the rest of the first, padded to what the third one reads
-def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], blocks: int, chunk: int) -> None:
-    run = machine(rows=8, cells=blocks * BLOCK, chunk=chunk, budget=2 * chunk)
+@given(st.lists(lengths, min_size=1, max_size=20), st.integers(16, 50), st.sampled_from([8, 24]), readings)
+@example([(26, 4), (24, 4), (24, 4)], 24, 24, "padded")  # the rest of the first, padded to what the third one reads
+def test_the_cache_never_outgrows_its_limit(
+    requests: list[tuple[int, int]], blocks: int, chunk: int, reading: Reading
+) -> None:
+    run = machine(rows=8, cells=blocks * BLOCK, chunk=chunk, budget=2 * chunk, reading=reading)
     for request in requests:
         run.scheduler.add(generation(*request))
     while (step := run.scheduler.schedule()) is not None:
@@ -260,10 +285,10 @@ def test_the_cache_never_outgrows_its_limit(requests: list[tuple[int, int]], blo
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(lengths, min_size=2, max_size=20), st.integers(64, 200), st.sampled_from([0, 10]))
-@example([(1, 1), (1, 2), (6, 1), (1, 1), (1, 2)], 64, 0)
-def test_the_oldest_is_never_put_back(requests: list[tuple[int, int]], cells: int, kept: int) -> None:
-    run = machine(rows=8, cells=cells, kept=kept)
+@given(st.lists(lengths, min_size=2, max_size=20), st.integers(64, 200), st.sampled_from([0, 10]), readings)
+@example([(1, 1), (1, 2), (6, 1), (1, 1), (1, 2)], 64, 0, "padded")
+def test_the_oldest_is_never_put_back(requests: list[tuple[int, int]], cells: int, kept: int, reading: Reading) -> None:
+    run = machine(rows=8, cells=cells, kept=kept, reading=reading)
     for request in requests:
         run.scheduler.add(generation(*request))
     while run.scheduler.running or run.scheduler.waiting:
@@ -306,6 +331,16 @@ def test_prompts_are_read_together_up_to_the_budget() -> None:
     step = run.step()
     assert step is not None
     assert len(step.rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("reading", "read"), [("even", [[8] * 3, [1] * 3, [5] * 2, [3]]), ("whole", [[9] * 2, [14], [8]])]
+)
+def test_rows_that_may_not_be_padded_are_read_beside_those_as_long(reading: Reading, read: list[list[int]]) -> None:
+    run = machine(rows=8, chunk=8, budget=30, reading=reading)
+    for length in (9, 14, 8, 9):
+        run.scheduler.add(generation(length, 1))
+    assert [step.counts for step in iter(run.step, None)] == read
 
 
 def test_a_cancelled_generation_frees_its_row_before_the_next_step() -> None:

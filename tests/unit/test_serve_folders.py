@@ -160,10 +160,10 @@ def test_damaged_models(tmp_path: Path, damage: Any, message: str) -> None:
 def test_models_that_cannot_be_served(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match="encoder-decoder"):
         read_model(model(tmp_path / "t5", is_encoder_decoder=True))
-    hybrid = {"layer_types": ["full_attention", "linear_attention"]}
-    for name, config in {"next": hybrid, "nested": {"text_config": hybrid}}.items():
+    strange = {"layer_types": ["full_attention", "linear_attention", "compressed_sparse_attention"]}
+    for name, config in {"strange": strange, "nested": {"text_config": strange}}.items():
         found = read_model(model(tmp_path / name, **config))
-        with pytest.raises(SuiteError, match="linear_attention cannot be served") as error:
+        with pytest.raises(SuiteError, match="type compressed_sparse_attention cannot be served") as error:
             check_layers(found.layer_types, found.path)
         assert "--backend" in error.value.hint
     with pytest.raises(SuiteError, match="an adapter, not a model"):
