@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ TOOLS = [
 def chat_of(
     template: str, *, special: tuple[str, ...] = (), stops: tuple[str, ...] = (), eos: str = "<|im_end|>"
 ) -> Chat:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(list(special), special_tokens=True)
     tokenizer.chat_template = template
     tokenizer.bos_token, tokenizer.eos_token = "<s>", eos
@@ -195,7 +194,7 @@ def test_a_template_without_tools_says_so() -> None:
 
 
 def test_a_base_without_template_or_tokenizer(tmp_path: Path) -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(SuiteError, match=r"no chat template[\s\S]*instruction-tuned"):
         Chat(tokenizer)

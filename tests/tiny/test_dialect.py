@@ -91,6 +91,11 @@ def calling(name: str, arguments: dict[str, Any], number: str = "call00001") -> 
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
+def test_a_tokenizer_that_is_changed_is_nobody_elses() -> None:
+    assert chat_of(CHAT_TEMPLATE).tokenizer.bos_token == "<s>"
+    assert tiny_tokenizer(512, CHAT_TEMPLATE).bos_token is None
+
+
 def test_our_own_templates() -> None:
     dialect = Dialect.of(chat_of(CHAT_TEMPLATE))
     assert dialect.calls

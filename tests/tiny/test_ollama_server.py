@@ -5,7 +5,6 @@ No real Ollama is run here: the command and the server are stand-ins that only d
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import threading
@@ -170,7 +169,7 @@ def test_the_tokens_that_an_engine_reads() -> None:
 
 
 def test_a_bos_that_only_the_tokenizer_adds_is_counted() -> None:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|endoftext|>"
     plain = ollama_server.prompt_tokens(Chat(tokenizer))
     adding = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ DIALOGUES = [
 
 
 def chat_of(template: str) -> Chat:
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.bos_token = "<s>"
     return Chat(tokenizer)

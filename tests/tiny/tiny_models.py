@@ -55,11 +55,28 @@ CORPUS = [
 ]
 
 
-@cache
 def tiny_tokenizer(vocab: int = 512, template: str | None = CHAT_TEMPLATE) -> Any:
-    """A byte-level BPE with the ChatML special tokens, trained on a few sentences; any text round-trips."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE with the ChatML special tokens, trained on a few sentences; any text round-trips.
+
+    Each is the caller's own: what one test does to it is not found by the next.
+    """
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(vocab)),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@cache
+def _trained(vocab: int) -> str:
+    """Its tokenizer.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,11 +86,7 @@ def tiny_tokenizer(vocab: int = 512, template: str | None = CHAT_TEMPLATE) -> An
         vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(CORPUS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+    return str(bpe.to_str())
 
 
 def tiny_model(
