@@ -142,9 +142,10 @@ class Adapters:
             self._thread.start()
         return go, failed
 
-    def select(self, rows: Sequence[Generation], width: int) -> None:
-        """Say which rows the next forward pass has, and how many tokens each."""
-        self.lora.select([generation.weights for generation in rows], self._pool.resident, width)
+    def select(self, running: Sequence[Generation], first: int, last: int, width: int) -> None:
+        """Say which of the rows that run the next forward pass has, and how many tokens each."""
+        weights = [generation.weights for generation in running]
+        self.lora.select(weights, self._pool.resident, width, first, last)
 
     def stats(self) -> PoolStats:
         """How the pool is at the moment."""
@@ -184,17 +185,19 @@ class Adapters:
             }
         folder.check_unchanged()
         # as few operations as may be: each makes the engine's thread wait for the interpreter
-        memory = torch.empty(folder.parameters, dtype=self._dtype)
-        layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        sizes = [size for m in folder.modules.values() for size in (m.rank * m.inputs, m.rank * m.outputs)]
+        memory = torch.empty(sum(sizes), dtype=self._dtype)
+        pieces = iter(memory.split_with_sizes(sizes))
+        layers = {
+            name: (next(pieces).view(m.rank, -1), next(pieces).view(m.rank, -1)) for name, m in folder.modules.items()
+        }
+        scaled = torch._foreach_mul(
+            [tensors[f"{name}.lora_B"].float() for name in layers], [m.scaling for m in folder.modules.values()]
+        )
+        torch._foreach_copy_([a for a, _ in layers.values()], [tensors[f"{name}.lora_A"] for name in layers])
+        torch._foreach_copy_([b for _, b in layers.values()], [b.T for b in scaled])
         scales: dict[str, Scale] = {}
-        first = 0
         for name, module in folder.modules.items():
-            sizes = module.rank * module.inputs, module.rank * module.outputs
-            a, b = memory[first : first + sum(sizes)].split_with_sizes(sizes)
-            first += sum(sizes)
-            layers[name] = a.view(module.rank, -1), b.view(module.rank, -1)
-            layers[name][0].copy_(tensors[f"{name}.lora_A"])
-            torch.mul(tensors[f"{name}.lora_B"].float().T, module.scaling, out=layers[name][1])
             if module.dora:
                 scales[name] = self.lora.scale(name, *layers[name], tensors[f"{name}{MAGNITUDE}"])
                 layers[name][1].mul_(scales[name].gain.to(layers[name][1]))

@@ -46,9 +46,10 @@ class MultiLora:
                                           block 2:  4  4      slot 2:  c
                                           base:     2
 
-    Any other model's rows are gathered to such blocks before each layer, and their results brought back; or each row is
-    a block, where most have an adapter of their own. Prompts are so much more work that the adapters take turns: two
-    products for each, on the rows that it has.
+    Any other model's rows are gathered to such blocks before each layer, and their results brought back. Where most
+    rows that run have an adapter of their own, each is a block where it stands, with the slot that has its number: that
+    is written once for a request, whose prompt and tokens find it there. Other prompts are so much more work that the
+    adapters take turns: two products for each, on the rows that it has.
 
     A row's result comes from products of its own, whatever its neighbours ask for. Slots are written only where the
     adapters of a batch change; ranks are padded to the highest in the batch. They take `COPIES * memory` bytes at most:
@@ -60,10 +61,10 @@ class MultiLora:
         self._model, self._memory = model, COPIES * memory
         self._parts: Mapping[str, Part] = model.parts
         self._layers: dict[str, Layer] = {}
+        self._devices: dict[str, torch.device] = {}
         self._slots: list[Hashable] = []
         self._room = 0  # the rank that slots have room for
-        self._rows: list[Hashable] = []
-        self._width = 1
+        self._asked: tuple[list[Hashable], int, int, int] | None = None
         self._orders = isinstance(vars(model).get("forward"), Stack)
         self._adapters: set[Hashable] = set()
         self._touched: set[str] = set()
@@ -73,30 +74,37 @@ class MultiLora:
         self.order: Order | None = None
         """How a `Stack` has to order the rows of the next forward pass."""
 
-    def select(self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], width: int = 1) -> None:
-        """Name the adapter of each row of the next forward pass, a key of `pool`; an empty one is the base.
+    def select(
+        self, running: Sequence[Hashable], pool: Mapping[Any, Weights], width: int = 1, first: int = 0, last: int = -1
+    ) -> None:
+        """Name the adapter of each row that runs, a key of `pool`; an empty one is the base.
 
-        Each row has `width` tokens.
+        The next forward pass computes those from `first` to `last`, by default all, with `width` tokens each.
         """
-        if rows == self._rows and width == self._width:
+        last = len(running) if last < 0 else last
+        asked = [*running], width, first, last
+        if asked == self._asked:
             return
-        self._rows = []
-        adapters = {key for key in rows if key}
+        self._asked = None
+        adapters = {key for key in running if key}
         if adapters != self._adapters:
             self._meet([pool[key] for key in adapters])
             self._adapters = adapters
         touched = {layer for layer in self._layers.values() if not self._touched.isdisjoint(layer.parts)}
-        order, plan = self._planned(rows, pool, width, self._orders and all(layer.in_stack for layer in touched))
-        self.order = Order.of(order, self._model.device) if order != [*range(len(rows))] else None
+        ordered = self._orders and all(layer.in_stack for layer in touched)
+        order, plan = self._planned(running, first, last, pool, width, ordered)
+        self.order = Order.of(order, self._model.device) if order != [*range(last - first)] else None
         for layer in self._layers.values():
             layer.follow(plan if layer in touched else None)
-        self._rows, self._width = [*rows], width
+        self._asked = asked
 
     def device(self, name: str) -> torch.device:
         """Where the weights for a layer of the checkpoint belong."""
-        layer = self._model.get_submodule(self._path(name))
-        found: torch.device = next((t.device for t in (*layer.parameters(), *layer.buffers())), self._model.device)
-        return found
+        path = self._path(name)
+        if path not in self._devices:  # asked for by each adapter that is read
+            layer = self._model.get_submodule(path)
+            self._devices[path] = next((t.device for t in (*layer.parameters(), *layer.buffers())), self._model.device)
+        return self._devices[path]
 
     @torch.no_grad()
     def scale(self, name: str, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor) -> Scale:
@@ -154,47 +162,54 @@ class MultiLora:
         return self._parts[name].path if name in self._parts else name
 
     def _planned(
-        self, rows: Sequence[Hashable], pool: Mapping[Any, Weights], width: int, ordered: bool
+        self,
+        running: Sequence[Hashable],
+        first: int,
+        last: int,
+        pool: Mapping[Any, Weights],
+        width: int,
+        ordered: bool,
     ) -> tuple[list[int], Plan | Turns | None]:
         """The order of the rows, as they stand unless it is `ordered` by adapter, and how they are computed."""
+        rows = running[first:last]
         order = [*range(len(rows))]
-        if not self._adapters:
+        if not any(rows):
             return order, None
-        first = {key: place for place, key in enumerate(dict.fromkeys(rows))}
-        grouped = sorted(order, key=lambda row: first[rows[row]]) if ordered else order
+        scaled = any(pool[key].scales for key in self._adapters)  # which blocks do not know
+        if not scaled and self._alone(running, ordered):
+            self._fill(rows, pool, first, len(running))
+            return order, Plan(len(rows), len(rows), 1, self._rank, first)
+        places = {key: place for place, key in enumerate(dict.fromkeys(rows))}
+        grouped = sorted(order, key=lambda row: places[rows[row]]) if ordered else order
         turns = [(pool[key] if key else NOTHING, len([*same])) for key, same in groupby(rows[row] for row in grouped)]
         quick = width > 1 and (ordered or len(turns) <= FEW * max(1, width // WIDE))
-        size, blocks = self._arranged(rows, width, ordered)
-        large = self._bytes(len(blocks), self._rank) > self._memory
-        if quick or large or any(pool[key].scales for key in self._adapters):  # which blocks do not know
+        size, blocks = arrange(rows, width * self._row(ordered))
+        if quick or scaled or self._bytes(len(blocks), self._rank) > self._memory:
             return grouped, Turns([weights for weights, _ in turns], [count for _, count in turns])
-        if len(blocks) == len(rows):
-            self._fill(blocks, pool)
-            return order, Plan(len(rows), len(rows), 1, self._rank)
         blocks = self._filled(blocks, pool)
         source = [row for block in blocks for row in padded(block.rows, size)]
         if ordered:
             source += [row for row, key in enumerate(rows) if not key]
             return source, Plan(len(source), len(blocks), size, self._rank)
-        places = [len(source)] * len(rows)  # where nothing but zeros is
+        results = [len(source)] * len(rows)  # where nothing but zeros is
         for i, block in enumerate(blocks):
             for j, row in enumerate(block.rows):
-                places[row] = i * size + j
-        gather = Gather(torch.tensor(source), torch.tensor(places))
-        return order, Plan(len(rows), len(blocks), size, self._rank, gather)
+                results[row] = i * size + j
+        gather = Gather(torch.tensor(source), torch.tensor(results))
+        return order, Plan(len(rows), len(blocks), size, self._rank, gather=gather)
 
-    def _arranged(self, rows: Sequence[Hashable], width: int, ordered: bool) -> tuple[int, list[Block]]:
-        """The size of the blocks, and the blocks: those of `arrange`, or one for each row where it stands.
+    def _row(self, ordered: bool) -> float:
+        """What a row more costs, beside its adapter: it is computed by all of the model, or brought to its block."""
+        return 1 + (self._model_size / self._size if ordered else MOVING)
 
-        That saves bringing rows to their blocks, which is why the base's rows may have blocks too.
-        """
-        if ordered:  # a row more is computed by all of the layer, and by its adapter
-            size, blocks = arrange(rows, (1 + self._model_size / self._size) * width)
-            stay = size == 1 and READING * (len(rows) - len(blocks)) <= MOVING * len(rows)
-        else:
-            size, blocks = arrange(rows, 1 + MOVING)
-            stay = cost(1, len(rows), 1) <= cost(size, len(blocks), 1 + MOVING)
-        return (1, [Block(key, [row]) for row, key in enumerate(rows)]) if stay else (size, blocks)
+    def _alone(self, running: Sequence[Hashable], ordered: bool) -> bool:
+        """Whether it costs least that each row, the base's too, is a block where it stands, and there is memory."""
+        if self._bytes(len(running), self._rank) > self._memory:
+            return False
+        size, blocks = arrange(running, self._row(ordered))
+        if ordered:
+            return size == 1 and READING * (len(running) - len(blocks)) <= MOVING * len(running)
+        return cost(1, len(running), 1) <= cost(size, len(blocks), 1 + MOVING)
 
     def _filled(self, blocks: list[Block], pool: Mapping[Any, Weights]) -> list[Block]:
         """The blocks in the order of the first slots, which have their weights now.
@@ -208,28 +223,30 @@ class MultiLora:
         held += [None] * (len(blocks) - len(held))
         rest = iter([block for left in missing.values() for block in left])
         ordered = [block or next(rest) for block in held]
-        self._fill(ordered, pool)
+        self._fill([block.adapter for block in ordered], pool)
         return ordered
 
-    def _fill(self, blocks: Sequence[Block], pool: Mapping[Any, Weights]) -> None:
-        """Give the first slots the weights of the blocks, where they have others."""
-        count = len(blocks)
+    def _fill(self, keys: Sequence[Hashable], pool: Mapping[Any, Weights], first: int = 0, room: int = 0) -> None:
+        """Give the slots from `first` on the weights of these, where they have others; there is `room` for more."""
+        count = max(first + len(keys), room)
         if count > len(self._slots) or self._rank > self._room or self.bytes > self._memory:
             # few adapters need no room for many
             rounded = 1 << (count - 1).bit_length() if count < SLOTS else -(-count // SLOTS) * SLOTS
-            slots, room = max(rounded, len(self._slots)), max(self._rank, self._room)
-            if self._bytes(slots, room) > self._memory:
-                slots, room = count, self._rank
+            slots, rank = max(rounded, len(self._slots)), max(self._rank, self._room)
+            if self._bytes(slots, rank) > self._memory:
+                slots, rank = count, self._rank
+            kept = self._slots[:slots] if rank == self._room else []
             self._slots, self._room = [], 0  # until there is memory for all
             for layer in self._layers.values():
-                layer.resize(slots, room)
-            self._slots, self._room = [None] * slots, room
-        for slot, block in enumerate(blocks):
-            if self._slots[slot] != block.adapter:
+                layer.resize(slots, rank)
+            self._slots, self._room = kept + [None] * (slots - len(kept)), rank
+        for slot, key in enumerate(keys, first):
+            if self._slots[slot] != key:
                 self._slots[slot] = None  # until all of it is written
-                for layer in self._layers.values():
-                    layer.write(slot, pool[block.adapter] if block.adapter else NOTHING)
-                self._slots[slot] = block.adapter
+                weights = pool[key] if key else NOTHING
+                pairs = [pair for layer in self._layers.values() for pair in layer.copies(slot, weights)]
+                torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
+                self._slots[slot] = key
 
 
 def arrange(rows: Sequence[Hashable], row: float) -> tuple[int, list[Block]]:

@@ -117,8 +117,9 @@ def test_the_memory_of_slots_is_told(engine: Engine, seed_adapter: Path) -> None
     ask(engine, "a")
     assert engine.stats().adapter_slots >= engine.stats().adapters.used > 0
     ask(engine, "a", "a", "", "a")
-    slots = [layer._a.nbytes + layer._b.nbytes for layer in engine._adapters.lora._layers.values()]
-    assert engine.stats().adapter_slots == sum(slots)
+    layers = engine._adapters.lora._layers.values()
+    slots = sum(layer._a.nbytes + layer._b.nbytes + layer._units.nbytes for layer in layers)
+    assert engine.stats().adapter_slots == slots
 
 
 def test_an_idle_engine_holds_nothing_of_what_was_unloaded(engine: Engine, seed_adapter: Path) -> None:

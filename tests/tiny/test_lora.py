@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from serve.generation import Request
 from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
 from serve.torch.lora import arrange
-from serve.torch.lora_layer import Layer, Plan, Turns
+from serve.torch.lora_layer import Layer, Plan, Turns, Weights
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
 
@@ -131,6 +133,42 @@ def test_rows_are_computed_in_the_order_of_blocks(
     assert any(plan.size > 1 and plan.blocks * plan.size < plan.batch for plan in blocks), "the base is behind them"
     for name in names:
         engine.unload_adapter(name)
+
+
+def test_rows_with_adapters_of_their_own_join_others(
+    engine: Engine, folders: dict[str, Path], plans: list[Plan | Turns | None]
+) -> None:
+    names = [name for name in KINDS if name != "head"]  # it is outside of what orders rows
+    requests = [Request(prompt, name, 20) for prompt, name in zip(prompts(len(names)), names, strict=True)]
+    alone = [tokens(engine, [request])[0] for request in requests]
+    del plans[:]
+    others_came = threading.Event()
+    early = [engine.submit(replace(request, stop=lambda _: not others_came.wait(30))) for request in requests[:3]]
+    while not any(generation.new for generation in early):
+        time.sleep(0.01)
+    late = [engine.submit(request) for request in requests[3:]]
+    others_came.set()
+    assert [generation.wait(30).new for generation in (*early, *late)] == alone
+    assert not any(isinstance(plan, Turns) for plan in plans)
+    assert any(plan.first > 0 for plan in plans if isinstance(plan, Plan)), "prompts are read where their rows stand"
+
+
+def test_the_slot_of_a_row_is_written_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens(engine, [Request([3], name, 1) for name in KINDS])
+    pool, lora, copies = engine._adapters._pool.resident, engine._adapters.lora, Layer.copies
+    rows, written = [*pool][-5:], []
+
+    def watch(layer: Layer, slot: int, weights: Weights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        written.append((layer, slot))
+        return copies(layer, slot, weights)
+
+    monkeypatch.setattr(Layer, "copies", watch)
+    lora._slots = [None] * len(lora._slots)
+    with torch.inference_mode():  # as the engine's thread is
+        for running, width, first in ((3, 7, 0), (3, 1, 0), (5, 9, 3), (5, 1, 0)):
+            lora.select(rows[:running], pool, width, first)
+    assert len(written) == len({*written}) == len(rows) * len(lora._layers)
+    lora.select([], pool)
 
 
 def test_slots_that_would_take_more_memory_than_adapters_may_are_not_made(
