@@ -52,12 +52,7 @@ class Adapters:
         """Read a folder's headers; raises SuiteError for an adapter that cannot be served here."""
         folder = read_adapter(path, dora=True)
         check_fits(folder, self._base)
-        if mute := sorted(folder.modules.keys() - self._called):
-            raise SuiteError(
-                f"its {mute[0]} would not be heeded: the model takes that layer's weights without calling it",
-                where=str(path),
-                hint=MERGE_FIRST,
-            )
+        self._check_heeded(folder)
         if self._base.quantized:
             if folder.dora:
                 raise SuiteError(
@@ -154,6 +149,24 @@ class Adapters:
     def close(self) -> None:
         """End the thread."""
         self._wanted.put(None)
+
+    def _check_heeded(self, folder: AdapterFolder) -> None:
+        """Raise SuiteError for a change to a layer whose weights the model takes without calling it, as Mamba's.
+
+        Where every linear layer was trained they have tensors too, and B is zero: PEFT is not heeded there either.
+        """
+        mute = folder.modules.keys() - self._called
+        if not mute:
+            return
+        with safe_open(folder.weights, "pt", backend="pread") as file:
+            tensors = {key.removeprefix("base_model.model."): t for key, t in file.get_tensors().items()}
+        for name in sorted(mute):
+            if tensors[f"{name}.lora_B.weight"].any():
+                raise SuiteError(
+                    f"its {name} would not be heeded: the model takes that layer's weights without calling it",
+                    where=str(folder.path),
+                    hint=MERGE_FIRST,
+                )
 
     def _size(self, folder: AdapterFolder) -> int:
         return folder.parameters * self._itemsize

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from serve.folders import read_model
 from serve.generation import Request
 from serve.torch import loading, trial
+from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
 from serve.torch.states import States
 from suite.errors import SuiteError
@@ -125,26 +127,33 @@ def test_after_a_step_that_failed_all_states_are_new(engine: Engine, model: Any)
 def test_adapters_beside_the_base(tmp_path: Path, kind: str, targets: list[str]) -> None:
     """Rows of both share steps; each gets what PEFT answers."""
     folder = tiny_model(tmp_path / "base", architecture=kind, **MODELS[kind][1])
-    adapter = tiny_adapter(folder, tmp_path / "a", target_modules=targets)
-    asked = prompts([21, 9, 21, 30], seed=2)
-    engine = Engine(folder, {"a": adapter}, max_batch=4)
+    adapters = {n: tiny_adapter(folder, tmp_path / n, seed=i, target_modules=targets) for i, n in enumerate("ab")}
+    names = ["", "a", "b", "a"]
+    asked = [Request(p, name, NEW) for p, name in zip(prompts([21, 9, 21, 30], seed=2), names, strict=True)]
+    engine = Engine(folder, adapters, max_batch=4)
     try:
-        given = engine.generate([Request(p, "a" if i % 2 else "", NEW) for i, p in enumerate(asked)])
+        given = engine.generate(asked)
     finally:
         engine.close()
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    plain = [generate(model, prompt) for prompt in asked]
-    adapted = PeftModel.from_pretrained(model, adapter).eval()
-    wanted = [generate(adapted, prompt) if i % 2 else plain[i] for i, prompt in enumerate(asked)]
+    models = {"": AutoModelForCausalLM.from_pretrained(folder).eval()}
+    for name, adapter in adapters.items():
+        models[name] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()
+    wanted = [generate(models[request.adapter], request.prompt) for request in asked]
     assert [generation.new for generation in given] == wanted
-    assert wanted[1] != plain[1]
+    assert wanted[2] != generate(models[""], asked[2].prompt)
 
 
 def test_an_adapter_of_a_layer_that_is_not_called_is_refused(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "base", architecture="jamba", **MODELS["jamba"][1])
     adapter = tiny_adapter(folder, tmp_path / "a", target_modules=["dt_proj", "in_proj"])
-    with pytest.raises(SuiteError, match=r"dt_proj would not be heeded"):
-        Engine(folder, {"a": adapter})
+    model = loading.load_model(read_model(folder), "float32")
+    served = Adapters(model, read_model(folder), 1 << 30, lambda: None)
+    with pytest.raises(SuiteError, match=r"model.layers.0.mamba.dt_proj would not be heeded"):
+        served.check(adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    unchanged = {name: t.zero_() if "dt_proj.lora_B" in name else t for name, t in tensors.items()}
+    save_file(unchanged, adapter / "adapter_model.safetensors")
+    assert served.check(adapter).path == adapter
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "jamba"])
