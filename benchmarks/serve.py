@@ -6,7 +6,8 @@
 Each peer is named with the interpreter of the environment in which it is installed; one that is absent or fails is a
 line that says so. `transformers.generate`, one chat after the other, is always there. Models are copies that never end
 a turn, so that every answer has 64 tokens with any server, counted by its own usage. Rates are new tokens per second.
-Figures are medians over the rounds, with the lowest and highest; a first round only warms up. Servers that are not
+Figures are medians over the rounds, with the lowest and highest, and a ratio is that of the rounds' own ratios; a
+first round only warms up. Servers that are not
 asked are stopped for that time. All of it takes about 15 minutes with four peers.
 """
 
@@ -207,7 +208,11 @@ def _lower(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
 def row(text: str, ours: Figures, theirs: Figures, unit: str, goal: float, *, least: bool = False) -> dict[str, Any]:
     """One line; `ratio` is ours / theirs, and `goal` the smallest that is good enough, or the largest with `least`."""
-    ratio = ours.median / theirs.median
+    if len(ours.values) == len(theirs.values):
+        # of the same rounds: what slows the machine for a minute slows both
+        ratio = statistics.median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
+    else:
+        ratio = ours.median / theirs.median
     return {
         "measure": text, "ours": _rounded(ours.median), "theirs": _rounded(theirs.median), "unit": unit,
         "ratio": _rounded(ratio), "goal": goal, "met": ratio <= goal if least else ratio >= goal,
