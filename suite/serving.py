@@ -46,7 +46,7 @@ class Engine(Config):
     max_length: int | None = Field(None, ge=2)
     """Most tokens of prompt and answer together; by default what the model was made for."""
     cache_memory: ByteSize | None = None
-    """Memory for keys and values, e.g. 2GiB; by default a share of the machine's."""
+    """Memory for keys, values and states, e.g. 2GiB; by default a share of the machine's."""
     prefix_cache: bool = True
     """Whether prompts are not read again as far as they begin like earlier ones."""
     replicas: int = Field(1, ge=1, le=64)
