@@ -191,8 +191,8 @@ class Relay:
             if streamed and (failure := _failure(body)):
                 status, body, streamed = *failure, False
             if status >= 500 and await asked.upstream.dies(replica, life):
-                raise Broken(f"it answered {status}, and ended")
-            if status < 400 and asked.path not in UNCOMPUTED:
+                raise Broken(f"it answered {status}, and has ended or will be")
+            if status < 400 and not asked.path.startswith(UNCOMPUTED):
                 replica.heard = time.monotonic()
             if streamed:
                 stream = translation.stream(asked.fields, _unbroken(body, chunks, replica))

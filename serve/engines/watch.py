@@ -20,27 +20,28 @@ async def until_unwell(
 ) -> str:
     """Returns when the replica's engine has to be ended, with the reason; never while it is well.
 
-    `health(seconds)` is the status of its /health, infinite where none came in that time. `replica.unwell` says
-    meanwhile what it says of itself; `changed` is called after each change of it.
+    `health(seconds)` is the status of its /health, infinite where none came in that time; errors are believed once it
+    was seen to say anything else. `replica.unwell` holds meanwhile what it says against itself, from when nothing is
+    heard of it until it takes that back; `changed` is called after each change of it.
     """
-    well = time.monotonic()
+    well, believed = time.monotonic(), False
 
     def quiet() -> float:
         return time.monotonic() - max(well, replica.heard)
 
     while True:
-        await asyncio.sleep(patience.again if replica.unwell else patience.look)
         status = await health(max(patience.look, patience.silent - quiet()))
         if status < 500:  # one without that route has nothing to say of itself
-            well = time.monotonic()
-        says = complaint(status)
-        if says != replica.unwell:
+            well, believed = time.monotonic(), True
+        says = complaint(status) if believed else ""
+        if says != replica.unwell and (status < 500 or (says and quiet() > patience.look)):
             replica.unwell = says
             changed()
         if says and quiet() > patience.unwell:
             return f"was unwell for {quiet():.0f} s ({says})"
         if status == math.inf and quiet() > patience.silent:
             return f"did not answer for {quiet():.0f} s"
+        await asyncio.sleep(patience.again if replica.unwell else patience.look)
 
 
 def complaint(status: float) -> str:
