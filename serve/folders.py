@@ -195,12 +195,17 @@ def read_adapter(folder: Path, dora: bool = False) -> AdapterFolder:
 
 
 def check_fits(adapter: AdapterFolder, model: ModelFolder) -> None:
-    """Raise SuiteError unless every module of the adapter exists in the model, with the same shape."""
-    stems = {name.rpartition(".")[0] for name in model.shapes}
+    """Raise SuiteError unless every module of the adapter exists in the model, with the same shape.
+
+    Of a model that sees too, as Qwen3.5, the language model alone is served and trained, and its adapters' names are
+    those in it.
+    """
+    shapes = model.shapes | {name.replace("language_model.", "", 1): shape for name, shape in model.shapes.items()}
+    stems = {name.rpartition(".")[0] for name in shapes}
     if model.config.get("tie_word_embeddings"):
         stems.add("lm_head")
     for name, module in adapter.modules.items():
-        weight = model.shapes.get(f"{name}.weight")
+        weight = shapes.get(f"{name}.weight")
         given = (module.outputs, module.inputs)
         if name not in stems:
             raise SuiteError(

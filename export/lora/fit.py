@@ -19,8 +19,10 @@ ON_DISK = (
     (re.compile(r"^transformer\."), ""),
     (re.compile(r"\.mlp\.(?=experts\.|gate\.)"), ".block_sparse_moe."),
     (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^model\.(?=layers\.)"), "model.language_model."),
 )
-"""How names in memory, which adapters use, differ from those in a checkpoint: GPT-2's, Mixtral's, Gemma 3's."""
+"""How names in memory, which adapters use, differ from those in a checkpoint: GPT-2's, Mixtral's, Gemma 3's, and those
+of a model that sees too, as Qwen3.5, of which the language model alone was trained."""
 LEAVES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 """What one parameter for all experts in memory is called in a checkpoint that has tensors of each expert."""
 INPUTS_FIRST = ("gpt_oss",)

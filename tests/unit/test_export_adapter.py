@@ -19,6 +19,7 @@ from suite.store import Store, home
 
 W = "model.safetensors"
 EMBED, Q, HEAD = "model.embed_tokens", "model.layers.0.self_attn.q_proj", "lm_head"
+DEEPER = "model.language_model.layers.0.self_attn.q_proj"
 
 
 def base(folder: Path, tied: bool = True, **config: Any) -> Path:
@@ -50,6 +51,14 @@ def test_only_the_named_weight_is_changed(tmp_path: Path) -> None:
     edits, config = plan(base(tmp_path / "b"), [adapter(tmp_path / "a")])
     assert {e.target.name: e.copied for e in edits} == {f"{EMBED}.weight": True, f"{Q}.weight": False}
     assert config["tie_word_embeddings"]
+
+
+def test_the_language_model_of_one_that_sees_too(tmp_path: Path) -> None:
+    folder = base(tmp_path / "b")
+    tensors = {name: np.ones((6, 8), np.float32) for name in ("model.visual.proj.weight", f"{DEEPER}.weight")}
+    save_file(tensors, folder / W)
+    edits, _ = plan(folder, [adapter(tmp_path / "a")])
+    assert {e.target.name: e.copied for e in edits} == {"model.visual.proj.weight": True, f"{DEEPER}.weight": False}
 
 
 def test_the_tie_of_a_head_that_is_not_known_stays_as_it_is(tmp_path: Path) -> None:

@@ -54,6 +54,16 @@ def test_a_fitting_adapter(tmp_path: Path) -> None:
     assert lora.modules["model.layers.0.self_attn.q_proj"].scaling == 2.0
 
 
+@pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_the_language_model_of_one_that_sees_too(tmp_path: Path, inside: str) -> None:
+    folder = model(tmp_path / "m")
+    shapes = {name.replace("model.", inside): shape for name, shape in SHAPES.items()}
+    safetensors(folder / "model.safetensors", shapes)
+    check_fits(read_adapter(adapter(tmp_path / "a")), read_model(folder))
+    with pytest.raises(SuiteError, match="maps 8 to 17 values"):
+        check_fits(read_adapter(adapter(tmp_path / "b", outputs=17)), read_model(folder))
+
+
 @pytest.mark.parametrize(
     ("config", "scaling"),
     [
