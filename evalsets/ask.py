@@ -178,6 +178,8 @@ class Client:
         try:
             async with request as response:
                 yield response
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
+            raise SuiteError(f"'{self.url}' is no address", hint="e.g. http://127.0.0.1:8000") from None
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             hint = "is the server running? e.g. suite serve --model DIR"
             raise SuiteError(f"no answer from {self.root}: {error or type(error).__name__}", hint=hint) from None

@@ -92,7 +92,8 @@ def check_extra(kind: Kind, environment: Environment, options: Sequence[str]) ->
     if said:
         unknown = [word for word in options if word.startswith("--") and word not in said["known"]]
         hint = near(unknown[0], said["known"]) if unknown else ""
-        raise SuiteError(f"{kind.name} refuses {' '.join(options)}: {said['error']}", where="extra", hint=hint)
+        why = said["error"].removeprefix("-c: error: ")  # what argparse puts first, for whom "-c" is the program
+        raise SuiteError(f"{kind.name} refuses {' '.join(options)}: {why}", where="extra", hint=hint)
     known.touch()
 
 

@@ -113,7 +113,7 @@ engine = {{ {engine} }}
     [
         ("extra = { max-num-seqs = 4 }", ""),
         ("extra = { max-num-sequences = 4 }", "9: engine.extra: vllm refuses --max-num-sequences 4"),
-        ("quantization = 'odd', extra = { max-num-seqs = 'many' }", "9: engine.extra: vllm refuses --max-num-seqs many"),
+        ("quantization = 'odd', extra = { max-num-seqs = 'many' }", "refuses --max-num-seqs many: argument --max-num-seqs: invalid"),
     ],
 )  # fmt: skip
 def test_a_plan_asks_the_engines_own_parser(

@@ -211,6 +211,8 @@ def test_models_are_checked_before_anything_is_asked() -> None:
         assert "tuned" in caught.value.hint
     with pytest.raises(SuiteError, match="no answer from") as caught:
         client(fake.url).check_model("tuned")
+    with pytest.raises(SuiteError, match=r"'127.0.0.1:9' is no address"):
+        client("127.0.0.1:9").check_model("tuned")
     with serve(lambda body: Say(), models=[]) as fake:
         client(fake.url).check_model("any")  # an endpoint that lists nothing
 
