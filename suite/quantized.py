@@ -67,8 +67,8 @@ def unread(folder: Path) -> str:
 def load(folder: Path, **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained(folder, **options)`, for every layout, and for layers of different bits.
 
-    Only files of the folder are read, of pickled ones only weights. Raises SuiteError where a quantized checkpoint
-    lacks tensors that its settings promise, which transformers would make up, and for a pickle that holds more.
+    Only files of the folder are read, of pickled ones only weights. Raises SuiteError where a checkpoint lacks
+    tensors that its settings promise, which transformers would make up, and for a pickle that holds more.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,13 +91,20 @@ def load(folder: Path, **options: Any) -> Any:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             found, config=config, local_files_only=True, output_loading_info=True, **options
         )
-    if given and (missing := sorted(loaded["missing_keys"])):
-        raise SuiteError(
-            f"its settings do not describe its weights: {missing[0]} is missing, and {len(missing) - 1} more",
-            where=str(folder),
-            hint="look into quantization_config: quant_method, version, the layers that are not quantized",
-        )
+    check_whole(folder, loaded)
     return model
+
+
+def check_whole(folder: Path, loaded: Mapping[str, Any]) -> None:
+    """Raise SuiteError where transformers made weights up, which its `loaded` tells: files lack what settings promise."""
+    if missing := sorted(loaded["missing_keys"]):
+        also = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        hint = "fetch its files anew, and see whether config.json belongs to these weights (tie_word_embeddings)"
+        if settings(folder):
+            hint = "look into quantization_config: quant_method, version, the layers that are not quantized"
+        raise SuiteError(
+            f"its settings do not describe its weights: {missing[0]} is missing{also}", where=str(folder), hint=hint
+        )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn import functional
 
-from suite import data
+from suite import data, quantized
 from suite.chat import Chat
 from suite.errors import SuiteError
 from suite.stages import Job
@@ -158,7 +158,10 @@ def load(base: Path, settings: Train) -> Any:
     dtype = torch.bfloat16 if half and settings.lora else torch.float32
     bits = settings.lora.base_bits if settings.lora else None
     options = {"quantization_config": _few_bits(bits, compute_dtype(settings))} if bits else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, **options)
+    model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+    )
+    quantized.check_whole(base, loaded)
     if bits:
         # the trainer turns gradient checkpointing on where it is wanted
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
