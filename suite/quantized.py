@@ -96,7 +96,7 @@ def load(folder: Path, **options: Any) -> Any:
 
 
 def check_whole(folder: Path, loaded: Mapping[str, Any]) -> None:
-    """Raise SuiteError where transformers made weights up, which its `loaded` tells: files lack what settings promise."""
+    """Raise SuiteError where the files lack weights, which transformers made up, as its `loaded` says."""
     if missing := sorted(loaded["missing_keys"]):
         also = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = "fetch its files anew, and see whether config.json belongs to these weights (tie_word_embeddings)"
