@@ -194,13 +194,15 @@ def read_adapter(folder: Path, dora: bool = False) -> AdapterFolder:
     return AdapterFolder(folder, _modules(shapes, config, folder), stamp)
 
 
-def check_fits(adapter: AdapterFolder, model: ModelFolder) -> None:
+def check_fits(adapter: AdapterFolder, model: ModelFolder, *, inner: bool = True) -> None:
     """Raise SuiteError unless every module of the adapter exists in the model, with the same shape.
 
-    Of a model that sees too, as Qwen3.5, the language model alone is served and trained, and its adapters' names are
-    those in it.
+    Of a model that sees too, as Qwen3.5, our own engine serves the language model alone, and training trains it: its
+    adapters' names are those in it, which fit where `inner` ones do. Other engines would leave them out in silence.
     """
-    shapes = model.shapes | {name.replace("language_model.", "", 1): shape for name, shape in model.shapes.items()}
+    shapes = dict(model.shapes)
+    if inner:
+        shapes |= {name.replace("language_model.", "", 1): shape for name, shape in model.shapes.items()}
     stems = {name.rpartition(".")[0] for name in shapes}
     if model.config.get("tie_word_embeddings"):
         stems.add("lm_head")

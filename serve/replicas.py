@@ -18,6 +18,8 @@ class Replica:
     ready: bool = False
     unwell: str = ""
     """What one that is ready says against itself; until it takes that back it gets no requests."""
+    believed: bool = False
+    """Whether errors of its /health are: it was seen to say anything else there since its start."""
     heard: float = 0.0
     """When something that it computed last came, by `time.monotonic`."""
     failed: str = ""

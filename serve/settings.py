@@ -86,7 +86,7 @@ class Settings(Options):
         if self.backend == "torch":
             check_layers(base.layer_types, self.model)
         for path in self.adapters.values():
-            check_fits(read_adapter(path, dora=self.backend == "torch"), base)
+            check_fits(read_adapter(path, dora=self.backend == "torch"), base, inner=self.backend == "torch")
         return [self.name, *self.adapters, *offered]
 
     def check_engine(self) -> None:

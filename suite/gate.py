@@ -26,7 +26,8 @@ NUMBERED = r"\d+(?![eE][-+]?\d)[^\W\d][\w:-]*"
 """A name that begins with digits and is no number, nor the rest of one: `a-1.5e3` is a difference without spaces."""
 NAME = rf"(?:[^\W\d][\w:-]*|{NUMBERED}|{QUOTED})"
 PART = rf"(?:\w[\w:-]*|{QUOTED})"
-PATH = rf"{NAME}(?:(?:\.{PART})*\.{NAME})?"
+# alone it would rather be a slip: 4_000_000, 10min
+PATH = rf"(?!{NUMBERED}(?![\w:.-])){NAME}(?:(?:\.{PART})*\.{NAME})?"
 STAGE = r"[A-Za-z][\w-]*(?:\[[^@\s]*\])?"
 TOKEN = re.compile(
     rf"""\s*(?:(?P<number>\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w.])
@@ -208,6 +209,8 @@ class _Parser:
         name = LIKE_NUMBER.match(rest)
         quoted = f'{name[1] or ""}"{name[2]}"{name[3]}' if name else ""
         hint = f"write {quoted} if that is a name (and spaces around - and +)" if name else HINT
+        if name and name[1] == "." and (not self.tokens or self.tokens[-1]["op"]):
+            hint = f"write 0{rest.split()[0]} if that is a number"
         return self.error(f"cannot read '{rest}'", hint)
 
     def op(self) -> str | None:

@@ -162,7 +162,7 @@ class Fleet(Upstream):
         if over():
             return True
         status = await self._status(f"{replica.url}/health")
-        if not over() and (said := complaint(status)):
+        if not over() and replica.believed and (said := complaint(status)):
             replica.unwell = said
             self.replicas.changed()
         return status >= 500 and await self.replicas.until(over, self._patience.end)
@@ -172,7 +172,7 @@ class Fleet(Upstream):
 
         Raises SuiteError where it cannot be, and nothing has changed then.
         """
-        check_fits(read_adapter(folder), read_model(self.settings.model))
+        check_fits(read_adapter(folder), read_model(self.settings.model), inner=False)
         async with self._changing:
             if name in self.adapters and self.adapters[name].folder == folder and not self.kind.loads_adapters:
                 return
@@ -300,6 +300,6 @@ class Fleet(Upstream):
         if process.state == "failed" and self._serving:
             log.error("%s: %s", replica.name, process.error)
         replica.url, replica.life = process.url, process.starts
-        replica.ready, replica.unwell = process.state == "ready", ""
+        replica.ready, replica.unwell, replica.believed = process.state == "ready", "", False
         replica.failed = brief(process.error) if process.error else ""
         self.replicas.changed()

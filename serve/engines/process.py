@@ -151,7 +151,8 @@ class EngineProcess:
                     self._to("ready")
                     since = time.monotonic()
                     self.ended = await self._until_over(process)
-                    steady = time.monotonic() - since > patience.steady
+                    waited = 0 if self.ended == "died" else patience.silent  # for one that was not well any more
+                    steady = time.monotonic() - since - waited > patience.steady
                     self._to("starting")  # before it is gone, which one that hangs takes its time for
             restless = 0 if steady else restless + 1
             said = tail(self.log)

@@ -24,7 +24,7 @@ async def until_unwell(
     was seen to say anything else. `replica.unwell` holds meanwhile what it says against itself, from when nothing is
     heard of it until it takes that back; `changed` is called after each change of it.
     """
-    well, believed = time.monotonic(), False
+    well = time.monotonic()
 
     def quiet() -> float:
         return time.monotonic() - max(well, replica.heard)
@@ -32,8 +32,8 @@ async def until_unwell(
     while True:
         status = await health(max(patience.look, patience.silent - quiet()))
         if status < 500:  # one without that route has nothing to say of itself
-            well, believed = time.monotonic(), True
-        says = complaint(status) if believed else ""
+            well, replica.believed = time.monotonic(), True
+        says = complaint(status) if replica.believed else ""
         if says != replica.unwell and (status < 500 or (says and quiet() > patience.look)):
             replica.unwell = says
             changed()
@@ -41,7 +41,11 @@ async def until_unwell(
             return f"was unwell for {quiet():.0f} s ({says})"
         if status == math.inf and quiet() > patience.silent:
             return f"did not answer for {quiet():.0f} s"
-        await asyncio.sleep(patience.again if replica.unwell else patience.look)
+        pause = patience.again if replica.unwell else patience.look
+        before = time.monotonic()
+        await asyncio.sleep(pause)
+        if time.monotonic() - before > pause + patience.look:
+            well = time.monotonic()  # this process stood still itself, and what it watches may have too
 
 
 def complaint(status: float) -> str:

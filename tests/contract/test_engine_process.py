@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from serve.engines.process import EngineProcess, Launch, Patience, State
+from serve.engines.process import EngineProcess, Launch, Patience, State, unwatched
 
 UPSTREAM = Path(__file__).parents[1] / "upstream.py"
 HASTY = Patience(start=20, stop=2, poll=0.02, pause=0.02, longest_pause=0.05, starts=3)
@@ -36,7 +36,14 @@ async def answers(url: str) -> bool:
 class Watched:
     """An engine's process, and the states that it went through."""
 
-    def __init__(self, tmp_path: Path, port: int | None = None, patience: Patience = HASTY, **settings: Any) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        port: int | None = None,
+        patience: Patience = HASTY,
+        watch: Any = unwatched,
+        **settings: Any,
+    ) -> None:
         self.states: list[State] = []
         self.ports: list[int] = []
         self.settings = settings
@@ -49,7 +56,9 @@ class Watched:
                 [sys.executable, "-S", str(UPSTREAM), str(port), json.dumps(self.settings)], {"UPSTREAM_KEY": "k"}
             )
 
-        self.process = EngineProcess(launch, answers, tmp_path / "log", changed=self._note, patience=patience)
+        self.process = EngineProcess(
+            launch, answers, tmp_path / "log", watch=watch, changed=self._note, patience=patience
+        )
 
     def _note(self) -> None:
         self.states.append(self.process.state)
@@ -182,6 +191,20 @@ def test_one_that_dies_again_and_again_fails(tmp_path: Path) -> None:
         assert watched.process.starts == HASTY.starts
         assert "died 3 times" in str(watched.process.error)
         assert "out of memory" in str(watched.process.error)
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_unwell_in_every_life_fails(tmp_path: Path) -> None:
+    async def unwell() -> str:
+        await asyncio.sleep(0.1)  # longer than what counts as steady
+        return "was unwell"
+
+    async def scenario() -> None:
+        watched = Watched(tmp_path, patience=replace(HASTY, steady=0.05, silent=30), watch=unwell)
+        watched.process.start()
+        await watched.at("failed")
+        assert "was unwell 3 times" in str(watched.process.error)
 
     asyncio.run(scenario())
 

@@ -18,7 +18,7 @@ from serve.engines.fleet import Fleet
 from serve.engines.process import Patience
 from tests.contract.pretended import Pretended, gateway, model_and_adapters
 
-HASTY = Patience(stop=0.3, poll=0.02, pause=0.02, longest_pause=0.05, look=0.1, again=0.1, unwell=0.5, silent=0.5)
+HASTY = Patience(stop=0.3, poll=0.02, pause=0.02, longest_pause=0.05, look=0.1, again=0.1, unwell=0.5, silent=20)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_that_does_not_end_by_itself_is_ended(
     folder: Path, tmp_path: Path, word: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(remote, "Fleet", partial(Fleet, patience=HASTY))
+    patience = HASTY if word == "lose" else replace(HASTY, silent=2)
+    monkeypatch.setattr(remote, "Fleet", partial(Fleet, patience=patience))
     with gateway(folder, tmp_path, Pretended({"pause": 0.1}), adapters={}) as running:
         with caplog.at_level(logging.WARNING, "serve"):
             answers = running.together([*(f"{i}" for i in range(8)), f"{word} once", *"abcd"], streams=4)
