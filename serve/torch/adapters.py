@@ -35,6 +35,7 @@ class Adapters:
         self.lora = MultiLora(model, memory)
         self._base, self._dtype, self._wake = base, model.dtype, wake
         self._called: set[str] = model.called
+        self._modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
         self._itemsize: int = model.dtype.itemsize
         self._named: dict[str, AdapterFolder] = {}
         self._retired: list[AdapterFolder] = []
@@ -161,6 +162,10 @@ class Adapters:
         with safe_open(folder.weights, "pt", backend="pread") as file:
             tensors = {key.removeprefix("base_model.model."): t for key, t in file.get_tensors().items()}
         for name in sorted(mute):
+            if name not in self._modules:
+                raise SuiteError(
+                    f"its {name} has another name in the model that is served", where=str(folder.path), hint=MERGE_FIRST
+                )
             if tensors[f"{name}.lora_B.weight"].any():
                 raise SuiteError(
                     f"its {name} would not be heeded: the model takes that layer's weights without calling it",

@@ -32,6 +32,9 @@ log = logging.getLogger("serve")
 
 PREFIX_SHARE = 0.25
 """How much of the cache may hold keys and values for requests that begin alike."""
+WHOLE_LENGTH = 4096
+"""Tokens of prompt and answer, unless more are asked for, where prompts are read whole: layers like Mamba's compute the
+states behind all tokens at once, which are a megabyte and more for each."""
 PREFIX_BLOCK = 16
 """How many tokens are kept together: a request reads again what is behind its last whole block."""
 ADAPTER_SHARES = 0.1, 0.1
@@ -64,14 +67,14 @@ class Engine:
     ) -> None:
         folder = read_model(model)
         self.model = load_model(folder, dtype)
-        length = -(-(max_length or folder.max_length) // BLOCK) * BLOCK
-        max_batch, cells = cache_room(self.model, cache_memory, max_batch, length)
         reading: Reading = self.model.found.reading
+        max_length = max_length or (min(folder.max_length, WHOLE_LENGTH) if reading == "whole" else folder.max_length)
+        max_batch, cells = cache_room(self.model, cache_memory, max_batch, -(-max_length // BLOCK) * BLOCK)
         kept = 0
         if prefix_cache and reading == "padded":  # states are not kept: keys and values alone are no beginning
             kept = min(int(PREFIX_SHARE * cells), max_batch * folder.max_length) // PREFIX_BLOCK
         cells = (cells - kept * PREFIX_BLOCK) // BLOCK * BLOCK
-        self.max_length = min(max_length or folder.max_length, cells)
+        self.max_length = min(max_length, cells)
         self.vocabulary = int(self.model.config.get_text_config().vocab_size)
         # prompt logprobs need all logits of a step at once: 2**26 of them are 256 MB in float32
         budget = max(64, min(1024, 2**26 // self.vocabulary))
@@ -109,6 +112,11 @@ class Engine:
             raise SuiteError(
                 f"the prompt has {len(request.prompt)} tokens; this server's limit is {self.max_length} tokens "
                 "for prompt and answer together"
+            )
+        whole = self.scheduler.reading == "whole"
+        if whole and request.prompt_logprobs is not None and len(request.prompt) > self.scheduler.budget:
+            raise SuiteError(
+                f"this model reads a prompt at once: only one of up to {self.scheduler.budget} tokens can be scored"
             )
         if not all(0 <= token < self.vocabulary for token in request.prompt):
             raise SuiteError(f"token ids must be from 0 to {self.vocabulary - 1}")

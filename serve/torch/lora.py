@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -88,14 +88,15 @@ class MultiLora:
         self._asked = None
         adapters = {key for key in running if key}
         if adapters != self._adapters:
+            self._adapters = set()  # until they are met: there may be no memory for their layers
             self._meet([pool[key] for key in adapters])
             self._adapters = adapters
-        touched = {layer for layer in self._layers.values() if not self._touched.isdisjoint(layer.parts)}
-        ordered = self._orders and all(layer.in_stack for layer in touched)
+        ordered = self._orders and all(layer.in_stack for layer in self._with(self._touched))
         order, plan = self._planned(running, first, last, pool, width, ordered)
         self.order = Order.of(order, self._model.device) if order != [*range(last - first)] else None
+        own = self._with(set[str]().union(*(pool[key].layers for key in {*running[first:last]} if key)))
         for layer in self._layers.values():
-            layer.follow(plan if layer in touched else None)
+            layer.follow(plan if layer in own else None)
         self._asked = asked
 
     def device(self, name: str) -> torch.device:
@@ -139,6 +140,10 @@ class MultiLora:
     def _bytes(self, slots: int, rank: int) -> int:
         layers = [*self._layers.values()]  # another thread may ask
         return slots * rank * sum(layer.bytes for layer in layers)
+
+    def _with(self, names: Set[str]) -> set[Layer]:
+        """The layers that have some of the checkpoint's."""
+        return {layer for layer in self._layers.values() if not names.isdisjoint(layer.parts)}
 
     def _meet(self, adapters: Sequence[Weights]) -> None:
         """Note what these adapters need, and hook into layers that none before had weights for."""

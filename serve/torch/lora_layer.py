@@ -127,6 +127,7 @@ class Layer:
         """Make room; what the first slots hold stays where the rank does, others are zero."""
         self._shape = (0, 0, 0)
         self._views.clear()
+        self._a_t = self._b_t = self._units_t = self._a.new_empty(0)  # views too: they would keep what is replaced
         self._a = _resized(self._a, slots, rank, *self._a.shape[2:])
         self._b = _resized(self._b, slots, rank, *self._b.shape[2:])
         self._units = _resized(self._units, slots, len(self._part_of), rank, self._unit)

@@ -46,12 +46,14 @@ class Found(NamedTuple):
 def alone(model: Any) -> tuple[torch.Tensor, set[str]]:
     """Logits (N, V) at all places of the rows, each read by itself, at once, and without a cache.
 
-    Beside them the names of all layers that were called. Raises SuiteError for a model that cannot even do that.
+    Beside them the names of all layers that were called and gave one tensor, which can be added to. Raises SuiteError
+    for a model that cannot even do that.
     """
     called: set[str] = set()
 
-    def note(layer: nn.Module, *_: Any) -> None:
-        called.update(names[layer])
+    def note(layer: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            called.update(names[layer])
 
     names: dict[nn.Module, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):

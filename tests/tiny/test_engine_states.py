@@ -100,9 +100,20 @@ def test_rows_that_are_preempted_or_close_a_gap(engine: Engine, model: Any, monk
     monkeypatch.setattr(engine.scheduler, "block", 16)
     before = engine.scheduler.preemptions
     asked = [Request(p, "", new) for p, new in zip(prompts([12, 20, 33, 27], 1), [3, 40, 40, 40], strict=True)]
-    found = [generation.new for generation in engine.generate(asked)]
+    with engine._wake:  # they come at once
+        generations = [engine.submit(request) for request in asked]
+    found = [generation.wait(60).new for generation in generations]
     assert engine.scheduler.preemptions > before
     assert found == [generate(model, request.prompt, request.max_tokens) for request in asked]
+
+
+def test_long_prompts_that_are_read_at_once_are_not_scored(engine: Engine) -> None:
+    long = Request([3] * (engine.scheduler.budget + 1), prompt_logprobs=0, max_tokens=1)
+    if engine.scheduler.reading == "whole":
+        with pytest.raises(SuiteError, match=f"only one of up to {engine.scheduler.budget} tokens can be scored"):
+            engine.submit(long)
+    else:
+        engine.cancel(engine.submit(long))
 
 
 def test_after_a_step_that_failed_all_states_are_new(engine: Engine, model: Any) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from serve.generation import Request
 from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
-from serve.torch.lora import arrange
+from serve.torch.lora import MultiLora, arrange
 from serve.torch.lora_layer import Layer, Plan, Turns, Weights
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import tiny_adapter, tiny_model
@@ -76,7 +76,9 @@ def reference(base: Path, adapter: Path | None) -> Any:
 
 
 def tokens(engine: Engine, requests: list[Request]) -> list[list[int]]:
-    done = engine.generate(requests)
+    with engine._wake:  # they come at once
+        submitted = [engine.submit(request) for request in requests]
+    done = [generation.wait(60) for generation in submitted]
     assert not {generation.error for generation in done} - {""}
     return [generation.new for generation in done]
 
@@ -169,6 +171,27 @@ def test_the_slot_of_a_row_is_written_once(engine: Engine, monkeypatch: pytest.M
             lora.select(rows[:running], pool, width, first)
     assert len(written) == len({*written}) == len(rows) * len(lora._layers)
     lora.select([], pool)
+
+
+def test_adapters_that_there_was_no_memory_to_meet_change_nothing_for_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens(engine, [Request([3], name, 1) for name in ("one", "sixteen")])
+    pool, lora, meet = engine._adapters._pool.resident, engine._adapters.lora, MultiLora._meet
+
+    def fail(multi: MultiLora, adapters: Any) -> None:
+        meet(multi, adapters)
+        raise torch.OutOfMemoryError("no memory")
+
+    one, sixteen = [*pool][-2:]
+    with torch.inference_mode():
+        lora.select([sixteen], pool)
+        with monkeypatch.context() as failing, pytest.raises(torch.OutOfMemoryError):
+            failing.setattr(MultiLora, "_meet", fail)
+            lora.select([one], pool)
+        lora.select([sixteen], pool)
+        assert lora._rank == 16
+        lora.select([], pool)
 
 
 def test_slots_that_would_take_more_memory_than_adapters_may_are_not_made(
