@@ -6,9 +6,9 @@
 Each peer is named with the interpreter of the environment in which it is installed; one that is absent or fails is a
 line that says so. `transformers.generate`, one chat after the other, is always there. Models are copies that never end
 a turn, so that every answer has 64 tokens with any server, counted by its own usage. Rates are new tokens per second.
-Figures are medians over the rounds, with the lowest and highest, and a ratio is that of the rounds' own ratios; a
-first round only warms up. Servers that are not
-asked are stopped for that time. All of it takes about 15 minutes with four peers.
+Figures are medians over the rounds, with the lowest and highest, and a ratio is the median of the rounds' own ratios;
+a first round only warms up. Servers that are not asked are stopped for that time. All of it takes about 15 minutes with
+four peers.
 """
 
 from __future__ import annotations
