@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM
 from serve.generation import Generation, Request, Sampling
 from serve.torch.engine import Engine
 from suite.errors import SuiteError
-from tests.tiny.tiny_models import tiny_adapter, tiny_model
+from tests.tiny.tiny_models import greedy, tiny_adapter, tiny_model
 
 VOCABULARY = 512
 NEW = 16
+generate = partial(greedy, new=NEW)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all": {"rank": 4},
     "attention": {"rank": 8, "target_modules": ["q_proj", "v_proj", "o_proj"], "use_rslora": True},
@@ -46,16 +48,6 @@ def engine(folders: dict[str, Path]) -> Iterator[Engine]:
 def prompts(count: int, longest: int = 90, seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
-
-
-def generate(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    """Greedy tokens by transformers."""
-    ids = torch.tensor([prompt])
-    model.generation_config.max_length = None
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
 
 
 def reference(folders: dict[str, Path], adapter: str = "") -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from serve.torch.engine import Engine
 from serve.torch.forward import Forward
 from serve.torch.scheduler import Copy, Move
 from suite.errors import SuiteError
-from tests.tiny.tiny_models import tiny_model
+from tests.tiny.tiny_models import greedy, tiny_model
 
 NEW = 12
+generate = partial(greedy, new=NEW)
 DEEPSEEK = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24,
     "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
@@ -56,16 +58,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def prompts(count: int) -> list[list[int]]:
     rng = random.Random(count)
     return [[rng.randrange(3, 512) for _ in range(rng.randrange(1, 60))] for _ in range(count)]
-
-
-def generate(model: Any, prompt: list[int]) -> list[int]:
-    """Greedy tokens by transformers, with the attention that it picks."""
-    ids = torch.tensor([prompt])
-    model.generation_config.max_length = None
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
 
 
 @pytest.mark.parametrize("architecture", SERVED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,10 @@ from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
 from serve.torch.states import States
 from suite.errors import SuiteError
-from tests.tiny.tiny_models import tiny_adapter, tiny_model
+from tests.tiny.tiny_models import greedy, tiny_adapter, tiny_model
 
 NEW, POISON = 8, 511
+generate = partial(greedy, new=NEW)
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": (
@@ -65,15 +67,6 @@ def prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(3, POISON) for _ in range(length)] for length in lengths]
 
 
-def generate(model: Any, prompt: list[int], new: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt])
-    model.generation_config.max_length = None
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
-
-
 def test_served_as_generate_answers(engine: Engine, model: Any) -> None:
     """More prompts than rows, so that some begin where others ended, beside some that go on; then alone."""
     asked = prompts([1, 40, 17, 5, 40, 33])
@@ -104,7 +97,7 @@ def test_rows_that_are_preempted_or_close_a_gap(engine: Engine, model: Any, monk
         generations = [engine.submit(request) for request in asked]
     found = [generation.wait(60).new for generation in generations]
     assert engine.scheduler.preemptions > before
-    assert found == [generate(model, request.prompt, request.max_tokens) for request in asked]
+    assert found == [generate(model, request.prompt, new=request.max_tokens) for request in asked]
 
 
 def test_long_prompts_that_are_read_at_once_are_not_scored(engine: Engine) -> None:

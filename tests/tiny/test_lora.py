@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from serve.torch.engine import Engine
 from serve.torch.lora import MultiLora, arrange
 from serve.torch.lora_layer import Layer, Plan, Turns, Weights
 from suite.errors import SuiteError
-from tests.tiny.tiny_models import tiny_adapter, tiny_model
+from tests.tiny.tiny_models import greedy, tiny_adapter, tiny_model
 
 NEW = 8
+generate = partial(greedy, new=NEW)
 KINDS: dict[str, dict[str, Any]] = {
     "one": {"rank": 1},
     "two": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
@@ -58,16 +60,6 @@ def engine(folders: dict[str, Path]) -> Iterator[Engine]:
 def prompts(count: int, longest: int = 30) -> list[list[int]]:
     rng = random.Random(count)
     return [[rng.randrange(3, 512) for _ in range(rng.randrange(1, longest))] for _ in range(count)]
-
-
-def generate(model: Any, prompt: list[int]) -> list[int]:
-    """Greedy tokens by transformers."""
-    ids = torch.tensor([prompt])
-    model.generation_config.max_length = None
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, eos_token_id=None
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
 
 
 def reference(base: Path, adapter: Path | None) -> Any:

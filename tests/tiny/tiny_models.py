@@ -172,3 +172,15 @@ def tiny_adapter(model_folder: Path, folder: Path, *, rank: int = 4, seed: int =
     file.write_text(json.dumps(saved, indent=2), "utf-8")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
     return folder
+
+
+def greedy(model: Any, prompt: list[int], new: int) -> list[int]:
+    """The `new` tokens that transformers generates behind a prompt, with the attention that it picks."""
+    import torch
+
+    ids = torch.tensor([prompt])
+    model.generation_config.max_length = None
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
