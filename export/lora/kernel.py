@@ -14,7 +14,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from llvmlite import binding
+
+from suite import llvm
 
 STORED = {"BF16": "i16", "F16": "half", "F32": "float"}
 """How weights lie in memory. LLVM has a bfloat16 too: processors take its smallest numbers for zero."""
@@ -51,7 +52,7 @@ WIDE, NARROW = Tile(16, 4), Tile(8, 2)
 @cache
 def best() -> Tile:
     """The tile for this processor."""
-    return WIDE if binding.get_host_cpu_features().get("avx512f") else NARROW
+    return WIDE if llvm.has("avx512f") else NARROW
 
 
 def takes(shape: tuple[int, int], source: str, target: str) -> bool:
@@ -92,16 +93,9 @@ def panels(right: torch.Tensor, width: int) -> torch.Tensor:
 @cache
 def compiled(source: str, target: str, tile: Tile) -> Code:
     """The function for weights of these types."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, jit=True
-    )
-    module = binding.parse_assembly(function(source, target, tile))
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
+    code = llvm.compiled(function(source, target, tile), "add")
     prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 4, ctypes.c_float)
-    return Code(prototype(engine.get_function_address("add")), engine)
+    return Code(prototype(code.address), code.owner)
 
 
 def function(source: str, target: str, tile: Tile) -> str:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from serve.folders import MAGNITUDE, MERGE_FIRST, AdapterFolder, ModelFolder, check_fits, misfit, read_adapter
 from serve.generation import Generation, UnknownAdapter
 from serve.torch.lora import MultiLora
-from serve.torch.lora_layer import Scale, Weights
+from serve.torch.low_rank import Scale, Weights
 from serve.torch.pool import Pool, PoolStats
 from suite.errors import SuiteError, near
 
@@ -138,10 +138,9 @@ class Adapters:
             self._thread.start()
         return go, failed
 
-    def select(self, running: Sequence[Generation], first: int, last: int, width: int) -> None:
-        """Say which of the rows that run the next forward pass has, and how many tokens each."""
-        weights = [generation.weights for generation in running]
-        self.lora.select(weights, self._pool.resident, width, first, last)
+    def select(self, rows: Sequence[Generation], width: int) -> None:
+        """Say which rows the next forward pass has, and how many tokens each."""
+        self.lora.select([generation.weights for generation in rows], self._pool.resident, width)
 
     def stats(self) -> PoolStats:
         """How the pool is at the moment."""

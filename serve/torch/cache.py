@@ -66,7 +66,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         if width > 1:
             self.positions = self.positions + torch.arange(width, device=device)
         self.states.begin(first, starts)
-        self._places = {device: (torch.arange(first, self.last, device=device)[:, None], self.positions)}
+        self._places = {}
 
     def arrange(self, moves: Sequence[Move], rows: int, length: int) -> None:
         """`move` and `fit`: first whichever leaves room for the other."""
@@ -108,19 +108,26 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.states.clear()
         self._shape = (0, 0)
 
+    def tensors(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all rows there is room for, (rows, kv_heads, length, head_dim).
+
+        Where there are none yet they have the heads of `like` (B, kv_heads, Q, head_dim).
+        """
+        if layer_idx not in self.keys:
+            self.keys[layer_idx], self.values[layer_idx] = self._zeros(like), self._zeros(like)
+        return self.keys[layer_idx], self.values[layer_idx]
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new keys and values (B, kv_heads, Q, head_dim); returns all of the rows, (B, kv_heads, T, ...)."""
-        if layer_idx not in self.keys:
-            self.keys[layer_idx], self.values[layer_idx] = self._zeros(key_states), self._zeros(value_states)
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys, values = self.tensors(layer_idx, key_states)
         rows = slice(self.first, self.last)
         if isinstance(self.starts, int):
             keys[rows, :, self.starts : self.length] = key_states
             values[rows, :, self.starts : self.length] = value_states
         else:
-            batch, positions = self._places.get(keys.device) or self._places_on(keys.device)
+            batch, positions = self._places_on(keys.device)
             keys[batch, :, positions] = key_states.transpose(1, 2)
             values[batch, :, positions] = value_states.transpose(1, 2)
         return keys[rows, :, : self.length], values[rows, :, : self.length]
@@ -173,8 +180,9 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def _places_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (B, 1) and positions (B, Q) of a step on one of the devices that layers lie on, moved there once."""
-        batch, positions = next(iter(self._places.values()))
-        self._places[device] = batch.to(device), positions.to(device)
+        if device not in self._places:
+            batch = torch.arange(self.first, self.last, device=device)[:, None]
+            self._places[device] = batch, self.positions.to(device)
         return self._places[device]
 
     def _copy(self, copies: Sequence[Copy], keep: bool) -> None:

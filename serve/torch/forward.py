@@ -43,7 +43,7 @@ class Forward:
         self.cache.arrange(step.moves, *step.shape(running))
         self.cache.load(step.loads)
         self.cache.begin(step.first, [row.cached for row in step.rows], width, device)
-        self.adapters.select(running, step.first, step.first + len(step.rows), width)
+        self.adapters.select(step.rows, width)
         self._embed = any(row.request.embed for row in step.rows)
         scoring = any(row.request.prompt_logprobs is not None for row in step.rows)
         positions, self._keep = self.cache.positions, None
@@ -58,7 +58,6 @@ class Forward:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
-            **({"order": order} if (order := self.adapters.lora.order) else {}),
         ).logits
         return logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,24 +11,6 @@ from torch.nn import functional
 
 from serve.torch.attention import slot_attention
 from serve.torch.cache import SlotCache
-
-
-class Order(NamedTuple):
-    """Rows of a batch computed in another order than the cache has them in: place `p` has row `rows[p]`.
-
-    A row may have several places, where all get the same result.
-    """
-
-    rows: torch.Tensor
-    places: torch.Tensor
-    """Where each row is, (B,): at the first of its places."""
-
-    @classmethod
-    def of(cls, rows: Sequence[int], device: torch.device) -> Order:
-        """The order of a list that has every row."""
-        places = {row: place for place, row in reversed([*enumerate(rows)])}
-        first = [places[row] for row in range(len(places))]
-        return cls(torch.tensor(rows, device=device), torch.tensor(first, device=device))
 
 
 class Projection(nn.Linear):
@@ -43,12 +25,12 @@ class Projection(nn.Linear):
         self.weight = _joined([layer.weight for layer in layers])
         if layers[0].bias is not None:
             self.bias = _joined([layer.bias for layer in layers])
-        self._tensors = self.weight, self.bias  # which `nn.Module` is slow at finding
+        self.tensors = self.weight, self.bias  # which `nn.Module` is slow at finding
         self.adapt: Callable[[torch.Tensor, torch.Tensor], object] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        output = functional.linear(x, *self._tensors)
+        output = functional.linear(x, *self.tensors)
         if self.adapt is not None:
             self.adapt(x, output)
         return output
@@ -60,14 +42,14 @@ class FusedRotary(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.frequencies = torch.cat((layer.inv_freq, layer.inv_freq))
-        self._scaling: float = layer.attention_scaling
+        self.scaling: float = layer.attention_scaling
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """position_ids: (B, Q) -> two tables (B, Q, D) of the type of `x`."""
         angles = position_ids[:, :, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
-        if self._scaling != 1:
-            cos, sin = cos * self._scaling, sin * self._scaling
+        if self.scaling != 1:
+            cos, sin = cos * self.scaling, sin * self.scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
@@ -101,13 +83,13 @@ class FusedNorm(nn.Module):
         super().__init__()
         # plain attributes here too
         self.weight, self.eps = weight.detach(), eps
-        self._gain = self.weight.float() * weight.shape[-1] ** 0.5
+        self.gain = self.weight.float() * weight.shape[-1] ** 0.5
         self._floor = torch.tensor((weight.shape[-1] * eps) ** 0.5, device=weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., n) -> the same shape and type."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return x.div(length.hypot_(self._floor)).mul_(self._gain).to(x.dtype)
+        return x.div(length.hypot_(self._floor)).mul_(self.gain).to(x.dtype)
 
 
 class FusedAttention(nn.Module):
@@ -117,12 +99,12 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.qkv_proj = Projection(layer.q_proj, layer.k_proj, layer.v_proj)
         self.o_proj = Projection(layer.o_proj)
-        self._dim: int = layer.head_dim
-        queries, keys = (len(proj.weight) // self._dim for proj in (layer.q_proj, layer.k_proj))
-        self._turned, self._heads = (queries + keys, keys), (queries, keys)
-        self._scaling: float = layer.scaling
-        self._softcap: float | None = getattr(layer, "attn_logit_softcapping", None)
-        self._layer: int = layer.layer_idx
+        self.dim: int = layer.head_dim
+        queries, keys = (len(proj.weight) // self.dim for proj in (layer.q_proj, layer.k_proj))
+        self._turned, self.heads = (queries + keys, keys), (queries, keys)
+        self.scaling: float = layer.scaling
+        self.softcap: float | None = getattr(layer, "attn_logit_softcapping", None)
+        self.layer: int = layer.layer_idx
         self._rotation = rotation
         self.causal = False
         """Whether its mask hides what comes later, and nothing else."""
@@ -137,27 +119,20 @@ class FusedAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: SlotCache,
-        order: Order | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states: (B, Q, hidden) -> the same shape, and nothing where transformers has attention weights.
-
-        Their rows may be in another `order` than those of all else.
-        """
+        """hidden_states: (B, Q, hidden) -> the same shape, and nothing where transformers has attention weights."""
         rows, width, _size = hidden_states.shape
-        heads = self.qkv_proj(hidden_states).view(rows, width, -1, self._dim)  # (B, Q, H + 2 K, D)
-        if order is not None:
-            heads = heads.index_select(0, order.places)
+        heads = self.qkv_proj(hidden_states).view(rows, width, -1, self.dim)  # (B, Q, H + 2 K, D)
         turned, value = heads.split_with_sizes(self._turned, 2)
         if self.norm is not None:
             turned = self.norm.forward(turned)
-        query, key = self._rotation(turned, position_embeddings).transpose(1, 2).split_with_sizes(self._heads, 1)
-        keys, values = past_key_values.update(key, value.transpose(1, 2), self._layer)
+        query, key = self._rotation(turned, position_embeddings).transpose(1, 2).split_with_sizes(self.heads, 1)
+        keys, values = past_key_values.update(key, value.transpose(1, 2), self.layer)
         out, _weights = slot_attention(
-            self, query, keys, values, attention_mask, scaling=self._scaling, softcap=self._softcap
+            self, query, keys, values, attention_mask, scaling=self.scaling, softcap=self.softcap
         )
-        out = out.flatten(2)
-        return self.o_proj(out if order is None else out.index_select(0, order.rows)), None
+        return self.o_proj(out.flatten(2)), None
 
 
 class FusedMlp(nn.Module):
@@ -167,11 +142,11 @@ class FusedMlp(nn.Module):
         super().__init__()
         self.gate_up_proj = Projection(layer.gate_proj, layer.up_proj)
         self.down_proj, self.act_fn = Projection(layer.down_proj), layer.act_fn
-        self._sizes = layer.gate_proj.out_features, layer.up_proj.out_features
+        self.sizes = layer.gate_proj.out_features, layer.up_proj.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., hidden) -> the same shape."""
-        gate, up = self.gate_up_proj(x).split_with_sizes(self._sizes, -1)
+        gate, up = self.gate_up_proj(x).split_with_sizes(self.sizes, -1)
         out: torch.Tensor = self.down_proj(self.act_fn(gate).mul_(up))
         return out
 

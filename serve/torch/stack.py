@@ -10,7 +10,8 @@ from transformers.masking_utils import causal_mask_function
 
 from serve.torch.attention import slot_mask
 from serve.torch.cache import SlotCache
-from serve.torch.layers import FusedAttention, FusedMlp, FusedNorm, FusedRotary, Order
+from serve.torch.layers import FusedAttention, FusedMlp, FusedNorm, FusedRotary
+from serve.torch.native.decoder import Block, Decoder, Model
 
 LAYER = {
     "input_layernorm": FusedNorm,
@@ -36,7 +37,10 @@ class Stack:
         base = model.base_model
         self._embedding: torch.Tensor = base.embed_tokens.weight
         self._rotary, self._norm, self._head = base.rotary_emb, base.norm, model.get_output_embeddings()
-        self._layers = [[getattr(layer, name) for name in LAYER] for layer in base.layers]
+        self._layers = [Block(*(getattr(layer, name) for name in LAYER)) for layer in base.layers]
+        parts = Model(self._embedding, self._rotary, self._layers, self._norm)
+        self.decoder = Decoder(parts) if Decoder.fits(parts) else None
+        """What computes a token of each row; without it, that is done as prompts are read."""
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -55,13 +59,12 @@ class Stack:
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         past_key_values: SlotCache,
-        order: Order | None = None,
         **_: Any,
     ) -> Output:
-        """input_ids and position_ids: (B, Q). Layers compute their rows in `order`; nobody else sees it."""
+        """input_ids and position_ids: (B, Q)."""
         rows, width = input_ids.shape
-        if order is not None:
-            input_ids = input_ids.index_select(0, order.rows)
+        if width == 1 and self.decoder is not None:
+            return Output(self._head(self.decoder(input_ids, past_key_values)))
         hidden = functional.embedding(input_ids, self._embedding)  # (B, Q, hidden)
         tables = self._rotary.forward(hidden, position_ids)
         mask = slot_mask(
@@ -74,8 +77,6 @@ class Stack:
             device=hidden.device,
         )
         for before_attention, attention, before_mlp, mlp in self._layers:
-            hidden += attention.forward(before_attention.forward(hidden), tables, mask, past_key_values, order)[0]
+            hidden += attention.forward(before_attention.forward(hidden), tables, mask, past_key_values)[0]
             hidden += mlp.forward(before_mlp.forward(hidden))
-        if order is not None:
-            hidden = hidden.index_select(0, order.places)
         return Output(self._head(self._norm.forward(hidden)))
