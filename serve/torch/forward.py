@@ -36,10 +36,14 @@ class Forward:
         """
         self.cache.keep(step.keeps)
         device, width = self._device, step.width
-        ids = [
-            row.tokens[row.cached : row.cached + read] + [0] * (width - read)
-            for row, read in zip(step.rows, step.counts, strict=True)
-        ]
+        if width == 1:
+            ids = [row.tokens[row.cached] for row in step.rows]
+        else:
+            ids = [
+                token
+                for row, read in zip(step.rows, step.counts, strict=True)
+                for token in row.tokens[row.cached : row.cached + read] + [0] * (width - read)
+            ]
         self.cache.arrange(step.moves, *step.shape(running))
         self.cache.load(step.loads)
         self.cache.begin(step.first, [row.cached for row in step.rows], width, device)
@@ -54,7 +58,7 @@ class Forward:
             # padding repeats the last position: models with a position table have none behind max_length
             positions = torch.minimum(positions, positions[:, :1] + last[:, None])
         logits: torch.Tensor = self.model(
-            input_ids=torch.tensor(ids, device=device),
+            input_ids=torch.tensor(ids, device=device).view(-1, width),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,

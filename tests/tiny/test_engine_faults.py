@@ -145,17 +145,17 @@ def test_numbers_that_are_not_finite_fail_alone_and_spoil_nothing(
 
 
 def test_nothing_is_kept_of_a_row_that_was_wiped_out(engine: Engine) -> None:
-    norm, seen = engine.model.base_model.norm, []
-    gain = norm._gain
+    gain, seen = engine.model.base_model.norm.gain, []
+    kept = gain.clone()
 
     def spoil(token: int) -> bool:
         seen.append(token)
         if len(seen) == 45:
-            norm._gain = gain * float("nan")
+            gain.fill_(float("nan"))
         return False
 
     spoilt = engine.generate([Request([3, 4, 5], "", 100, stop=spoil)])[0]
-    norm._gain = gain
+    gain.copy_(kept)
     assert (spoilt.finish, spoilt.new) == ("error", seen)
     first, again = (engine.generate([Request(spoilt.tokens[:40], "", NEW)])[0] for _ in range(2))
     assert first.new == again.new

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from serve.generation import Request
 from serve.torch.adapters import Adapters
 from serve.torch.engine import Engine
-from serve.torch.lora import MultiLora, arrange
-from serve.torch.lora_layer import Layer, Plan, Turns, Weights
+from serve.torch.lora import MultiLora
+from serve.torch.slot_layer import Layer, Plan, Turns
+from serve.torch.slots import Slots, arrange
 from suite.errors import SuiteError
 from tests.tiny.tiny_models import greedy, tiny_adapter, tiny_model
 
@@ -50,11 +51,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"": base, **made}
 
 
-@pytest.fixture(scope="module")
-def engine(folders: dict[str, Path]) -> Iterator[Engine]:
-    engine = Engine(folders[""], {name: folders[name] for name in KINDS}, max_batch=32, prefix_cache=False)
+@pytest.fixture(scope="module", params=["compiled", "slots"])
+def engine(folders: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Adapters where they lie, or in slots, as on a GPU and in short types."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "slots":
+            patch.setattr("serve.torch.lora.Places", lambda: Slots(1 << 30))
+        engine = Engine(folders[""], {name: folders[name] for name in KINDS}, max_batch=32, prefix_cache=False)
     yield engine
     engine.close()
+
+
+in_slots = pytest.mark.parametrize("engine", ["slots"], indirect=True)
 
 
 def prompts(count: int, longest: int = 30) -> list[list[int]]:
@@ -80,7 +88,7 @@ def test_the_base_and_eight_adapters_in_one_batch_are_peft(engine: Engine, folde
     requests = [Request(prompt, name, NEW) for prompt in asked for name in folders]
     together = tokens(engine, requests)
     assert together == [tokens(engine, [request])[0] for request in requests]
-    assert together[: len(folders)] == tokens(engine, requests[: len(folders)]), "a row for each, none gathered"
+    assert together[: len(folders)] == tokens(engine, requests[: len(folders)]), "a row for each"
     for i, name in enumerate(folders):
         model = reference(folders[""], folders[name] if name else None)
         assert together[i :: len(folders)] == [generate(model, prompt) for prompt in asked], name
@@ -113,29 +121,29 @@ def mixed_and_alone(engine: Engine, folders: dict[str, Path], names: list[str]) 
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 12])
-def test_rows_are_computed_in_the_order_of_blocks(
-    engine: Engine, folders: dict[str, Path], plans: list[Plan | Turns | None], count: int
-) -> None:
-    kinds = [name for name in KINDS if name != "head"]  # it is outside of what orders rows
+def test_more_or_fewer_rows_of_the_same_adapters(engine: Engine, folders: dict[str, Path], count: int) -> None:
+    kinds = [*KINDS]
     names = [f"{kinds[i % len(kinds)]} {i}" for i in range(count)]
     for name in names:  # each a version of its own
         engine.load_adapter(name, folders[name.split()[0]])
     mixed_and_alone(engine, folders, [*names, names[0], *(["", *names] * 2), ""])
-    blocks = [plan for plan in plans if isinstance(plan, Plan)]
-    assert any(isinstance(plan, Turns) for plan in plans), "prompts are read in turns"
-    assert not any(plan.gather for plan in blocks)
-    assert any(plan.size > 1 and plan.blocks * plan.size < plan.batch for plan in blocks), "the base is behind them"
     for name in names:
         engine.unload_adapter(name)
 
 
-def test_rows_with_adapters_of_their_own_join_others(
+@in_slots
+def test_prompts_take_turns_and_tokens_are_gathered(
     engine: Engine, folders: dict[str, Path], plans: list[Plan | Turns | None]
 ) -> None:
-    names = [name for name in KINDS if name != "head"]  # it is outside of what orders rows
+    mixed_and_alone(engine, folders, ["one", "one", "two", "", "one", "two", "", "three"])
+    assert any(isinstance(plan, Turns) for plan in plans)
+    assert any(isinstance(plan, Plan) and plan.blocks < 6 for plan in plans), "several rows are a block"
+
+
+def test_rows_join_others(engine: Engine) -> None:
+    names = ["", *KINDS]
     requests = [Request(prompt, name, 20) for prompt, name in zip(prompts(len(names)), names, strict=True)]
     alone = [tokens(engine, [request])[0] for request in requests]
-    del plans[:]
     others_came = threading.Event()
     early = [engine.submit(replace(request, stop=lambda _: not others_came.wait(30))) for request in requests[:3]]
     while not any(generation.new for generation in early):
@@ -143,36 +151,17 @@ def test_rows_with_adapters_of_their_own_join_others(
     late = [engine.submit(request) for request in requests[3:]]
     others_came.set()
     assert [generation.wait(30).new for generation in (*early, *late)] == alone
-    assert not any(isinstance(plan, Turns) for plan in plans)
-    assert any(plan.first > 0 for plan in plans if isinstance(plan, Plan)), "prompts are read where their rows stand"
-
-
-def test_the_slot_of_a_row_is_written_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens(engine, [Request([3], name, 1) for name in KINDS])
-    pool, lora, copies = engine._adapters._pool.resident, engine._adapters.lora, Layer.copies
-    rows, written = [*pool][-5:], []
-
-    def watch(layer: Layer, slot: int, weights: Weights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        written.append((layer, slot))
-        return copies(layer, slot, weights)
-
-    monkeypatch.setattr(Layer, "copies", watch)
-    lora._slots = [None] * len(lora._slots)
-    with torch.inference_mode():  # as the engine's thread is
-        for running, width, first in ((3, 7, 0), (3, 1, 0), (5, 9, 3), (5, 1, 0)):
-            lora.select(rows[:running], pool, width, first)
-    assert len(written) == len({*written}) == len(rows) * len(lora._layers)
-    lora.select([], pool)
 
 
 def test_adapters_that_there_was_no_memory_to_meet_change_nothing_for_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens(engine, [Request([3], name, 1) for name in ("one", "sixteen")])
+    requests = [Request([3, 4, 5], name, NEW) for name in ("one", "sixteen")]
+    wanted = tokens(engine, requests)
     pool, lora, meet = engine._adapters._pool.resident, engine._adapters.lora, MultiLora._meet
 
-    def fail(multi: MultiLora, adapters: Any) -> None:
-        meet(multi, adapters)
+    def fail(multi: MultiLora, weights: Any) -> None:
+        meet(multi, weights)
         raise torch.OutOfMemoryError("no memory")
 
     one, sixteen = [*pool][-2:]
@@ -181,42 +170,45 @@ def test_adapters_that_there_was_no_memory_to_meet_change_nothing_for_others(
         with monkeypatch.context() as failing, pytest.raises(torch.OutOfMemoryError):
             failing.setattr(MultiLora, "_meet", fail)
             lora.select([one], pool)
-        lora.select([sixteen], pool)
-        assert lora._rank == 16
         lora.select([], pool)
+    assert tokens(engine, requests) == wanted
 
 
+@in_slots
 def test_slots_that_would_take_more_memory_than_adapters_may_are_not_made(
     engine: Engine, folders: dict[str, Path], plans: list[Plan | Turns | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = engine._adapters.lora
+    slots: Any = lora._products
     tokens(engine, [Request([3, 4, 5], "sixteen", 2)])
     wide = lora.bytes
     names = ["one", "sixteen", ""]
     mixed_and_alone(engine, folders, names)
     assert any(isinstance(plan, Plan) for plan in plans)
-    monkeypatch.setattr(lora, "_memory", wide // len(lora._slots))
+    monkeypatch.setattr(slots, "_memory", wide // len(slots._slots))
     del plans[:]
     mixed_and_alone(engine, folders, names)
     assert any(isinstance(plan, Turns) for plan in plans)
     assert not any(isinstance(plan, Plan) and plan.blocks * plan.rank > 16 for plan in plans)
     mixed_and_alone(engine, folders, ["one", "one", ""])
-    assert lora.bytes <= lora._memory, "there is no room for the highest rank that ever was"
+    assert lora.bytes <= slots._memory, "there is no room for the highest rank that ever was"
 
 
+@in_slots
 def test_memory_that_was_not_there_for_slots_is_asked_for_again(
     engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lora, resize, failed = engine._adapters.lora, Layer.resize, []
+    slots: Any = engine._adapters.lora._products
+    resize, failed = Layer.resize, []
 
-    def fail_in_the_middle(layer: Layer, slots: int, rank: int) -> None:
-        if len(failed) < 3 and slots:
+    def fail_in_the_middle(layer: Layer, count: int, rank: int) -> None:
+        if len(failed) < 3 and count:
             failed.append(layer)
             if len(failed) == 3:
                 raise torch.OutOfMemoryError("no memory")
-        resize(layer, slots, rank)
+        resize(layer, count, rank)
 
-    lora._slots, lora._room = [], 0
+    slots._slots, slots._room = [], 0
     monkeypatch.setattr(Layer, "resize", fail_in_the_middle)
     mixed_and_alone(engine, folders, ["one", "two", "one", ""])
     assert len(failed) == 3

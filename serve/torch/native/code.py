@@ -192,7 +192,9 @@ class Code:
         """
         x = self._of_floats("minnum", self.larger(x, self.vector(-87)), self.vector(88))
         n = self._of_floats("rint", x * self.vector(1.44269504088896341))
-        r = x - n * self.vector(0.693359375) - n * self.vector(-2.12194440e-4)
+        # in two parts, which must not be taken together: the product with the first is not rounded
+        r = self._of_floats("fma", n, self.vector(-0.693359375), x)
+        r = self._of_floats("fma", n, self.vector(2.12194440e-4), r)
         power = self.vector(1.9875691500e-4)
         for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
             power = power * r + self.vector(factor)
