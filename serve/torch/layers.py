@@ -25,12 +25,12 @@ class Projection(nn.Linear):
         self.weight = _joined([layer.weight for layer in layers])
         if layers[0].bias is not None:
             self.bias = _joined([layer.bias for layer in layers])
-        self.tensors = self.weight, self.bias  # which `nn.Module` is slow at finding
+        self._tensors = self.weight, self.bias  # which `nn.Module` is slow at finding
         self.adapt: Callable[[torch.Tensor, torch.Tensor], object] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
-        output = functional.linear(x, *self.tensors)
+        output = functional.linear(x, *self._tensors)
         if self.adapt is not None:
             self.adapt(x, output)
         return output

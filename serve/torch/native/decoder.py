@@ -51,7 +51,7 @@ class Decoder:
         self._embedding = model.embedding.detach()
         self._layers: list[Layer] = []
         self._whole = self._now = Buffers.of(model.blocks[0], 0)
-        self._rows = 0
+        self._rows, self._large = 0, False
         self._cos = self._sin = torch.empty(0, 0)
 
     @staticmethod
@@ -76,12 +76,15 @@ class Decoder:
             self._fit(len(ids))
         now = self._now
         torch.index_select(self._embedding, 0, ids.flatten(), out=now.x)
+        starts = cache.positions.data_ptr()
+        much = 2 * now.found.numel() * cache.length > attention.FEW
         for layer in self._layers:
             keys, values = cache.tensors(layer.number, layer.head)
             if keys.shape[2] > len(self._cos):
                 self._extend(keys.shape[2])
-            layer.run(now, keys, values, cache)
-        self._last(now.x.numel() > pointwise.FEW)
+            layer.find(keys, values, cache.first, starts)
+            layer.run(now, much)
+        self._last(self._large)
         return now.normed[:, None]
 
     def _fit(self, rows: int) -> None:
@@ -95,8 +98,10 @@ class Decoder:
             self._last = _norm(norm, whole, whole.change)
             self._point()
         self._now, self._rows = Buffers(*(buffer[:rows] for buffer in self._whole)), rows
-        for call in (*(call for layer in self._layers for call in layer.calls), self._last):
-            call.fields.rows = rows
+        self._large = self._now.x.numel() > pointwise.FEW
+        for layer in self._layers:
+            layer.fit(self._now)
+        self._last.fields.rows = rows
 
     def _extend(self, length: int) -> None:
         """Tables for so many positions: what they take is little beside the keys and values of as many."""
@@ -139,7 +144,6 @@ class Layer:
     def __init__(self, block: Block, buffers: Buffers, change: torch.Tensor | None) -> None:
         """`change` is to be added to what comes in."""
         self.number = block.attention.layer
-        self._block = block
         queries, keys = block.attention.heads
         norm, size = block.attention.norm, block.attention.dim
         self.head = torch.empty(1, keys, 0, size)
@@ -153,24 +157,52 @@ class Layer:
         self._activate = swiglu.with_(x=buffers.wide.data_ptr(), result=buffers.narrow.data_ptr())
         self._first = _norm(block.before_attention, buffers, change)
         self._second = _norm(block.before_mlp, buffers, buffers.change)
-        self.calls = self._first, self.attend, self._second, self._activate
+        self._projections = [_Projected(projection) for projection in block.projections]
+        self._kept: tuple[torch.Tensor, torch.Tensor, int] | None = None
+        self._large = self._wide = False
 
-    def run(self, now: Buffers, keys: torch.Tensor, values: torch.Tensor, cache: SlotCache) -> None:
-        """Compute `now.change` of `now.x`; keys and values: (rows, kv_heads, length, size), of all rows."""
-        qkv, o, gate_up, down = self._block.projections
-        row, head, *_ = keys.stride()
-        fields, skipped = self.attend.fields, 4 * row * cache.first
-        fields.keys, fields.values = keys.data_ptr() + skipped, values.data_ptr() + skipped
-        fields.row, fields.head, fields.starts = row, head, cache.positions.data_ptr()
-        small = now.x.numel() <= pointwise.FEW
-        self._first(not small)
-        _project(qkv, now.normed, now.heads)
-        self.attend(2 * now.found.numel() * cache.length > attention.FEW)
-        _project(o, now.found, now.change)
-        self._second(not small)
-        _project(gate_up, now.normed, now.wide)
-        self._activate(now.wide.numel() > pointwise.FEW)
-        _project(down, now.narrow, now.change)
+    def fit(self, now: Buffers) -> None:
+        """Compute as many rows as these from now on."""
+        for call in (self._first, self.attend, self._second, self._activate):
+            call.fields.rows = len(now.x)
+        self._large, self._wide = (buffer.numel() > pointwise.FEW for buffer in (now.x, now.wide))
+
+    def find(self, keys: torch.Tensor, values: torch.Tensor, first: int, starts: int) -> None:
+        """Where keys and values are, (rows, kv_heads, length, size) of all rows, and the address of where rows end."""
+        fields = self.attend.fields
+        fields.starts = starts
+        if self._kept is None or keys is not self._kept[0] or values is not self._kept[1] or first != self._kept[2]:
+            self._kept = keys, values, first
+            fields.row, fields.head, *_ = keys.stride()
+            skipped = fields.row * keys.itemsize * first
+            fields.keys, fields.values = keys.data_ptr() + skipped, values.data_ptr() + skipped
+
+    def run(self, now: Buffers, much: bool) -> None:
+        """Compute `now.change` of `now.x`; the rows may have `much` to attend to."""
+        qkv, o, gate_up, down = self._projections
+        self._first(self._large)
+        qkv(now.normed, now.heads)
+        self.attend(much)
+        o(now.found, now.change)
+        self._second(self._large)
+        gate_up(now.normed, now.wide)
+        self._activate(self._wide)
+        down(now.narrow, now.change)
+
+
+class _Projected:
+    """A projection into memory that is there."""
+
+    def __init__(self, layer: Projection) -> None:
+        self._layer, self._weight, self._bias = layer, layer.weight.detach().T, layer.bias
+
+    def __call__(self, x: torch.Tensor, result: torch.Tensor) -> None:
+        if self._bias is None:
+            torch.mm(x, self._weight, out=result)
+        else:
+            torch.addmm(self._bias, x, self._weight, out=result)
+        if self._layer.adapt is not None:
+            self._layer.adapt(x, result)
 
 
 def _norm(norm: FusedNorm, buffers: Buffers, change: torch.Tensor | None) -> Call:
@@ -182,16 +214,6 @@ def _norm(norm: FusedNorm, buffers: Buffers, change: torch.Tensor | None) -> Cal
         gain=norm.gain.data_ptr(),
         result=buffers.normed.data_ptr(),
     )
-
-
-def _project(layer: Projection, x: torch.Tensor, result: torch.Tensor) -> None:
-    weight, bias = layer.tensors
-    if bias is None:
-        torch.mm(x, weight.T, out=result)
-    else:
-        torch.addmm(bias, x, weight.T, out=result)
-    if layer.adapt is not None:
-        layer.adapt(x, result)
 
 
 def _is_silu(mlp: FusedMlp) -> bool:

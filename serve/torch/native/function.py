@@ -39,26 +39,25 @@ class Function:
 
     def with_(self, **fields: int) -> Call:
         """A call of it, with these fields and zeros for others."""
-        return Call(self, self._block(**fields))
-
-    def run(self, block: int, together: bool) -> None:
-        """Call it with the fields at an address, in this thread or `together` with torch's others."""
-        if together and self._threads is not None:
-            self._threads(self._code.address, block, torch.get_num_threads(), 0)
-        else:
-            self._here(block)
+        return Call(self._code, self._here, self._threads, self._block(**fields))
 
 
 class Call:
     """A call of a function that can be made again and again. Who makes it keeps what its addresses point to."""
 
-    def __init__(self, function: Function, fields: Any) -> None:
-        self._function, self.fields, self._address = function, fields, ctypes.addressof(fields)
+    def __init__(
+        self, code: llvm.Compiled, here: Callable[[int], None], threads: Callable[..., None] | None, fields: Any
+    ) -> None:
+        self._code, self._here, self._threads = code, here, threads
+        self.fields, self._address = fields, ctypes.addressof(fields)
         """`fields` are attributes, which may be changed."""
 
     def __call__(self, together: bool) -> None:
         """Make it, in this thread or `together` with torch's others."""
-        self._function.run(self._address, together)
+        if together and self._threads is not None:
+            self._threads(self._code.address, self._address, torch.get_num_threads(), 0)
+        else:
+            self._here(self._address)
 
 
 @cache
