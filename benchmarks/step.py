@@ -40,7 +40,7 @@ from serve.torch.adapters import Adapters
 from serve.torch.cache import SlotCache
 from serve.torch.forward import Forward
 from serve.torch.loading import load_model
-from serve.torch.native.function import Call
+from serve.torch.native.function import Function
 from serve.torch.scheduler import Step
 
 MODELS = ("nano", "8M")
@@ -50,7 +50,8 @@ GOAL = 1.25
 MIXES = (2, 8)
 """How many adapters share a batch with the base."""
 MIXED_GOAL = 1 / 0.85
-ran = Call.__call__
+WARM = 10
+"""Steps that are not counted."""
 
 
 def engine_step(forward: Forward, batch: int, adapters: Sequence[AdapterFolder] = ()) -> Callable[[], object]:
@@ -92,24 +93,46 @@ def with_adapters(base: ModelFolder, folders: Sequence[Path]) -> tuple[Forward, 
     return Forward(model, adapters, SlotCache(0, 1)), checked
 
 
-def replay(run: Callable[[], object]) -> Callable[[], object]:
-    """What a step computes, again and again: the calls that `run` makes now, with the very arguments."""
-    made: list[Callable[[], object]] = []
+class Noting:
+    """Notes the calls of torch's larger operators, and of compiled code, with their very arguments.
 
-    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+    Compiled code has to be made while it is open.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[Callable[[], object]] | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Noting:
+        for owner, name in ((torch, "mm"), (torch, "index_select"), (functional, "linear"), (torch.Tensor, "argmax")):
+            self._open.enter_context(patch.object(owner, name, self._noted(getattr(owner, name))))
+        at = Function.at
+        self._open.enter_context(patch.object(Function, "at", lambda *given: self._noted(at(*given))))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def _noted(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def note(*args: Any, **kwargs: Any) -> Any:
-            made.append(partial(call, *args, **kwargs))
+            if self.made is not None:
+                self.made.append(partial(call, *args, **kwargs))
             return call(*args, **kwargs)
 
         return note
 
-    with ExitStack() as stack:
-        for owner, name in ((torch, "mm"), (torch, "index_select"), (functional, "linear"), (torch.Tensor, "argmax")):
-            stack.enter_context(patch.object(owner, name, noted(getattr(owner, name))))
-        stack.enter_context(patch.object(Call, "__call__", lambda call, together: noted(partial(ran, call))(together)))
+
+def replay(base: ModelFolder, batch: int, steps: int) -> Callable[[], object]:
+    """What a step of rows computes that have made so many before, again and again."""
+    with Noting() as noting:
+        forward, _ = with_adapters(base, [])
+        run = engine_step(forward, batch)
+        for _ in range(steps):
+            run()
+        noting.made = made = []
         run()
 
-    def again() -> None:
+    def again(_: object = forward) -> None:  # whose memory the calls work on
         for call in made:
             call()
 
@@ -119,11 +142,11 @@ def replay(run: Callable[[], object]) -> Callable[[], object]:
 def taking_turns(steps: int, *measured: Callable[[], object]) -> list[float]:
     """Median milliseconds of each; some first calls only warm up."""
     seconds: list[list[float]] = [[] for _ in measured]
-    for number in range(steps + 10):
+    for number in range(steps + WARM):
         for found, run in zip(seconds, measured, strict=True):
             started = time.perf_counter()
             run()
-            if number >= 10:
+            if number >= WARM:
                 found.append(time.perf_counter() - started)
     return [1000 * statistics.median(found) for found in seconds]
 
@@ -145,10 +168,7 @@ def rows(folder: Path, loras: Sequence[Path], name: str, steps: int) -> list[dic
     forward = Forward(model, Adapters(model, base, 0, lambda: None), SlotCache(0, 1))
     found = []
     for batch in BATCHES:
-        run = engine_step(forward, batch)
-        for _ in range(steps // 2 + 10):
-            run()  # rows are as long as halfway
-        bare = replay(run)
+        bare = replay(base, batch, steps // 2 + WARM)
         ours, theirs = taking_turns(steps, engine_step(forward, batch), bare)
         found.append(row(f"{name}, a decode step of {batch}, theirs is without Python", ours, theirs, GOAL))
     for count in MIXES:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from serve.torch.states import LayerStates, States
 
 BLOCK = 64
 """Rows grow by this many positions: a copy of the cache every 64 steps costs little beside reading it every step."""
+VERSIONS = count()
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -35,6 +38,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.version = next(VERSIONS)
+        """Another number whenever keys and values were given other memory, and in every cache."""
         self._blocks, self._size = blocks, size
         self._shape = (0, 0)
         self.first, self.last, self.length = 0, 0, 0
@@ -49,6 +54,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """
         if rows > self._shape[0] or length > self._shape[1]:
             length = -(-length // BLOCK) * BLOCK
+            self.version = next(VERSIONS)
             self._shape = max(rows, min(1 << (rows - 1).bit_length(), self._cells // length)), length
             for tensors in (self.keys, self.values):
                 for layer, tensor in tensors.items():
@@ -60,9 +66,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     def begin(self, first: int, starts: Sequence[int], width: int, device: torch.device) -> None:
         """Work on rows `first` and following: row `i` reads `width` tokens from `starts[i]` on."""
         self.first, self.last, self.length = first, first + len(starts), max(starts) + width
-        begins = torch.tensor(starts, device=device)
+        begins = whole(starts, device)
         self.starts = starts[0] if len({*starts}) == 1 else begins
-        self.positions = begins[:, None]  # (B, Q)
+        self.positions = begins.view(-1, 1)  # (B, Q)
         if width > 1:
             self.positions = self.positions + torch.arange(width, device=device)
         self.states.begin(first, starts)
@@ -102,6 +108,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Give the memory back."""
+        self.version = next(VERSIONS)
         self.keys.clear()
         self.values.clear()
         self._kept.clear()
@@ -114,6 +121,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         Where there are none yet they have the heads of `like` (B, kv_heads, Q, head_dim).
         """
         if layer_idx not in self.keys:
+            self.version = next(VERSIONS)
             self.keys[layer_idx], self.values[layer_idx] = self._zeros(like), self._zeros(like)
         return self.keys[layer_idx], self.values[layer_idx]
 
@@ -210,3 +218,9 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(self._shape[0], like.shape[1], self._shape[1], like.shape[3])
+
+
+def whole(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """As `torch.tensor` makes it, (N,), sooner: in every step there is some."""
+    tensor = torch.frombuffer(array("q", numbers), dtype=torch.long)
+    return tensor if device.type == "cpu" else tensor.to(device)

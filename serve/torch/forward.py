@@ -9,8 +9,9 @@ import torch
 
 from serve.generation import Generation
 from serve.torch.adapters import Adapters
-from serve.torch.cache import SlotCache
+from serve.torch.cache import SlotCache, whole
 from serve.torch.scheduler import Step
+from serve.torch.stack import Stack
 
 
 class Forward:
@@ -23,7 +24,13 @@ class Forward:
         self._device = model.device
         self._embed = False
         self._keep: torch.Tensor | None = None
-        model.get_output_embeddings().register_forward_pre_hook(self._keep_last)
+        stack = vars(model).get("forward")
+        if isinstance(stack, Stack):
+            stack.before_head = self._last
+        else:
+            model.get_output_embeddings().register_forward_pre_hook(
+                lambda _, inputs: (self._last(inputs[0]), *inputs[1:])
+            )
 
     def clear(self) -> None:
         """Give the cache's memory back; all rows are lost."""
@@ -58,18 +65,17 @@ class Forward:
             # padding repeats the last position: models with a position table have none behind max_length
             positions = torch.minimum(positions, positions[:, :1] + last[:, None])
         logits: torch.Tensor = self.model(
-            input_ids=torch.tensor(ids, device=device).view(-1, width),
+            input_ids=whole(ids, device).view(-1, width),
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
         ).logits
         return logits
 
-    def _keep_last(self, _: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def _last(self, hidden: torch.Tensor) -> torch.Tensor:
         """Before the output layer, (B, Q, hidden): logits of a whole prompt are large, and only the last is sampled."""
-        hidden = inputs[0]
         self.hidden = hidden if self._embed else None
         if self._keep is None:
-            return inputs
+            return hidden
         last = self._keep.to(hidden.device)  # with layers on several, the last of them need not be the first's
-        return hidden[torch.arange(len(last), device=hidden.device), last][:, None], *inputs[1:]
+        return hidden[torch.arange(len(last), device=hidden.device), last][:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ class Projection(nn.Linear):
     It is called directly, without what `nn.Module` looks after; `adapt(x, output)` may add to its output.
     """
 
+    adapted: ClassVar = 0
+    """How often one of them was given what adapts it."""
+
     def __init__(self, *layers: nn.Linear) -> None:
         widths = [layer.out_features for layer in layers]
         super().__init__(layers[0].in_features, sum(widths), bias=False, device="meta")
@@ -27,6 +30,11 @@ class Projection(nn.Linear):
             self.bias = _joined([layer.bias for layer in layers])
         self._tensors = self.weight, self.bias  # which `nn.Module` is slow at finding
         self.adapt: Callable[[torch.Tensor, torch.Tensor], object] | None = None
+
+    def adapt_by(self, adapt: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+        """Add to its output from now on."""
+        self.adapt = adapt
+        Projection.adapted += 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""

@@ -67,8 +67,8 @@ class Step:
 
     def shape(self, running: Sequence[Generation]) -> tuple[int, int]:
         """The rows that the cache must have room for, those of `running`, and their length, padding included."""
-        padded = max(generation.cached for generation in self.rows) + self.width
-        return len(running), max(padded, *(len(generation.tokens) for generation in running))
+        padded = max([generation.cached for generation in self.rows]) + self.width
+        return len(running), max([padded, *[len(generation.tokens) for generation in running]])
 
 
 class Scheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ class Stack:
         self._rotary, self._norm, self._head = base.rotary_emb, base.norm, model.get_output_embeddings()
         self._layers = [Block(*(getattr(layer, name) for name in LAYER)) for layer in base.layers]
         parts = Model(self._embedding, self._rotary, self._layers, self._norm)
+        self.before_head: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden
+        """What the output layer is given of the last hidden states (B, Q, hidden)."""
         self.decoder = Decoder(parts) if Decoder.fits(parts) else None
         """What computes a token of each row; without it, that is done as prompts are read."""
 
@@ -64,7 +67,7 @@ class Stack:
         """input_ids and position_ids: (B, Q)."""
         rows, width = input_ids.shape
         if width == 1 and self.decoder is not None:
-            return Output(self._head(self.decoder(input_ids, past_key_values)))
+            return self._output(self.decoder(input_ids, past_key_values))
         hidden = functional.embedding(input_ids, self._embedding)  # (B, Q, hidden)
         tables = self._rotary.forward(hidden, position_ids)
         mask = slot_mask(
@@ -79,4 +82,9 @@ class Stack:
         for before_attention, attention, before_mlp, mlp in self._layers:
             hidden += attention.forward(before_attention.forward(hidden), tables, mask, past_key_values)[0]
             hidden += mlp.forward(before_mlp.forward(hidden))
-        return Output(self._head(self._norm.forward(hidden)))
+        return self._output(self._norm.forward(hidden))
+
+    def _output(self, hidden: torch.Tensor) -> Output:
+        hidden, head = self.before_head(hidden), self._head
+        # without adapters nothing is hooked to it, and what `nn.Module` looks after is left out
+        return Output(head(hidden) if head._forward_hooks else head.forward(hidden))

@@ -43,7 +43,7 @@ class States:
     def begin(self, first: int, starts: Sequence[int]) -> None:
         """Work on rows `first` and following, of which `starts` tokens were read; where there are none, forget all."""
         self.rows, self.known = slice(first, first + len(starts)), bool(self.layers)
-        if fresh := [row for row, start in enumerate(starts, first) if start == 0]:
+        if self.known and (fresh := [row for row, start in enumerate(starts, first) if start == 0]):
             for tensors, number in self._places():
                 tensors[number][fresh] = 0
 

@@ -6,7 +6,8 @@ operations of torch, most of which take longer to begin than to compute where ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,9 @@ class Decoder:
         self._embedding = model.embedding.detach()
         self._layers: list[Layer] = []
         self._whole = self._now = Buffers.of(model.blocks[0], 0)
-        self._rows, self._large = 0, False
         self._cos = self._sin = torch.empty(0, 0)
+        self._fitted = self._found = (-1, -1)
+        self._works: list[list[Callable[[], object]]] = []
 
     @staticmethod
     def fits(model: Model) -> bool:
@@ -72,36 +74,45 @@ class Decoder:
 
         The rows are those that `cache` was told to work on; each goes on where its keys end.
         """
-        if len(ids) != self._rows:
+        if self._fitted != (len(ids), Projection.adapted):
             self._fit(len(ids))
-        now = self._now
-        torch.index_select(self._embedding, 0, ids.flatten(), out=now.x)
-        starts = cache.positions.data_ptr()
-        much = 2 * now.found.numel() * cache.length > attention.FEW
-        for layer in self._layers:
-            keys, values = cache.tensors(layer.number, layer.head)
-            if keys.shape[2] > len(self._cos):
-                self._extend(keys.shape[2])
-            layer.find(keys, values, cache.first, starts)
-            layer.run(now, much)
-        self._last(self._large)
-        return now.normed[:, None]
+        if self._found != (cache.first, cache.version):
+            self._find(cache)
+        torch.index_select(self._embedding, 0, ids.view(-1), out=self._now.x)
+        self._now.starts.copy_(cache.positions)
+        for work in self._works[cache.length > self._few]:
+            work()
+        return self._result
 
     def _fit(self, rows: int) -> None:
         """Compute so many rows from now on."""
-        blocks, norm = self._model.blocks, self._model.norm
+        blocks = self._model.blocks
         if rows > len(self._whole.x):
             with torch.inference_mode(False):  # tensors for any mode
                 self._whole = whole = Buffers.of(blocks[0], 1 << (rows - 1).bit_length())
             changes = [None, *[whole.change] * (len(blocks) - 1)]
             self._layers = [Layer(block, whole, change) for block, change in zip(blocks, changes, strict=True)]
-            self._last = _norm(norm, whole, whole.change)
+            self._norm = _norm(self._model.norm, whole, whole.change)
             self._point()
-        self._now, self._rows = Buffers(*(buffer[:rows] for buffer in self._whole)), rows
-        self._large = self._now.x.numel() > pointwise.FEW
+            self._found = -1, -1
+        self._now = now = Buffers(*(buffer[:rows] for buffer in self._whole))
+        self._result = now.normed[:, None]
+        self._norm.fields.rows = rows
+        last = self._norm.ways[now.x.numel() > pointwise.FEW]
+        self._works = [
+            [*(work for layer in self._layers for work in layer.works(now, much)), last] for much in (False, True)
+        ]
+        self._few = attention.FEW // (2 * now.found.numel())
+        self._fitted = rows, Projection.adapted
+
+    def _find(self, cache: SlotCache) -> None:
+        """Read and write the keys and values that the cache has now."""
         for layer in self._layers:
-            layer.fit(self._now)
-        self._last.fields.rows = rows
+            keys, values = cache.tensors(layer.number, layer.head)
+            layer.find(keys, values, cache.first)
+        if keys.shape[2] > len(self._cos):
+            self._extend(keys.shape[2])
+        self._found = cache.first, cache.version
 
     def _extend(self, length: int) -> None:
         """Tables for so many positions: what they take is little beside the keys and values of as many."""
@@ -128,6 +139,8 @@ class Buffers(NamedTuple):
     narrow: torch.Tensor
     change: torch.Tensor
     """What a part of a layer adds to `x`."""
+    starts: torch.Tensor
+    """Where each row goes on, (rows, 1)."""
 
     @classmethod
     def of(cls, block: Block, rows: int) -> Buffers:
@@ -135,7 +148,7 @@ class Buffers(NamedTuple):
         qkv, o, gate_up, down = block.projections
         hidden = qkv.in_features
         sizes = hidden, hidden, qkv.out_features, o.in_features, gate_up.out_features, down.in_features, hidden
-        return cls(*(torch.zeros(rows, size) for size in sizes))
+        return cls(*[torch.zeros(rows, size) for size in sizes], torch.zeros(rows, 1, dtype=torch.long))  # type: ignore[call-arg]
 
 
 class Layer:
@@ -151,58 +164,51 @@ class Layer:
         floor = size * norm.eps if norm else None
         heads = attention.Heads(queries, keys, size, block.attention.scaling, floor)
         self.attend = attention.attention(heads).with_(
-            x=buffers.heads.data_ptr(), gain=norm.gain.data_ptr() if norm else 0, result=buffers.found.data_ptr()
+            x=buffers.heads.data_ptr(),
+            gain=norm.gain.data_ptr() if norm else 0,
+            result=buffers.found.data_ptr(),
+            starts=buffers.starts.data_ptr(),
         )
         swiglu = pointwise.swiglu(buffers.narrow.shape[1])
         self._activate = swiglu.with_(x=buffers.wide.data_ptr(), result=buffers.narrow.data_ptr())
-        self._first = _norm(block.before_attention, buffers, change)
-        self._second = _norm(block.before_mlp, buffers, buffers.change)
-        self._projections = [_Projected(projection) for projection in block.projections]
-        self._kept: tuple[torch.Tensor, torch.Tensor, int] | None = None
-        self._large = self._wide = False
+        self._before = _norm(block.before_attention, buffers, change)
+        self._between = _norm(block.before_mlp, buffers, buffers.change)
+        self._projections = block.projections
 
-    def fit(self, now: Buffers) -> None:
-        """Compute as many rows as these from now on."""
-        for call in (self._first, self.attend, self._second, self._activate):
+    def works(self, now: Buffers, much: bool) -> list[Callable[[], object]]:
+        """What computes `now.change` of `now.x`, for as many rows, which may have `much` to attend to."""
+        for call in (self._before, self.attend, self._between, self._activate):
             call.fields.rows = len(now.x)
-        self._large, self._wide = (buffer.numel() > pointwise.FEW for buffer in (now.x, now.wide))
-
-    def find(self, keys: torch.Tensor, values: torch.Tensor, first: int, starts: int) -> None:
-        """Where keys and values are, (rows, kv_heads, length, size) of all rows, and the address of where rows end."""
-        fields = self.attend.fields
-        fields.starts = starts
-        if self._kept is None or keys is not self._kept[0] or values is not self._kept[1] or first != self._kept[2]:
-            self._kept = keys, values, first
-            fields.row, fields.head, *_ = keys.stride()
-            skipped = fields.row * keys.itemsize * first
-            fields.keys, fields.values = keys.data_ptr() + skipped, values.data_ptr() + skipped
-
-    def run(self, now: Buffers, much: bool) -> None:
-        """Compute `now.change` of `now.x`; the rows may have `much` to attend to."""
+        large, wide = (buffer.numel() > pointwise.FEW for buffer in (now.x, now.wide))
         qkv, o, gate_up, down = self._projections
-        self._first(self._large)
-        qkv(now.normed, now.heads)
-        self.attend(much)
-        o(now.found, now.change)
-        self._second(self._large)
-        gate_up(now.normed, now.wide)
-        self._activate(self._wide)
-        down(now.narrow, now.change)
+        return [
+            self._before.ways[large],
+            *_projecting(qkv, now.normed, now.heads),
+            self.attend.ways[much],
+            *_projecting(o, now.found, now.change),
+            self._between.ways[large],
+            *_projecting(gate_up, now.normed, now.wide),
+            self._activate.ways[wide],
+            *_projecting(down, now.narrow, now.change),
+        ]
+
+    def find(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> None:
+        """Read these, (rows, kv_heads, length, size) of all rows, from row `first` on."""
+        fields = self.attend.fields
+        fields.row, fields.head, *_ = keys.stride()
+        skipped = fields.row * keys.itemsize * first
+        fields.keys, fields.values = keys.data_ptr() + skipped, values.data_ptr() + skipped
 
 
-class _Projected:
-    """A projection into memory that is there."""
-
-    def __init__(self, layer: Projection) -> None:
-        self._layer, self._weight, self._bias = layer, layer.weight.detach().T, layer.bias
-
-    def __call__(self, x: torch.Tensor, result: torch.Tensor) -> None:
-        if self._bias is None:
-            torch.mm(x, self._weight, out=result)
-        else:
-            torch.addmm(self._bias, x, self._weight, out=result)
-        if self._layer.adapt is not None:
-            self._layer.adapt(x, result)
+def _projecting(layer: Projection, x: torch.Tensor, result: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """What computes a projection into memory that is there, with what adapters change."""
+    weight = layer.weight.detach().T
+    if layer.bias is None:
+        yield partial(torch.mm, x, weight, out=result)
+    else:
+        yield partial(torch.addmm, layer.bias, x, weight, out=result)
+    if layer.adapt is not None:
+        yield partial(layer.adapt, x, result)
 
 
 def _norm(norm: FusedNorm, buffers: Buffers, change: torch.Tensor | None) -> Call:

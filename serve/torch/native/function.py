@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,29 @@ class Function:
 
     def with_(self, **fields: int) -> Call:
         """A call of it, with these fields and zeros for others."""
-        return Call(self._code, self._here, self._threads, self._block(**fields))
+        return Call(self, self._block(**fields))
+
+    def at(self, address: int, together: bool) -> Callable[[], object]:
+        """What calls it with the fields at an address, in this thread or `together` with torch's others."""
+        if together and self._threads is not None:
+            return partial(self._threads, self._code.address, address, torch.get_num_threads(), 0)
+        return partial(self._here, address)
 
 
 class Call:
     """A call of a function that can be made again and again. Who makes it keeps what its addresses point to."""
 
-    def __init__(
-        self, code: llvm.Compiled, here: Callable[[int], None], threads: Callable[..., None] | None, fields: Any
-    ) -> None:
-        self._code, self._here, self._threads = code, here, threads
-        self.fields, self._address = fields, ctypes.addressof(fields)
-        """`fields` are attributes, which may be changed."""
+    def __init__(self, function: Function, fields: Any) -> None:
+        self._function = function  # who has the machine code
+        self.fields = fields
+        """Attributes, which may be changed."""
+        here, together = (function.at(ctypes.addressof(fields), each) for each in (False, True))
+        self.ways = here, together
+        """What makes it: in this thread, or in all of torch's."""
 
     def __call__(self, together: bool) -> None:
         """Make it, in this thread or `together` with torch's others."""
-        if together and self._threads is not None:
-            self._threads(self._code.address, self._address, torch.get_num_threads(), 0)
-        else:
-            self._here(self._address)
+        self.ways[together]()
 
 
 @cache
