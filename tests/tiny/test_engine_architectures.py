@@ -131,7 +131,7 @@ def test_the_head_on_another_device_than_the_embedding(tmp_path: Path) -> None:
     forward = Forward(model, Adapters(model, read_model(tmp_path), 0, lambda: None), SlotCache(0, 1))
     forward._keep = torch.tensor([2, 0])
     with OneDeviceEach():
-        (kept,) = forward._keep_last(model.lm_head, (torch.ones(2, 3, 128, device="meta"),))
+        kept = forward._last(torch.ones(2, 3, 128, device="meta"))
     assert (kept.shape, kept.device.type) == ((2, 1, 128), "meta")
 
 
