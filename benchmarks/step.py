@@ -69,7 +69,7 @@ def engine_step(forward: Forward, batch: int, adapters: Sequence[AdapterFolder] 
     step = Step(0, rows, [1] * batch)
 
     def run() -> None:
-        tokens = forward.run(step, rows)[:, 0].argmax(-1).tolist()
+        tokens = forward.run(step, rows).argmax(-1).flatten().tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.cached += 1
             row.tokens.append(token)

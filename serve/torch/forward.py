@@ -10,6 +10,7 @@ import torch
 from serve.generation import Generation
 from serve.torch.adapters import Adapters
 from serve.torch.cache import SlotCache, whole
+from serve.torch.layers import call
 from serve.torch.scheduler import Step
 from serve.torch.stack import Stack
 
@@ -64,7 +65,7 @@ class Forward:
                 self._keep = last
             # padding repeats the last position: models with a position table have none behind max_length
             positions = torch.minimum(positions, positions[:, :1] + last[:, None])
-        logits: torch.Tensor = self.model(
+        logits: torch.Tensor = call(self.model)(
             input_ids=whole(ids, device).view(-1, width),
             position_ids=positions,
             past_key_values=self.cache,

@@ -161,3 +161,8 @@ class FusedMlp(nn.Module):
 
 def _joined(tensors: Sequence[torch.Tensor]) -> nn.Parameter:
     return nn.Parameter(tensors[0] if len(tensors) == 1 else torch.cat([*tensors]), requires_grad=False)
+
+
+def call(module: nn.Module) -> Callable[..., Any]:
+    """What calls a module: its `forward` alone where nothing is hooked to it, without what `nn.Module` looks after."""
+    return module if module._forward_hooks or module._forward_pre_hooks else module.forward

@@ -11,7 +11,7 @@ from transformers.masking_utils import causal_mask_function
 
 from serve.torch.attention import slot_mask
 from serve.torch.cache import SlotCache
-from serve.torch.layers import FusedAttention, FusedMlp, FusedNorm, FusedRotary
+from serve.torch.layers import FusedAttention, FusedMlp, FusedNorm, FusedRotary, call
 from serve.torch.native.decoder import Block, Decoder, Model
 
 LAYER = {
@@ -85,6 +85,4 @@ class Stack:
         return self._output(self._norm.forward(hidden))
 
     def _output(self, hidden: torch.Tensor) -> Output:
-        hidden, head = self.before_head(hidden), self._head
-        # without adapters nothing is hooked to it, and what `nn.Module` looks after is left out
-        return Output(head(hidden) if head._forward_hooks else head.forward(hidden))
+        return Output(call(self._head)(self.before_head(hidden)))
