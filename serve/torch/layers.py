@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -13,10 +13,20 @@ from serve.torch.attention import slot_attention
 from serve.torch.cache import SlotCache
 
 
+class Adapting(Protocol):
+    """What adapters do to the output of a layer."""
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Change the output for `x` in place."""
+
+    def at(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], object]:
+        """What does so again and again, for tensors that stay where they are."""
+
+
 class Projection(nn.Linear):
     """Linear layers side by side: one that puts out what all of `layers` do.
 
-    It is called directly, without what `nn.Module` looks after; `adapt(x, output)` may add to its output.
+    It is called directly, without what `nn.Module` looks after.
     """
 
     adapted: ClassVar = 0
@@ -29,18 +39,18 @@ class Projection(nn.Linear):
         if layers[0].bias is not None:
             self.bias = _joined([layer.bias for layer in layers])
         self._tensors = self.weight, self.bias  # which `nn.Module` is slow at finding
-        self.adapt: Callable[[torch.Tensor, torch.Tensor], object] | None = None
+        self.adapting: Adapting | None = None
 
-    def adapt_by(self, adapt: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
-        """Add to its output from now on."""
-        self.adapt = adapt
+    def adapt_by(self, adapting: Adapting) -> None:
+        """Change its output from now on."""
+        self.adapting = adapting
         Projection.adapted += 1
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
         output = functional.linear(x, *self._tensors)
-        if self.adapt is not None:
-            self.adapt(x, output)
+        if self.adapting is not None:
+            self.adapting.add(x, output)
         return output
 
 

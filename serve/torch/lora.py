@@ -100,7 +100,7 @@ class MultiLora:
             self._layers[path] = layer = self._products.layer(parts, a)
             module = self._model.get_submodule(path)
             if isinstance(module, Projection):
-                module.adapt_by(layer.add)
+                module.adapt_by(layer)
             else:
                 module.register_forward_hook(_Hook(layer))
 

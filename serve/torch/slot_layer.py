@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -122,6 +123,10 @@ class Layer:
         results = plan.gather.results(output.numel() // plan.batch, self._b)
         torch.bmm(low, self._b_t, out=results[:-1].view(plan.blocks, -1, self._outputs))
         output += results.index_select(0, plan.gather.places).view_as(output)
+
+    def at(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], object]:
+        """What does so again and again."""
+        return partial(self.add, x, output)
 
     def _take_turns(self, turns: Turns, x: torch.Tensor, output: torch.Tensor) -> None:
         width = len(x) // sum(turns.counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -88,6 +88,8 @@ class Layer:
         self._plan: Plan | None = None
         self._call = lora.lora(lanes(inputs, *ends)).with_(inputs=inputs, outputs=self._outputs, count=len(parts))
         self._width = 0
+        self._ready: torch.Tensor | None = None
+        """The output that the call is ready for, if it stays where it is."""
 
     def known(self, weights: Weights) -> list[tuple[int, ...]]:
         """`lora.PART` of each part."""
@@ -95,7 +97,7 @@ class Layer:
 
     def follow(self, plan: Plan | None) -> None:
         """Compute the next forward passes by `plan`; with None, leave the layer's output as it is."""
-        self._plan, self._width = plan, 0
+        self._plan, self._width, self._ready = plan, 0, None
         if plan is not None:
             fields, (adapter, layer, *_) = self._call.fields, plan.parts.stride()
             fields.parts = plan.parts.data_ptr() + layer * self._number * plan.parts.itemsize
@@ -118,8 +120,23 @@ class Layer:
         if width != self._width:
             self._width, (order, bounds) = width, plan.tokens(width)
             fields.order, fields.bounds, fields.tokens = order.data_ptr(), bounds.data_ptr(), len(order)
-        fields.x, fields.result = x.data_ptr(), output.data_ptr()
-        self._call(fields.tokens * plan.rank * (self._inputs + self._outputs) > lora.FEW)
+        fields.x, fields.result, self._ready = x.data_ptr(), output.data_ptr(), None
+        self._again = self._call.ways[fields.tokens * plan.rank * (self._inputs + self._outputs) > lora.FEW]
+        self._again()
+
+    def at(self, x: torch.Tensor, output: torch.Tensor) -> Callable[[], object]:
+        """What does so again and again, for tensors that stay where they are: float32, contiguous."""
+
+        def again() -> None:
+            if self._plan is None:
+                return
+            if self._ready is output:
+                self._again()
+            else:
+                self.add(x, output)
+                self._ready = output
+
+        return again
 
 
 def _known(weights: Weights, name: str, part: Part) -> tuple[int, ...]:

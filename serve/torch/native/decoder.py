@@ -207,8 +207,8 @@ def _projecting(layer: Projection, x: torch.Tensor, result: torch.Tensor) -> Ite
         yield partial(torch.mm, x, weight, out=result)
     else:
         yield partial(torch.addmm, layer.bias, x, weight, out=result)
-    if layer.adapt is not None:
-        yield partial(layer.adapt, x, result)
+    if layer.adapting is not None:
+        yield layer.adapting.at(x, result)
 
 
 def _norm(norm: FusedNorm, buffers: Buffers, change: torch.Tensor | None) -> Call:

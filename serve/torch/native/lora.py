@@ -37,11 +37,12 @@ def _write(code: Code) -> None:
     order, bounds = code.wholes("order"), code.wholes("bounds")
     with code.loop(code.field("adapters")) as adapter:
         start, stop = code.greater(bounds[adapter], begin), code.smaller(bounds[adapter + 1], end)
-        single = code.greater(start + (stop - start) // TILE * TILE, start)
         parts = code.wholes("parts") + adapter * code.field("of_adapter")
-        for size, first, last in ((TILE, start, single), (1, single, stop)):
-            with code.loop(last, first, size) as place:
+        for size in range(TILE, 0, -1):  # what is left of a tile has one of its size: weights are read once
+            whole = start + code.greater(stop - start, code.whole(0)) // size * size
+            with code.loop(whole, start, size) as place:
                 _add(code, [order[place + i] for i in range(size)], parts)
+            start = whole
 
 
 def _add(code: Code, tokens: Sequence[Number], parts: Array) -> None:
