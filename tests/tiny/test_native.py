@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from serve.folders import read_model
 from serve.torch.cache import SlotCache
+from serve.torch.fused import Part
 from serve.torch.loading import load_model
+from serve.torch.low_rank import Weights
 from serve.torch.native import attention, function, lora, pointwise
+from serve.torch.native.adapters import Places
 from serve.torch.native.attention import Heads
 from serve.torch.native.code import Code
 from serve.torch.native.function import Function, lanes
@@ -208,3 +211,15 @@ def test_a_step_is_what_reading_gives(tmp_path: Path, architecture: str, monkeyp
                 found[way].append(output.logits.clone())
     for logits, wanted in zip(found["compiled"], found["torch"], strict=True):
         near(logits, wanted)
+
+
+def test_tokens_that_are_no_whole_rows_are_refused() -> None:
+    weights = Weights({"layer": (torch.ones(1, 4), torch.ones(1, 2))})
+    places = Places()
+    layer = places.layer({"layer": Part("layer", 0, 2)}, weights.layers["layer"][0])
+    layer.follow(places.plan(["a", ""], {"a": weights}, 1))
+    output = torch.zeros(2, 2)
+    layer.add(torch.ones(2, 4), output)
+    assert output.tolist() == [[4, 4], [0, 0]]
+    with pytest.raises(ValueError, match="3 inputs of a layer are not the tokens of 2 rows"):
+        layer.add(torch.ones(3, 4), torch.zeros(3, 2))

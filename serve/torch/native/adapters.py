@@ -116,7 +116,9 @@ class Layer:
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.float().contiguous()
         fields = self._call.fields
-        width = x.numel() // (self._inputs * plan.batch)
+        width, rest = divmod(x.numel(), self._inputs * plan.batch)
+        if rest:
+            raise ValueError(f"{x.numel() // self._inputs} inputs of a layer are not the tokens of {plan.batch} rows")
         if width != self._width:
             self._width, (order, bounds) = width, plan.tokens(width)
             fields.order, fields.bounds, fields.tokens = order.data_ptr(), bounds.data_ptr(), len(order)

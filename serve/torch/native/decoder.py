@@ -86,6 +86,7 @@ class Decoder:
 
     def _fit(self, rows: int) -> None:
         """Compute so many rows from now on."""
+        self._fitted = -1, -1  # until all is
         blocks = self._model.blocks
         if rows > len(self._whole.x):
             with torch.inference_mode(False):  # tensors for any mode
